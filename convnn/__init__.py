@@ -1,0 +1,57 @@
+"""convnn: explore what lies between convolution and attention.
+
+Public names load on first use, so that ``import convnn`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from convnn.backbones import create_backbone
+    from convnn.config import Config, ConfigError, OperatorConfig, SwapRule
+    from convnn.functional import neighbor_aggregate
+    from convnn.layers import ConvNN2d, ConvNNAttention, HybridConvNN2d, HybridConvNNAttention
+    from convnn.schedule import apply_schedule
+    from convnn.swap import neighbor_layers, swap_layers
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Config": "config",
+    "ConfigError": "config",
+    "ConvNN2d": "layers",
+    "ConvNNAttention": "layers",
+    "HybridConvNN2d": "layers",
+    "HybridConvNNAttention": "layers",
+    "OperatorConfig": "config",
+    "SwapRule": "config",
+    "apply_schedule": "schedule",
+    "create_backbone": "backbones",
+    "neighbor_aggregate": "functional",
+    "neighbor_layers": "swap",
+    "swap_layers": "swap",
+}
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "ConvNN2d",
+    "ConvNNAttention",
+    "HybridConvNN2d",
+    "HybridConvNNAttention",
+    "OperatorConfig",
+    "SwapRule",
+    "apply_schedule",
+    "create_backbone",
+    "neighbor_aggregate",
+    "neighbor_layers",
+    "swap_layers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"convnn.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'convnn' has no attribute {name!r}")

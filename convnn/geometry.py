@@ -1,0 +1,106 @@
+"""Where tokens are: the padded grid, the queries on it, prefix tokens, and distances.
+
+Shapes: N tokens (prefix first, then the padded grid in raster order), Q queries (prefix first, then the output grid).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A grid of tokens with its zero-padding ring, and a grid of queries that lie on tokens.
+
+    ``kernel``, ``stride``, ``padding`` and ``dilation`` are (rows, columns) and mean what they mean for a
+    convolution: the query of output pixel (i, j) is the centre of that pixel's kernel window.
+    """
+
+    height: int
+    width: int
+    kernel: Pair = (1, 1)
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    prefix: int = 0
+
+    @property
+    def padded_shape(self) -> Pair:
+        """Rows and columns of the grid with its ring."""
+        return self.height + 2 * self.padding[0], self.width + 2 * self.padding[1]
+
+    @property
+    def out_shape(self) -> Pair:
+        """Rows and columns of the output, as for a convolution."""
+        rows, cols = (
+            (side - d * (m - 1) - 1) // s + 1
+            for side, m, s, d in zip(self.padded_shape, self.kernel, self.stride, self.dilation, strict=True)
+        )
+        return rows, cols
+
+    @property
+    def num_tokens(self) -> int:
+        """N: prefix tokens and the padded grid."""
+        return self.prefix + self.padded_shape[0] * self.padded_shape[1]
+
+    def query_index(self, device: torch.device | None = None) -> Tensor:
+        """Return the token that each query sits on: (Q,) int64."""
+        rows, cols = (
+            torch.arange(n, device=device) * s + d * (m - 1) // 2
+            for n, m, s, d in zip(self.out_shape, self.kernel, self.stride, self.dilation, strict=True)
+        )
+        grid = rows[:, None] * self.padded_shape[1] + cols + self.prefix
+        return torch.cat([torch.arange(self.prefix, device=device), grid.flatten()])
+
+    def coordinates(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return row and column on the padded grid of token indices; prefix tokens have none and must not be asked."""
+        index = index - self.prefix
+        return index // self.padded_shape[1], index % self.padded_shape[1]
+
+    def is_pad(self, device: torch.device | None = None) -> Tensor:
+        """Return which tokens belong to the zero ring: (N,) bool."""
+        (ph, pw), (rows, cols) = self.padding, self.padded_shape
+        inside = torch.zeros(rows, cols, dtype=torch.bool, device=device)
+        inside[ph : rows - ph, pw : cols - pw] = True
+        return torch.cat([torch.zeros(self.prefix, dtype=torch.bool, device=device), ~inside.flatten()])
+
+    def distance(self, queries: Tensor, keys: Tensor, metric: str = "chebyshev") -> Tensor:
+        """Return the distance between grid tokens in pixels: (Q,) and (N,) token indices -> (Q, N) float32.
+
+        The unit is the dilation: offsets off the dilation lattice come after all those on it. For a kernel that is
+        not square, rows and columns are scaled so that the window of the kernel holds exactly the nearest tokens.
+        With (Chebyshev distance, raster index) as the order, the m*m nearest tokens of a query are the m x m window
+        in one fixed order at every position; with Euclidean distance that fails from 7 x 7 on.
+        """
+        offsets = []
+        rows, cols = self.coordinates(queries), self.coordinates(keys)
+        far = sum(self.padded_shape)
+        radius = [m // 2 for m in self.kernel]
+        for axis in (0, 1):
+            delta = (rows[axis][:, None] - cols[axis]).abs()
+            d = self.dilation[axis]
+            steps = (delta / d if d > 1 else delta).to(torch.float32)
+            if d > 1:
+                steps = steps + far * (delta % d != 0)
+            if radius[0] != radius[1]:
+                steps = steps * (max(radius) / radius[axis] if radius[axis] else far)
+            offsets.append(steps)
+        if metric == "chebyshev":
+            return torch.maximum(offsets[0], offsets[1])
+        return (offsets[0].square() + offsets[1].square()).sqrt()
+
+
+def window_order(kernel: Pair) -> Tensor:
+    """Return the raster taps of a kernel, nearest first: ``taps[rank]``, (kh * kw,) int64.
+
+    Ties in Chebyshev distance (scaled as in ``Geometry.distance``) go to the lower raster index.
+    """
+    geometry = Geometry(kernel[0], kernel[1], kernel=kernel)
+    taps = torch.arange(geometry.num_tokens)
+    distance = geometry.distance(geometry.query_index(), taps)[0]
+    return distance.sort(stable=True).indices

@@ -1,0 +1,161 @@
+"""Which tokens a query takes: candidates, then the k best under a total order.
+
+Shapes: B batch, H heads, Q queries, N tokens, M candidates, K neighbours, D channels per head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convnn.geometry import Geometry
+from convnn.similarity import blend_scores, feature_similarity
+
+# Scores held at once, in numbers; larger problems go through in chunks of queries (64 Mi scores: 256 MiB in float32).
+MAX_SCORES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How neighbours are chosen. The fields are those of ``convnn.config.OperatorConfig``."""
+
+    similarity: str = "cosine"
+    distance: str = "chebyshev"
+    candidates: str = "all"
+    num_candidates: int = 32
+    eval_candidates: str = "same"
+    candidate_seed: int = 0
+    pad_candidates: bool = True
+    self_first: bool = True
+    slots: str = "rank"
+    k_policy: str = "error"
+
+
+def stable_topk(score: Tensor, k: int) -> Tensor:
+    """Return the indices of the k largest of the last axis, larger first, ties to the lower index.
+
+    ``torch.topk`` leaves ties open and breaks them differently on each device. For float32 the score and the
+    index are packed into one int64 whose order is the wanted one, so that no two keys are equal.
+    """
+    if score.dtype != torch.float32:
+        return score.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    bits = (score + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # now integers compare as the floats do
+    rank = torch.arange(score.shape[-1] - 1, -1, -1, device=score.device)
+    return ((bits.long() << 32) | rank).topk(k, dim=-1).indices
+
+
+def candidate_tokens(
+    geometry: Geometry, selection: Selection, *, blend: float, training: bool, device: torch.device | None = None
+) -> Tensor | None:
+    """Return the tokens that may be chosen, (M,) int64 in raster order, or None for all of them.
+
+    Prefix tokens are always candidates. ``grid`` spans the map without its padding ring. ``random`` draws anew
+    from torch's global generator at each training step, one subset for the whole batch; ``eval_candidates`` says
+    what happens at evaluation. A sample as large as the map is the whole map.
+    """
+    prefix = torch.arange(geometry.prefix, device=device)
+    with_pads = selection.pad_candidates or blend < 1
+    if selection.candidates == "grid":
+        (ph, pw), (_, columns) = geometry.padding, geometry.padded_shape
+        axes = []
+        for side, pad in ((geometry.height, ph), (geometry.width, pw)):
+            points = torch.linspace(0, side - 1, min(selection.num_candidates, side), dtype=torch.float64)
+            axes.append(points.round().long().to(device) + pad)
+        grid = (axes[0][:, None] * columns + axes[1]).flatten() + geometry.prefix
+        return torch.cat([prefix, grid])
+    if any(geometry.padding) and not with_pads:
+        tokens = (~geometry.is_pad(device)).nonzero().squeeze(1)[geometry.prefix :]
+    else:
+        tokens = torch.arange(geometry.prefix, geometry.num_tokens, device=device)
+    if selection.candidates == "random" and selection.num_candidates < len(tokens):
+        if training or selection.eval_candidates == "resample":
+            drawn = torch.randperm(len(tokens), device=device)
+        elif selection.eval_candidates == "same":
+            generator = torch.Generator().manual_seed(selection.candidate_seed)
+            drawn = torch.randperm(len(tokens), generator=generator).to(device)
+        else:
+            drawn = torch.arange(len(tokens), device=device)[:0]
+        if len(drawn):
+            tokens = tokens[drawn[: selection.num_candidates].sort().values]
+    if geometry.prefix + len(tokens) == geometry.num_tokens:
+        return None
+    return torch.cat([prefix, tokens])
+
+
+def select_neighbors(
+    q: Tensor, k: Tensor, geometry: Geometry, selection: Selection, *, num: int, blend: float, training: bool
+) -> Tensor:
+    """Return each query's neighbours as token indices: (B, H, Q, D), (B, H, N, D) -> (B or 1, H or 1, Q, K) int64.
+
+    Selection is hard: no gradient passes. It runs in float32 (float64 for float64 input), whatever autocast says.
+    At ``blend`` 0 it depends on the geometry alone and the first two axes are 1. Prefix tokens have no position:
+    as queries they select by features at any blend, as candidates of others they count as infinitely far.
+
+    Raises:
+        ValueError: if ``num`` exceeds the candidates and ``k_policy`` is ``error``.
+    """
+    device = q.device
+    candidates = candidate_tokens(geometry, selection, blend=blend, training=training, device=device)
+    available = geometry.num_tokens if candidates is None else len(candidates)
+    if num > available:
+        if selection.k_policy == "error":
+            raise ValueError(
+                f"k={num} exceeds the {available} candidates of a {geometry.height}x{geometry.width} map "
+                f"(padding {geometry.padding}, {geometry.prefix} prefix tokens); lower k or set k_policy=clamp"
+            )
+        num = available
+    queries = geometry.query_index(device)
+    split = geometry.prefix if blend < 1 else 0
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        q, k = (t if t.dtype == torch.float64 else t.float() for t in (q, k))
+        parts = []
+        if split:
+            parts.append(_best(q[:, :, :split], k, queries[:split], candidates, geometry, selection, num, 1.0))
+        parts.append(_best(q[:, :, split:], k, queries[split:], candidates, geometry, selection, num, blend))
+        if len({p.shape[:2] for p in parts}) > 1:
+            parts = [p.expand(q.shape[0], q.shape[1], -1, -1) for p in parts]
+        index = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+        return index.sort(dim=-1).values if selection.slots == "raster" else index
+
+
+def _best(
+    q: Tensor,
+    k: Tensor,
+    queries: Tensor,
+    candidates: Tensor | None,
+    geometry: Geometry,
+    selection: Selection,
+    num: int,
+    blend: float,
+) -> Tensor:
+    """Return the ``num`` best candidates of the given queries, (B or 1, H or 1, Q, num), in chunks of queries."""
+    tokens = torch.arange(geometry.num_tokens, device=q.device) if candidates is None else candidates
+    keys = k if candidates is None else k[:, :, candidates]
+    rows = 1 if blend == 0 else q.shape[0] * q.shape[1]
+    chunk = max(1, MAX_SCORES // (rows * len(tokens)))
+    best = []
+    for part in range(0, len(queries), chunk):
+        own = queries[part : part + chunk]
+        score = _scores(q[:, :, part : part + chunk], keys, own, tokens, geometry, selection, blend)
+        if selection.self_first:
+            score = score.masked_fill(own[:, None] == tokens, -torch.inf)
+            others = tokens[stable_topk(score, num - 1)]
+            best.append(torch.cat([own[:, None].expand(*others.shape[:-1], 1), others], dim=-1))
+        else:
+            best.append(tokens[stable_topk(score, num)])
+    return torch.cat(best, dim=2) if len(best) > 1 else best[0]
+
+
+def _scores(
+    q: Tensor, keys: Tensor, queries: Tensor, tokens: Tensor, geometry: Geometry, selection: Selection, blend: float
+) -> Tensor:
+    if blend == 1:
+        return feature_similarity(q, keys, selection.similarity)
+    distance = geometry.distance(queries, tokens, selection.distance)
+    distance = distance.masked_fill(tokens < geometry.prefix, torch.inf)
+    if blend == 0:
+        return -distance[None, None]
+    return blend_scores(feature_similarity(q, keys, selection.similarity), distance, blend)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -17,14 +18,25 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used. The message is one line that names the file and the reason."""
 
 
-def write_atomically(path: Path, write: Any) -> None:
-    """Call ``write(file)`` on a temporary file and put it in place in one step, so that readers see old or new."""
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
+    """Call ``write(file)`` on a temporary file and put it in place in one step, so that readers see old or new.
+
+    Args:
+        path: the file.
+        write: writes the content.
+        keep: where what stood at ``path`` goes first, if given.
+
+    Raises:
+        OSError: if the disk refuses; what stood at ``path`` still does.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            path.replace(keep)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -32,23 +44,16 @@ def write_atomically(path: Path, write: Any) -> None:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` to ``path``; the file that stood there is kept as ``previous.pt``-style sibling.
+    """Write ``state`` to ``path`` and keep the file that stood there as ``previous_of(path)``.
 
     Raises:
         OSError: if the disk refuses; what stood there still does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = previous_of(path)
-    temporary = path.with_name(f".{path.name}.new")
     try:
-        write_atomically(temporary, lambda file: torch.save({"format": FORMAT, **state}, file))
-        if path.exists():
-            path.replace(kept)
-        temporary.replace(path)
+        write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file), keep=previous_of(path))
     except RuntimeError as error:  # torch reports a full disk as RuntimeError
-        raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {_line(error)}") from error
 
 
 def previous_of(path: Path) -> Path:

@@ -268,7 +268,8 @@ class Batches:
         n, device = len(self.split), self.split.images.device
         order = None
         if self.train:
-            generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
+            entropy = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0]
+            generator = torch.Generator().manual_seed(int(entropy) >> 1)
             order = torch.randperm(n, generator=generator).to(device)
             shifts = torch.randint(0, 2 * self.config.crop_padding + 1, (n, 2), generator=generator).to(device)
             flips = (torch.rand(n, generator=generator) < 0.5).to(device)

@@ -1,0 +1,175 @@
+"""What the command-line programs share: composing with Hydra, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from convnn.config import Config, ConfigError, all_keys, nearest, unknown_key_error
+from convnn.rundir import to_config
+
+CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+
+EXIT_FAILED, EXIT_CONFIG, EXIT_DIVERGED = 1, 2, 3
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def config_groups() -> dict[str, list[str]]:
+    """Return the options of each configuration group."""
+    return {
+        d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in sorted(CONF_DIR.iterdir()) if d.is_dir()
+    }
+
+
+def compose_config(overrides: Sequence[str] = (), config_name: str = "config") -> Config:
+    """Compose ``conf/`` with Hydra overrides into a checked Config. Imports no torch.
+
+    Raises:
+        ConfigError: one line, naming the key and the way out.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            values = compose(config_name, list(overrides))
+        return from_hydra(values)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _translate(error, overrides) from error
+
+
+def from_hydra(values: DictConfig) -> Config:
+    """Turn what Hydra composed into a checked Config."""
+    return to_config(OmegaConf.to_container(values, resolve=True))
+
+
+def _translate(error: Exception, overrides: Sequence[str]) -> ConfigError:
+    """Say what Hydra means in one line."""
+    text = str(error)
+    groups = config_groups()
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        if group in groups:
+            return ConfigError(f"{group}={option}: no such option{nearest(option, groups[group])}")
+    found = re.search(r"Could not override '([^']+)'", text)
+    if found:
+        key = found.group(1).split("@")[0]
+        if "." in key:
+            return unknown_key_error(key)
+        return ConfigError(f"unknown key '{key}'{nearest(key, [*all_keys(), *groups])}")
+    if "Ambiguous value for argument" in text or "sweep" in text.lower():
+        given = next((o for o in overrides if "," in o or "(" in o), "")
+        return ConfigError(f"{given} is a sweep over several values; train.py takes one (or add --multirun)")
+    key = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if key and error.__cause__ is not None:
+        lines = [str(error.__cause__).splitlines()[0]]
+    given = next((o for o in overrides if key and o.lstrip("+~").startswith(f"{key}=")), key)
+    return ConfigError(f"{given}: {lines[0]}" if given else " ".join(lines[:2]))
+
+
+def setup_logging() -> None:
+    """Send the program's messages to standard output."""
+    logger = logging.getLogger("convnn")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if not any(isinstance(h, _TqdmHandler) for h in logger.handlers):
+        handler = _TqdmHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+
+
+class _TqdmHandler(logging.Handler):
+    """Prints lines above a progress bar; warnings and errors go to standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        tqdm.write(self.format(record), file=stream)
+        stream.flush()
+
+
+def fail(error: Exception, code: int) -> NoReturn:
+    """Print an error as one line and leave."""
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def guarded(call: Callable[[], Any], debug: bool = False) -> Any:
+    """Call, and turn the errors that a user can mend into one line and an exit code (``debug`` shows the traceback)."""
+    try:
+        return call()
+    except ConfigError as error:
+        if debug:
+            raise
+        fail(error, EXIT_CONFIG)
+    except (OSError, RuntimeError) as error:
+        known = isinstance(error, OSError) or type(error).__name__ == "CheckpointError"
+        if debug or not known:
+            raise
+        fail(error, EXIT_FAILED)
+
+
+def check_arguments(argv: Sequence[str]) -> None:
+    """Compose and check a single run's command line before Hydra and torch start, and leave with one line if it fails.
+
+    Flags such as --help, --cfg and --multirun are left to Hydra.
+    """
+    if any(arg.startswith("-") for arg in argv):
+        return
+    guarded(lambda: compose_config(argv), debug="debug=true" in [a.lower() for a in argv])
+
+
+def run_job(values: DictConfig) -> float | None:
+    """Carry out the run that Hydra composed; in a multirun return top-1, otherwise leave with the exit code."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    setup_logging()
+    debug = bool(values.get("debug", False))
+
+    def job() -> dict[str, Any]:
+        config = from_hydra(values)
+        from convnn.engine import run  # torch and timm load only after the configuration is known to be good
+
+        return run(config)
+
+    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+    result = job() if multirun else guarded(job, debug)
+    if not multirun and result.get("exit_code"):
+        sys.exit(result["exit_code"])
+    return result["top1_last"]
+
+
+def script_options(schema: type, argv: Sequence[str], usage: str) -> Any:
+    """Read ``key=value`` arguments of a script into a dataclass; ``--help`` prints ``usage``.
+
+    Raises:
+        ConfigError: for unknown or missing keys and wrong types.
+    """
+    if any(arg in ("-h", "--help") for arg in argv):
+        print(usage.strip())
+        sys.exit(0)
+    from convnn.config import check_keys
+
+    for arg in argv:
+        if "=" not in arg:
+            raise ConfigError(f"'{arg}' is not key=value; see --help")
+    given = OmegaConf.from_dotlist(list(argv))
+    check_keys(OmegaConf.to_container(given), schema)  # type: ignore[arg-type]
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
+    except OmegaConfBaseException as error:
+        missing = "is required; see --help" if "missing" in str(error).lower() else str(error).splitlines()[0]
+        raise ConfigError(f"{getattr(error, 'full_key', '')}: {missing}") from error

@@ -1,0 +1,614 @@
+"""The training loop: build, train, evaluate, and go on exactly where a run stopped."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import resource
+import signal
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from convnn.backbones import create_backbone
+from convnn.checkpoint import CheckpointError, load_checkpoint, load_model_state, previous_of, save_checkpoint
+from convnn.config import Config, ConfigError, fingerprint, identity, nearest
+from convnn.data import Batches, Dataset, Split, load_dataset
+from convnn.rundir import RunFolder, environment, open_run_folder, versions
+from convnn.schedule import apply_schedule
+from convnn.swap import SwapReport, count_parameters, neighbor_layers, swap_layers
+from convnn.tracking import Tracker
+
+log = logging.getLogger("convnn")
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+Result = dict[str, Any]
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer finite."""
+
+
+# ------------------------------------------------------------------------------------------------ building
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of ``device=``.
+
+    Raises:
+        ConfigError: if it is CUDA and there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ConfigError(f"device={name}: this machine has {count} usable CUDA devices; set device=cpu or auto")
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def build_model(config: Config, dataset: Dataset) -> tuple[nn.Module, SwapReport, int]:
+    """Build the backbone from ``config.seed`` and swap its layers; return model, report and image side in pixels.
+
+    Raises:
+        ConfigError: if the parts do not fit together.
+    """
+    channels, height, width = dataset.train.images.shape[1:]
+    image_size = config.data.image_size or config.backbone.image_size
+    if image_size is None and height != width:
+        raise ConfigError(f"data={config.data.name} has {height}x{width} images; set data.image_size")
+    image_size = image_size or height
+    seed_everything(config.seed)
+    model = create_backbone(config.backbone, len(dataset.classes), channels, image_size)
+    report = swap_layers(model, config.swap, config.operator)
+    return model, report, image_size
+
+
+@contextmanager
+def _name_failing_layer(model: nn.Module):
+    """Turn a ValueError from inside a swapped layer into a ConfigError that names the layer."""
+    running: list[str] = []
+    hooks = []
+    for name, layer in neighbor_layers(model).items():
+        hooks.append(layer.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
+        hooks.append(layer.register_forward_hook(lambda *_: running.pop() and None))
+    try:
+        yield
+    except ValueError as error:
+        where = f"layer '{running[-1]}': " if running else ""
+        raise ConfigError(f"{where}{error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def count_gflops(model: nn.Module, channels: int, image_size: int, device: torch.device) -> float:
+    """Return 1e9 operations of the forward pass of one image, a multiplication and an addition counting as two.
+
+    Raises:
+        ConfigError: if the model cannot process an image of this size, for instance for lack of candidates.
+    """
+    image = torch.zeros(1, channels, image_size, image_size, device=device)
+    training = model.training
+    model.eval()
+    with torch.no_grad(), torch.random.fork_rng(), _name_failing_layer(model), FlopCounterMode(display=False) as counter:
+        try:
+            model(image)
+        except RuntimeError as error:
+            line = str(error).splitlines()[0]
+            raise ConfigError(f"the model cannot process a {image_size}x{image_size} image: {line}") from error
+    model.train(training)
+    return counter.get_total_flops() / 1e9
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+@dataclass
+class Meter:
+    """Sums over samples, kept on the device in float64."""
+
+    sums: Tensor
+
+    @classmethod
+    def new(cls, device: torch.device) -> Meter:
+        """Return an empty meter."""
+        return cls(torch.zeros(4, dtype=torch.float64, device=device))
+
+    def add(self, loss: Tensor, output: Tensor, labels: Tensor) -> None:
+        """Count a batch: its mean loss and its logits (B, classes)."""
+        top = output.topk(min(5, output.shape[1]), dim=1).indices == labels[:, None]
+        n = torch.tensor(len(labels), device=self.sums.device)
+        self.sums += torch.stack([loss.double() * n, top[:, 0].sum(), top.any(1).sum(), n])
+
+    def means(self) -> tuple[float, float, float]:
+        """Return mean loss, top-1 and top-5 in percent, averaged over samples."""
+        loss, top1, top5, n = self.sums.tolist()
+        return loss / n, 100 * top1 / n, 100 * top5 / n
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Batches, autocast: Callable[[], Any] = nullcontext) -> tuple[float, float, float]:
+    """Return mean loss, top-1 and top-5 (percent) over all samples of a split."""
+    training = model.training
+    model.eval()
+    meter = Meter.new(batches.split.images.device)
+    for images, labels in batches.epoch():
+        with autocast():
+            output = model(images)
+        output = output.float()
+        meter.add(F.cross_entropy(output, labels), output, labels)
+    model.train(training)
+    return meter.means()
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+class Trainer:
+    """One run: its model, data and state, from the first step to result.json."""
+
+    def __init__(self, config: Config, folder: RunFolder) -> None:
+        """Build everything; raises ConfigError before anything is trained."""
+        self.config, self.folder = config, folder
+        train = config.train
+        self.device = pick_device(config.device)
+        dataset = load_dataset(config.data)
+        self._check_sizes(dataset)
+        model, self.report, self.image_size = build_model(config, dataset)
+        self.model = model.to(self.device)
+        if train.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        self.batches = {
+            name: self._batches(split.to(self.device), name == "train")
+            for name in ("train", "val", "test")
+            if (split := getattr(dataset, name)) is not None
+        }
+        self.steps_per_epoch = len(self.batches["train"])
+        self.total_steps = self.steps_per_epoch * train.epochs
+        if train.max_steps is not None:
+            self.total_steps = min(self.total_steps, train.max_steps)
+        self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
+        channels = dataset.train.images.shape[1]
+        apply_schedule(self.model, config.schedule, 1.0)
+        self.gflops = count_gflops(self.model, channels, self.image_size, self.device)
+        apply_schedule(self.model, config.schedule, 0.0)
+        count_gflops(self.model, channels, self.image_size, self.device)
+        self._build_training(len(dataset.classes))
+        self.epoch = self.step_in_epoch = self.step = 0
+        self.best: dict[str, float] = {}
+        self.meter = Meter.new(self.device)
+        self.train_seconds, self.train_images = 0.0, 0
+        self.last_row: dict[str, Any] = {}
+
+    def _check_sizes(self, dataset: Dataset) -> None:
+        train, data = self.config.train, self.config.data
+        if train.batch_size > len(dataset.train):
+            raise ConfigError(
+                f"train.batch_size={train.batch_size} exceeds the {len(dataset.train)} training images of {data.name}"
+            )
+        channels = dataset.train.images.shape[1]
+        if len(data.mean) not in (1, channels):
+            raise ConfigError(f"data.mean has {len(data.mean)} values for images of {channels} channels")
+
+    def _batches(self, split: Split, train: bool) -> Batches:
+        c = self.config
+        size = c.train.batch_size if train else c.train.eval_batch_size or c.train.batch_size
+        return Batches(split, size, c.data, self.image_size, train, c.seed, c.train.channels_last)
+
+    def _build_training(self, num_classes: int) -> None:
+        optim, train = self.config.optim, self.config.train
+        if optim.name not in list_optimizers():
+            raise ConfigError(f"optim.name={optim.name} is not a timm optimizer{nearest(optim.name, list_optimizers())}")
+        self.optimizer = create_optimizer_v2(
+            self.model,
+            optim.name,
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            momentum=optim.momentum,
+            filter_bias_and_bn=not optim.decay_norm_and_bias,
+        )
+        self.scheduler = None
+        if optim.sched != "constant":
+            try:
+                self.scheduler, _ = create_scheduler_v2(
+                    self.optimizer,
+                    optim.sched,
+                    num_epochs=self.epochs,
+                    warmup_epochs=optim.warmup_epochs,
+                    warmup_lr=optim.warmup_lr,
+                    min_lr=optim.min_lr,
+                    warmup_prefix=False,
+                    step_on_epochs=False,
+                    updates_per_epoch=self.steps_per_epoch,
+                )
+            except AssertionError as error:
+                raise ConfigError(f"optim.sched={optim.sched} is not usable: {error}") from error
+            if self.scheduler is None:
+                raise ConfigError(f"optim.sched={optim.sched} is not a timm schedule; use constant, cosine, step, poly, ...")
+        self.mixup = None
+        self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
+        if train.mixup or train.cutmix:
+            args = {"label_smoothing": train.label_smoothing, "num_classes": num_classes}
+            self.mixup = Mixup(mixup_alpha=train.mixup, cutmix_alpha=train.cutmix, **args)
+            self.criterion = SoftTargetCrossEntropy()
+        self.ema = ModelEmaV3(self.model, decay=train.ema) if train.ema else None
+        self.autocast = make_autocast(train.amp, self.device)
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if train.compile else self.model
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """The model whose accuracy counts: the average if there is one."""
+        return self.ema.module if self.ema is not None else self.model
+
+    # ------------------------------------------------------------------------------------ state of the run
+
+    def state(self) -> dict[str, Any]:
+        """Return all that decides how the run goes on, as plain types and tensors."""
+        kind, keys, *rest = np.random.get_state()
+        return {
+            "identity": identity(self.config),
+            "fingerprint": fingerprint(self.config),
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "step_in_epoch": self.step_in_epoch,
+            "step": self.step,
+            "meter": self.meter.sums.tolist(),
+            "best": self.best,
+            "last_row": self.last_row,
+            "train_seconds": self.train_seconds,
+            "train_images": self.train_images,
+            "spectrum": {name: layer.spectrum() for name, layer in neighbor_layers(self.model).items()},
+            "rng": {
+                "python": random.getstate(),
+                "numpy": [str(kind), keys.tolist(), *rest],  # type: ignore[union-attr]
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            },
+        }
+
+    def save(self, name: str) -> None:
+        """Write ``checkpoints/<name>.pt``."""
+        save_checkpoint(self.folder.checkpoints / f"{name}.pt", self.state())
+
+    def resume(self) -> bool:
+        """Load the last good checkpoint; return whether there was one.
+
+        Raises:
+            CheckpointError: if it fits another configuration or model.
+        """
+        path = self.folder.checkpoints / "last.pt"
+        if not path.exists() and not previous_of(path).exists():
+            return False
+        try:
+            state = load_checkpoint(path, self.device)
+        except CheckpointError as error:
+            if not previous_of(path).exists():
+                raise
+            log.warning("%s; going on from the one before it", error)
+            path = previous_of(path)
+            state = load_checkpoint(path, self.device)
+        if state["fingerprint"] != fingerprint(self.config):
+            raise CheckpointError(f"{path} belongs to another configuration")
+        load_model_state(self.model, state["model"], path)
+        if self.ema is not None:
+            load_model_state(self.ema.module, state["ema"], path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        for key in ("epoch", "step_in_epoch", "step", "best", "last_row", "train_seconds", "train_images"):
+            setattr(self, key, state[key])
+        self.meter.sums = torch.tensor(state["meter"], dtype=torch.float64, device=self.device)
+        rng = state["rng"]
+        version, internal, gauss = rng["python"]
+        random.setstate((version, tuple(internal), gauss))
+        kind, keys, *rest = rng["numpy"]
+        np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+        torch.set_rng_state(rng["torch"].cpu())
+        if rng["cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(rng["cuda"].cpu(), self.device)
+        return True
+
+    # ------------------------------------------------------------------------------------------- the loop
+
+    def fit(self, stop: Callable[[], int | None]) -> int | None:
+        """Train to the end, or until ``stop()`` names a signal, which is returned after a checkpoint."""
+        self.model.train()
+        while self.step < self.total_steps:
+            signum = self._train_epoch(stop)
+            if signum is not None:
+                self.save("last")
+                return signum
+            if self.step < self.total_steps or self.step_in_epoch:
+                self._end_epoch()
+            signum = stop()
+            if signum is not None and self.step < self.total_steps:
+                return signum
+        return None
+
+    def _train_epoch(self, stop: Callable[[], int | None]) -> int | None:
+        batches = self.batches["train"].epoch(self.epoch, self.step_in_epoch)
+        left = min(self.steps_per_epoch - self.step_in_epoch, self.total_steps - self.step)
+        bad_step = torch.full((), torch.iinfo(torch.int64).max, device=self.device)
+        start, images_before = time.perf_counter(), self.train_images
+        progress = tqdm(total=left, desc=f"epoch {self.epoch + 1}/{self.epochs}", leave=False, disable=None)
+        signum = None
+        with progress:
+            for _, (images, labels) in zip(range(left), batches, strict=False):
+                signum = stop()
+                if signum is not None:
+                    break
+                loss = self._train_step(images, labels)
+                bad_step = torch.where(loss.isfinite(), bad_step, bad_step.clamp(max=self.step))
+                self.train_images += len(labels)
+                self.step += 1
+                self.step_in_epoch += 1
+                progress.update()
+                if self.step % 50 == 0 or self.device.type == "cpu":
+                    self._check_finite(bad_step)
+        self._check_finite(bad_step)  # on CUDA this also waits for the last step
+        if self.train_images > images_before:
+            self.train_seconds += time.perf_counter() - start
+        return signum
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> Tensor:
+        apply_schedule(self.model, self.config.schedule, self._time(self.step))
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.step)
+        targets = labels
+        if self.mixup is not None:
+            images, targets = self.mixup(images, labels)
+        with self.autocast():
+            output = self.forward(images)
+            loss = self.criterion(output.float(), targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.config.optim.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.model)
+        with torch.no_grad():
+            self.meter.add(loss.detach(), output.detach(), labels)
+        return loss.detach()
+
+    def _time(self, step: int) -> float:
+        """Fraction of training at a step: 0 at the first, 1 at the last."""
+        return step / max(self.total_steps - 1, 1)
+
+    def _check_finite(self, bad_step: Tensor) -> None:
+        bad = int(bad_step)
+        if bad <= self.step:
+            lr = self.optimizer.param_groups[0]["lr"]
+            kept = self.folder.checkpoints / "last.pt"
+            good = f"the last good checkpoint is {kept}" if kept.exists() else "there is no checkpoint yet"
+            raise Diverged(f"loss is not finite at step {bad} (epoch {self.epoch + 1}, lr {lr:.3g}); {good}")
+
+    def _end_epoch(self) -> None:
+        """Evaluate, log and checkpoint; the run is then at the start of the next epoch."""
+        time_now = self._time(self.step - 1)
+        apply_schedule(self.model, self.config.schedule, time_now)
+        if self.ema is not None:
+            apply_schedule(self.ema.module, self.config.schedule, time_now)
+        start = time.perf_counter()
+        row: dict[str, Any] = {"epoch": self.epoch, "step": self.step}
+        loss, top1, _ = self.meter.means()
+        row |= {"train_loss": loss, "train_top1": None if self.mixup is not None else top1}
+        for name in ("val", "test"):
+            if name in self.batches:
+                scores = evaluate(self.eval_model, self.batches[name], self.autocast)
+                row |= dict(zip((f"{name}_loss", f"{name}_top1", f"{name}_top5"), scores, strict=True))
+        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        row["layers"] = [{"name": n, **layer.spectrum()} for n, layer in neighbor_layers(self.model).items()]
+        row["train_seconds"] = round(self.train_seconds, 3)
+        row["eval_seconds"] = round(time.perf_counter() - start, 3)
+        chosen_on = "val_top1" if "val" in self.batches else "test_top1"
+        is_best = row[chosen_on] > self.best.get(chosen_on, -1.0)
+        if is_best:
+            self.best = {k: row[k] for k in ("epoch", "val_top1", "test_top1") if k in row}
+        self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        self.meter, self.last_row = Meter.new(self.device), row
+        self.tracker.log(row)
+        self._print(row)
+        if is_best:
+            self.save("best")
+        self.save("last")
+
+    def _print(self, row: dict[str, Any]) -> None:
+        text = f"epoch {row['epoch'] + 1:>3}/{self.epochs}  train loss {row['train_loss']:.4f}"
+        if row["train_top1"] is not None:
+            text += f" top1 {row['train_top1']:.2f}"
+        for name in ("val", "test"):
+            if name in self.batches:
+                text += f"  {name} loss {row[f'{name}_loss']:.4f} top1 {row[f'{name}_top1']:.2f}"
+        blends = [layer["blend"] for layer in row["layers"]]
+        if blends and self.config.schedule.blend.shape != "constant":
+            text += f"  blend {min(blends):.2f}..{max(blends):.2f}"
+        log.info("%s  %.1f s", text, row["train_seconds"])
+
+    # ------------------------------------------------------------------------------------------- results
+
+    def run(self, stop: Callable[[], int | None]) -> Result:
+        """Train, write result.json and return it."""
+        self.folder.write_json("env.json", environment())
+        (self.folder.path / "swap.txt").write_text(str(self.report))
+        resumed = self.folder.resume and self.resume()
+        log.info("run folder %s", self.folder.path)
+        log.info("%s on %s, %s", self.config.backbone.name, self.device, self.config.data.name)
+        for line in str(self.report).splitlines():
+            log.info("%s", line)
+        if resumed:
+            log.info("resumed at epoch %d, step %d", self.epoch + 1, self.step)
+        self.tracker = Tracker(self.config.tracker, self.folder.path, asdict(self.config), self.epoch)
+        exit_code = 1
+        result: Result = {}
+        try:
+            signum = self.fit(stop)
+            result = self.result("complete" if signum is None else "interrupted")
+            if signum is not None:
+                result["signal"] = signal.Signals(signum).name
+            exit_code = 0 if signum is None else 128 + signum
+        except Diverged as error:
+            result = self.result("diverged") | {"reason": str(error)}
+            exit_code = 3
+            log.error("diverged: %s", error)
+        except torch.cuda.OutOfMemoryError as error:
+            half = max(self.config.train.batch_size // 2, 1)
+            raise ConfigError(f"out of CUDA memory; try train.batch_size={half}") from error
+        finally:
+            if result:
+                result["exit_code"] = exit_code
+                self.folder.write_json("result.json", result)
+            self.tracker.finish(result, exit_code)
+        return result
+
+    def result(self, status: str) -> Result:
+        """Return the content of result.json. Accuracies are in percent; sizes in bytes; times in seconds."""
+        row, best = self.last_row, self.best
+        on_val = "val" in self.batches
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            "status": status,
+            "fingerprint": fingerprint(self.config),
+            "top1_last": row.get("test_top1"),
+            "top5_last": row.get("test_top5"),
+            "top1_best_on_test": None if on_val else best.get("test_top1"),
+            "top1_at_best_val": best.get("test_top1") if on_val else None,
+            "val_top1_best": best.get("val_top1"),
+            "best_epoch": best.get("epoch"),
+            "epochs": self.epoch,
+            "steps": self.step,
+            "seconds": round(self.train_seconds, 3),
+            "params": count_parameters(self.model),
+            "gflops": self.gflops,
+            "images_per_second": round(self.train_images / self.train_seconds, 1) if self.train_seconds else None,
+            "peak_memory_bytes": peak,
+            "layers_replaced": len(self.report),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "versions": versions(),
+        }
+
+
+def evaluate_run(config: Config, folder: Path, checkpoint: str) -> Result:
+    """Evaluate ``checkpoints/<checkpoint>.pt`` of a run on its test set, on the device that ``config`` names.
+
+    Raises:
+        CheckpointError: if the checkpoint is missing, damaged or does not fit.
+    """
+    path = folder / "checkpoints" / f"{checkpoint}.pt"
+    device = pick_device(config.device)
+    state = load_checkpoint(path)
+    dataset = load_dataset(config.data)
+    config.backbone.pretrained = False  # the checkpoint has all weights
+    model, _, image_size = build_model(config, dataset)
+    load_model_state(model, state["ema"] or state["model"], path)
+    for name, layer in neighbor_layers(model).items():
+        layer.set_spectrum(**state["spectrum"][name])
+    train = config.train
+    if train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    size = train.eval_batch_size or train.batch_size
+    split = dataset.test.to(device)
+    batches = Batches(split, size, config.data, image_size, channels_last=train.channels_last)
+    scores = evaluate(model.to(device), batches, make_autocast(train.amp, device))
+    loss, top1, top5 = scores
+    return {"checkpoint": checkpoint, "epochs": state["epoch"], "images": len(split)} | {
+        "loss": loss,
+        "top1": top1,
+        "top5": top5,
+    }
+
+
+def make_autocast(amp: str, device: torch.device) -> Callable[[], Any]:
+    """Return the precision context of ``train.amp``."""
+    if amp == "bf16" or (amp == "auto" and device.type == "cuda"):
+        return lambda: torch.autocast(device.type, torch.bfloat16)
+    return nullcontext
+
+
+@contextmanager
+def _stop_on_signal():
+    """Catch TERM, INT and USR2: yield a function that returns the signal seen, or None. A second one kills."""
+    seen: list[int] = []
+
+    def handle(signum, frame):
+        if seen:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        seen.append(signum)
+        log.warning("%s: stopping after this step with a checkpoint", signal.Signals(signum).name)
+
+    old = {s: signal.signal(s, handle) for s in STOP_SIGNALS}
+    try:
+        yield lambda: seen[0] if seen else None
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+
+def _set_determinism(mode: str) -> None:
+    import os
+
+    if mode != "false":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(mode != "false", warn_only=mode == "warn")
+    torch.backends.cudnn.benchmark = mode == "false"
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high" if mode == "false" else "highest")
+
+
+def run(config: Config) -> Result:
+    """Carry out a run in its folder and return the content of its result.json.
+
+    Raises:
+        ConfigError: if the configuration cannot work here.
+        CheckpointError: if a run to be resumed has no usable checkpoint.
+    """
+    pick_device(config.device)
+    folder = open_run_folder(config)
+    try:
+        if folder.done is not None:
+            log.info("%s is complete (top-1 %.2f); nothing to do", folder.path, folder.done["top1_last"])
+            return folder.done
+        _set_determinism(config.train.deterministic)
+        with _stop_on_signal() as stop:
+            result = Trainer(config, folder).run(stop)
+        if result["status"] == "complete":
+            log.info(
+                "top-1 %.2f%% (last epoch), best on %s %.2f%%, %d parameters, %s",
+                result["top1_last"],
+                "validation" if result["top1_best_on_test"] is None else "test",
+                result["val_top1_best"] or result["top1_best_on_test"],
+                result["params"],
+                folder.path,
+            )
+        return result
+    finally:
+        folder.close()

@@ -1,0 +1,127 @@
+"""Metrics: ``metrics.jsonl`` always, Weights & Biases on top. W&B can neither block nor end a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from convnn.checkpoint import write_atomically
+from convnn.config import TrackerConfig
+
+log = logging.getLogger("convnn")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a metrics.jsonl; a torn last line (from a kill) is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+class Tracker:
+    """Writes one row per epoch to ``metrics.jsonl`` and, if asked, to W&B."""
+
+    def __init__(self, config: TrackerConfig, folder: Path, run_config: dict[str, Any], epochs_done: int = 0) -> None:
+        """Open the folder's metrics; rows of epochs that will be run again are dropped."""
+        self.path = folder / "metrics.jsonl"
+        rows = [row for row in read_metrics(self.path) if row["epoch"] < epochs_done]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(self.path, lambda file: file.write(text.encode()))
+        self._wandb = _start_wandb(config, folder, run_config) if config.name == "wandb" else None
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Add a row; it is on disk when this returns."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if self._wandb is not None:
+            self._guard(lambda: self._wandb.log(_flat(row), step=row["step"]))
+
+    def finish(self, result: Mapping[str, Any], exit_code: int) -> None:
+        """Hand W&B the final numbers and close it."""
+        if self._wandb is not None:
+            self._guard(lambda: self._wandb.summary.update({k: v for k, v in result.items() if _is_scalar(v)}))
+            self._guard(lambda: self._wandb.finish(exit_code=exit_code))
+
+    def _guard(self, call: Any) -> None:
+        try:
+            call()
+        except Exception as error:
+            log.warning("W&B failed (%s); metrics.jsonl goes on without it", error)
+            self._wandb = None
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, (int, float, str)) and not isinstance(value, bool)
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {k: v for k, v in row.items() if _is_scalar(v)}
+    for layer in row.get("layers", []):
+        flat |= {f"layers/{layer['name']}/{k}": v for k, v in layer.items() if k != "name"}
+    return flat
+
+
+def _has_key() -> bool:
+    """Return whether a W&B key is at hand: in the environment, or in the netrc file that ``wandb login`` writes."""
+    import netrc
+
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        from urllib.parse import urlparse
+
+        host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _start_wandb(config: TrackerConfig, folder: Path, run_config: dict[str, Any]) -> Any:
+    """Return a W&B run or None. ``online`` without a key or network goes on offline with one warning."""
+    if config.mode == "disabled":
+        return None
+    mode = config.mode
+    if mode == "online" and not _has_key():
+        log.warning("tracker.mode=online, but there is no W&B key (WANDB_API_KEY or `wandb login`); going on offline")
+        mode = "offline"
+    try:
+        import wandb
+    except ImportError:
+        log.warning("tracker=wandb, but wandb is not installed; metrics.jsonl goes on without it")
+        return None
+    id_file = folder / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(wandb.util.generate_id())
+    for attempt in dict.fromkeys([mode, "offline"]):
+        try:
+            run = wandb.init(
+                project=config.project,
+                entity=config.entity,
+                group=config.group,
+                tags=config.tags,
+                name=folder.name,
+                id=id_file.read_text().strip(),
+                resume="allow" if attempt == "online" else None,
+                dir=str(folder),
+                config=run_config,
+                mode=attempt,
+                settings=wandb.Settings(silent=True, console="off", init_timeout=config.init_timeout),
+            )
+        except Exception as error:
+            log.warning("W&B did not start %s (%s)", attempt, str(error).splitlines()[0] if str(error) else type(error))
+            continue
+        if attempt == "offline":
+            log.info("W&B runs offline; upload with: wandb sync %s", Path(run.dir).parent)
+        return run
+    return None

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from convnn.backbones import create_backbone
     from convnn.config import Config, ConfigError, OperatorConfig, SwapRule
     from convnn.functional import neighbor_aggregate
-    from convnn.layers import ConvNN2d, ConvNNAttention, HybridConvNN2d, HybridConvNNAttention
+    from convnn.hybrid import HybridConvNN2d, HybridConvNNAttention
+    from convnn.layers import ConvNN2d, ConvNNAttention
     from convnn.schedule import apply_schedule
     from convnn.swap import neighbor_layers, swap_layers
 
@@ -23,8 +24,8 @@ _HOME = {
     "ConfigError": "config",
     "ConvNN2d": "layers",
     "ConvNNAttention": "layers",
-    "HybridConvNN2d": "layers",
-    "HybridConvNNAttention": "layers",
+    "HybridConvNN2d": "hybrid",
+    "HybridConvNNAttention": "hybrid",
     "OperatorConfig": "config",
     "SwapRule": "config",
     "apply_schedule": "schedule",

@@ -28,9 +28,7 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 def config_groups() -> dict[str, list[str]]:
     """Return the options of each configuration group."""
-    return {
-        d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in sorted(CONF_DIR.iterdir()) if d.is_dir()
-    }
+    return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in sorted(CONF_DIR.iterdir()) if d.is_dir()}
 
 
 def compose_config(overrides: Sequence[str] = (), config_name: str = "config") -> Config:
@@ -74,8 +72,8 @@ def _translate(error: Exception, overrides: Sequence[str]) -> ConfigError:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if key and error.__cause__ is not None:
         lines = [str(error.__cause__).splitlines()[0]]
-    given = next((o for o in overrides if key and o.lstrip("+~").startswith(f"{key}=")), key)
-    return ConfigError(f"{given}: {lines[0]}" if given else " ".join(lines[:2]))
+    shown = next((o for o in overrides if key and o.lstrip("+~").startswith(f"{key}=")), key)
+    return ConfigError(f"{shown}: {lines[0]}" if shown else " ".join(lines[:2]))
 
 
 def setup_logging() -> None:

@@ -80,7 +80,8 @@ class OperatorConfig:
     self_first: bool = True
     """The query's own token is always its first neighbour."""
     slots: str = "rank"
-    """Weight slot of a neighbour: ``rank`` (most similar first) or ``raster`` (by position, as kernel taps)."""
+    """Weight slot of a neighbour: ``rank`` (best first), ``raster`` (by position, as kernel taps) or ``window``
+    (a neighbour inside the kernel window meets its own tap, the others fill the free taps, best first)."""
     weighting: str = "ones"
     """``ones`` or ``softmax`` of the neighbours' feature similarity divided by the temperature."""
     temperature: float = 1.0
@@ -397,12 +398,12 @@ def check_operator(operator: OperatorConfig, prefix: str = "operator") -> None:
     _choice(f"{p}.distance", operator.distance, ["chebyshev", "euclidean"])
     _choice(f"{p}.candidates", operator.candidates, ["all", "random", "grid"])
     _choice(f"{p}.eval_candidates", operator.eval_candidates, ["same", "all", "resample"])
-    _choice(f"{p}.slots", operator.slots, ["rank", "raster"])
+    _choice(f"{p}.slots", operator.slots, ["rank", "raster", "window"] if operator.kind == CONV else ["rank", "raster"])
     _choice(f"{p}.weighting", operator.weighting, ["ones", "softmax"])
     _choice(f"{p}.k_policy", operator.k_policy, ["error", "clamp"])
     own = {"convnn.layers.ConvNN2d": ["conv"], "convnn.layers.ConvNNAttention": ["depthwise", "sum"]}
-    own["convnn.layers.HybridConvNN2d"] = own["convnn.layers.ConvNN2d"]
-    own["convnn.layers.HybridConvNNAttention"] = own["convnn.layers.ConvNNAttention"]
+    own["convnn.hybrid.HybridConvNN2d"] = own["convnn.layers.ConvNN2d"]
+    own["convnn.hybrid.HybridConvNNAttention"] = own["convnn.layers.ConvNNAttention"]
     _choice(f"{p}.aggregation", operator.aggregation, own.get(operator.target, ["conv", "depthwise", "sum"]))
     _range(f"{p}.k", operator.k, 1)
     _range(f"{p}.blend", operator.blend, 0, 1)
@@ -427,9 +428,8 @@ def check_rule(rule: SwapRule, prefix: str) -> None:
         _range(f"{prefix}.{name}", getattr(rule, name), 1)
     for stage in rule.stages or []:
         _range(f"{prefix}.stages", stage, 0)
-    if rule.fraction is not None:
-        if len(rule.fraction) != 2 or not 0 <= rule.fraction[0] < rule.fraction[1] <= 1:
-            raise ConfigError(f"{prefix}.fraction={rule.fraction} must be [from, to] with 0 <= from < to <= 1")
+    if rule.fraction is not None and (len(rule.fraction) != 2 or not 0 <= rule.fraction[0] < rule.fraction[1] <= 1):
+        raise ConfigError(f"{prefix}.fraction={rule.fraction} must be [from, to] with 0 <= from < to <= 1")
     given = [n for n in ("depths", "first", "last", "every", "fraction") if getattr(rule, n) is not None]
     if len(given) > 1:
         raise ConfigError(f"{prefix}: give one of {' and '.join(given)}, not both")
@@ -522,9 +522,7 @@ def check(config: Config) -> Config:
     _choice("train.amp", train.amp, ["auto", "bf16", "off"])
     _choice("train.deterministic", train.deterministic, ["false", "warn", "true"])
     if optim.sched != "constant" and optim.warmup_epochs >= train.epochs:
-        raise ConfigError(
-            f"optim.warmup_epochs={optim.warmup_epochs} must be less than train.epochs={train.epochs}"
-        )
+        raise ConfigError(f"optim.warmup_epochs={optim.warmup_epochs} must be less than train.epochs={train.epochs}")
     if (train.mixup or train.cutmix) and train.batch_size % 2:
         raise ConfigError(f"train.batch_size={train.batch_size} must be even with train.mixup or train.cutmix")
     _choice("tracker.name", config.tracker.name, ["wandb", "jsonl"])

@@ -65,7 +65,9 @@ def load_digits(config: DataConfig) -> Dataset:
     is_test = torch.zeros(len(labels), dtype=torch.bool)
     for c in range(10):
         is_test[(labels == c).nonzero().squeeze(1)[::5]] = True
-    return Dataset(Split(images[~is_test], labels[~is_test]), Split(images[is_test], labels[is_test]), list("0123456789"))
+    return Dataset(
+        Split(images[~is_test], labels[~is_test]), Split(images[is_test], labels[is_test]), list("0123456789")
+    )
 
 
 def load_synthetic(config: DataConfig) -> Dataset:
@@ -163,7 +165,9 @@ def _image_files(root: Path, split: str) -> dict[str, list[Path]]:
 
     folder = root / split
     if not folder.is_dir():
-        raise ConfigError(f"data.root={root}: no folder {folder.absolute()}; expected {split}/CLASS/IMAGE below data.root")
+        raise ConfigError(
+            f"data.root={root}: no folder {folder.absolute()}; expected {split}/CLASS/IMAGE below data.root"
+        )
     try:
         found = {
             d.name: sorted(f for f in d.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS)
@@ -187,7 +191,9 @@ def _open(path: Path) -> Any:
         with Image.open(path) as image:
             return image.convert("RGB")
     except OSError as error:
-        raise ConfigError(f"data.root: {path} cannot be read as an image ({_line(error)}); remove or replace it") from error
+        raise ConfigError(
+            f"data.root: {path} cannot be read as an image ({_line(error)}); remove or replace it"
+        ) from error
 
 
 def _square(path: Path, side: int) -> np.ndarray:
@@ -233,7 +239,9 @@ def load_dataset(config: DataConfig) -> Dataset:
     if config.val_fraction:
         count = round(config.val_fraction * len(dataset.train))
         if not 0 < count < len(dataset.train):
-            raise ConfigError(f"data.val_fraction={config.val_fraction} of {len(dataset.train)} images leaves a split empty")
+            raise ConfigError(
+                f"data.val_fraction={config.val_fraction} of {len(dataset.train)} images leaves a split empty"
+            )
         held = torch.from_numpy(_balanced(dataset.train.labels.numpy(), count, rng))
         rest = torch.ones(len(dataset.train), dtype=torch.bool)
         rest[held] = False

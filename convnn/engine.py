@@ -4,35 +4,33 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import random
 import resource
 import signal
 import time
-from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from convnn.backbones import create_backbone
 from convnn.checkpoint import CheckpointError, load_checkpoint, load_model_state, previous_of, save_checkpoint
 from convnn.config import Config, ConfigError, fingerprint, identity, nearest
 from convnn.data import Batches, Dataset, Split, load_dataset
+from convnn.evaluation import Meter, build_model, count_gflops, evaluate, make_autocast, pick_device
 from convnn.rundir import RunFolder, environment, open_run_folder, versions
 from convnn.schedule import apply_schedule
-from convnn.swap import SwapReport, count_parameters, neighbor_layers, swap_layers
+from convnn.swap import count_parameters, neighbor_layers
 from convnn.tracking import Tracker
 
 log = logging.getLogger("convnn")
@@ -41,129 +39,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 Result = dict[str, Any]
 
 
-class Diverged(RuntimeError):
+class DivergedError(RuntimeError):
     """The loss is no longer finite."""
-
-
-# ------------------------------------------------------------------------------------------------ building
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device of ``device=``.
-
-    Raises:
-        ConfigError: if it is CUDA and there is none.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ConfigError(f"device={name}: this machine has {count} usable CUDA devices; set device=cpu or auto")
-    return device
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def build_model(config: Config, dataset: Dataset) -> tuple[nn.Module, SwapReport, int]:
-    """Build the backbone from ``config.seed`` and swap its layers; return model, report and image side in pixels.
-
-    Raises:
-        ConfigError: if the parts do not fit together.
-    """
-    channels, height, width = dataset.train.images.shape[1:]
-    image_size = config.data.image_size or config.backbone.image_size
-    if image_size is None and height != width:
-        raise ConfigError(f"data={config.data.name} has {height}x{width} images; set data.image_size")
-    image_size = image_size or height
-    seed_everything(config.seed)
-    model = create_backbone(config.backbone, len(dataset.classes), channels, image_size)
-    report = swap_layers(model, config.swap, config.operator)
-    return model, report, image_size
-
-
-@contextmanager
-def _name_failing_layer(model: nn.Module):
-    """Turn a ValueError from inside a swapped layer into a ConfigError that names the layer."""
-    running: list[str] = []
-    hooks = []
-    for name, layer in neighbor_layers(model).items():
-        hooks.append(layer.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
-        hooks.append(layer.register_forward_hook(lambda *_: running.pop() and None))
-    try:
-        yield
-    except ValueError as error:
-        where = f"layer '{running[-1]}': " if running else ""
-        raise ConfigError(f"{where}{error}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def count_gflops(model: nn.Module, channels: int, image_size: int, device: torch.device) -> float:
-    """Return 1e9 operations of the forward pass of one image, a multiplication and an addition counting as two.
-
-    Raises:
-        ConfigError: if the model cannot process an image of this size, for instance for lack of candidates.
-    """
-    image = torch.zeros(1, channels, image_size, image_size, device=device)
-    training = model.training
-    model.eval()
-    with torch.no_grad(), torch.random.fork_rng(), _name_failing_layer(model), FlopCounterMode(display=False) as counter:
-        try:
-            model(image)
-        except RuntimeError as error:
-            line = str(error).splitlines()[0]
-            raise ConfigError(f"the model cannot process a {image_size}x{image_size} image: {line}") from error
-    model.train(training)
-    return counter.get_total_flops() / 1e9
-
-
-# ---------------------------------------------------------------------------------------------- evaluation
-
-
-@dataclass
-class Meter:
-    """Sums over samples, kept on the device in float64."""
-
-    sums: Tensor
-
-    @classmethod
-    def new(cls, device: torch.device) -> Meter:
-        """Return an empty meter."""
-        return cls(torch.zeros(4, dtype=torch.float64, device=device))
-
-    def add(self, loss: Tensor, output: Tensor, labels: Tensor) -> None:
-        """Count a batch: its mean loss and its logits (B, classes)."""
-        top = output.topk(min(5, output.shape[1]), dim=1).indices == labels[:, None]
-        n = torch.tensor(len(labels), device=self.sums.device)
-        self.sums += torch.stack([loss.double() * n, top[:, 0].sum(), top.any(1).sum(), n])
-
-    def means(self) -> tuple[float, float, float]:
-        """Return mean loss, top-1 and top-5 in percent, averaged over samples."""
-        loss, top1, top5, n = self.sums.tolist()
-        return loss / n, 100 * top1 / n, 100 * top5 / n
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches, autocast: Callable[[], Any] = nullcontext) -> tuple[float, float, float]:
-    """Return mean loss, top-1 and top-5 (percent) over all samples of a split."""
-    training = model.training
-    model.eval()
-    meter = Meter.new(batches.split.images.device)
-    for images, labels in batches.epoch():
-        with autocast():
-            output = model(images)
-        output = output.float()
-        meter.add(F.cross_entropy(output, labels), output, labels)
-    model.train(training)
-    return meter.means()
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -222,8 +99,9 @@ class Trainer:
 
     def _build_training(self, num_classes: int) -> None:
         optim, train = self.config.optim, self.config.train
-        if optim.name not in list_optimizers():
-            raise ConfigError(f"optim.name={optim.name} is not a timm optimizer{nearest(optim.name, list_optimizers())}")
+        known = [str(name) for name in list_optimizers()]
+        if optim.name not in known:
+            raise ConfigError(f"optim.name={optim.name} is not a timm optimizer{nearest(optim.name, known)}")
         self.optimizer = create_optimizer_v2(
             self.model,
             optim.name,
@@ -249,7 +127,9 @@ class Trainer:
             except AssertionError as error:
                 raise ConfigError(f"optim.sched={optim.sched} is not usable: {error}") from error
             if self.scheduler is None:
-                raise ConfigError(f"optim.sched={optim.sched} is not a timm schedule; use constant, cosine, step, poly, ...")
+                raise ConfigError(
+                    f"optim.sched={optim.sched} is not a timm schedule; use constant, cosine, step, poly, ..."
+                )
         self.mixup = None
         self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
         if train.mixup or train.cutmix:
@@ -269,7 +149,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Return all that decides how the run goes on, as plain types and tensors."""
-        kind, keys, *rest = np.random.get_state()
+        kind, keys, *rest = np.random.get_state(legacy=True)
         return {
             "identity": identity(self.config),
             "fingerprint": fingerprint(self.config),
@@ -287,7 +167,7 @@ class Trainer:
             "spectrum": {name: layer.spectrum() for name, layer in neighbor_layers(self.model).items()},
             "rng": {
                 "python": random.getstate(),
-                "numpy": [str(kind), keys.tolist(), *rest],  # type: ignore[union-attr]
+                "numpy": [str(kind), np.asarray(keys).tolist(), *rest],
                 "torch": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
@@ -343,8 +223,7 @@ class Trainer:
             if signum is not None:
                 self.save("last")
                 return signum
-            if self.step < self.total_steps or self.step_in_epoch:
-                self._end_epoch()
+            self._end_epoch()
             signum = stop()
             if signum is not None and self.step < self.total_steps:
                 return signum
@@ -406,7 +285,7 @@ class Trainer:
             lr = self.optimizer.param_groups[0]["lr"]
             kept = self.folder.checkpoints / "last.pt"
             good = f"the last good checkpoint is {kept}" if kept.exists() else "there is no checkpoint yet"
-            raise Diverged(f"loss is not finite at step {bad} (epoch {self.epoch + 1}, lr {lr:.3g}); {good}")
+            raise DivergedError(f"loss is not finite at step {bad} (epoch {self.epoch + 1}, lr {lr:.3g}); {good}")
 
     def _end_epoch(self) -> None:
         """Evaluate, log and checkpoint; the run is then at the start of the next epoch."""
@@ -472,7 +351,7 @@ class Trainer:
             if signum is not None:
                 result["signal"] = signal.Signals(signum).name
             exit_code = 0 if signum is None else 128 + signum
-        except Diverged as error:
+        except DivergedError as error:
             result = self.result("diverged") | {"reason": str(error)}
             exit_code = 3
             log.error("diverged: %s", error)
@@ -516,45 +395,8 @@ class Trainer:
         }
 
 
-def evaluate_run(config: Config, folder: Path, checkpoint: str) -> Result:
-    """Evaluate ``checkpoints/<checkpoint>.pt`` of a run on its test set, on the device that ``config`` names.
-
-    Raises:
-        CheckpointError: if the checkpoint is missing, damaged or does not fit.
-    """
-    path = folder / "checkpoints" / f"{checkpoint}.pt"
-    device = pick_device(config.device)
-    state = load_checkpoint(path)
-    dataset = load_dataset(config.data)
-    config.backbone.pretrained = False  # the checkpoint has all weights
-    model, _, image_size = build_model(config, dataset)
-    load_model_state(model, state["ema"] or state["model"], path)
-    for name, layer in neighbor_layers(model).items():
-        layer.set_spectrum(**state["spectrum"][name])
-    train = config.train
-    if train.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    size = train.eval_batch_size or train.batch_size
-    split = dataset.test.to(device)
-    batches = Batches(split, size, config.data, image_size, channels_last=train.channels_last)
-    scores = evaluate(model.to(device), batches, make_autocast(train.amp, device))
-    loss, top1, top5 = scores
-    return {"checkpoint": checkpoint, "epochs": state["epoch"], "images": len(split)} | {
-        "loss": loss,
-        "top1": top1,
-        "top5": top5,
-    }
-
-
-def make_autocast(amp: str, device: torch.device) -> Callable[[], Any]:
-    """Return the precision context of ``train.amp``."""
-    if amp == "bf16" or (amp == "auto" and device.type == "cuda"):
-        return lambda: torch.autocast(device.type, torch.bfloat16)
-    return nullcontext
-
-
 @contextmanager
-def _stop_on_signal():
+def _stop_on_signal() -> Iterator[Callable[[], int | None]]:
     """Catch TERM, INT and USR2: yield a function that returns the signal seen, or None. A second one kills."""
     seen: list[int] = []
 
@@ -574,8 +416,6 @@ def _stop_on_signal():
 
 
 def _set_determinism(mode: str) -> None:
-    import os
-
     if mode != "false":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(mode != "false", warn_only=mode == "warn")
@@ -599,7 +439,12 @@ def run(config: Config) -> Result:
             return folder.done
         _set_determinism(config.train.deterministic)
         with _stop_on_signal() as stop:
-            result = Trainer(config, folder).run(stop)
+            try:
+                trainer = Trainer(config, folder)
+            except ConfigError:
+                folder.discard()
+                raise
+            result = trainer.run(stop)
         if result["status"] == "complete":
             log.info(
                 "top-1 %.2f%% (last epoch), best on %s %.2f%%, %d parameters, %s",

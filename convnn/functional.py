@@ -79,7 +79,9 @@ def is_convolution(geometry: Geometry, selection: Selection, *, num: int, blend:
     )
 
 
-def convolve(x: Tensor, geometry: Geometry, selection: Selection, weight: Tensor, bias: Tensor | None, groups: int):
+def convolve(
+    x: Tensor, geometry: Geometry, selection: Selection, weight: Tensor, bias: Tensor | None, groups: int
+) -> Tensor:
     """Compute the position end through ``F.conv2d``: (B, C, h, w), weight (O, C / groups, K) -> (B, O, h', w')."""
     kernel = slots_to_kernel(weight[..., : math.prod(geometry.kernel)], geometry.kernel, selection.slots)
     return F.conv2d(x, kernel, bias, geometry.stride, geometry.padding, geometry.dilation, groups)
@@ -87,15 +89,15 @@ def convolve(x: Tensor, geometry: Geometry, selection: Selection, weight: Tensor
 
 def slots_to_kernel(weight: Tensor, kernel: tuple[int, int], slots: str) -> Tensor:
     """Return slot weights (O, C, kh * kw) as a convolution kernel (O, C, kh, kw); see ``kernel_to_slots``."""
-    if slots == "rank":
+    if slots != "raster":
         weight = weight[..., window_order(kernel).argsort().to(weight.device)]
     return weight.unflatten(-1, kernel)
 
 
 def kernel_to_slots(kernel: Tensor, slots: str) -> Tensor:
-    """Return a convolution kernel (O, C, kh, kw) as slot weights (O, C, kh * kw), nearest tap first for ``rank``."""
+    """Return a convolution kernel (O, C, kh, kw) as slot weights (O, C, kh * kw), nearest tap first unless raster."""
     weight = kernel.flatten(2)
-    if slots == "rank":
+    if slots != "raster":
         weight = weight[..., window_order((kernel.shape[2], kernel.shape[3])).to(weight.device)]
     return weight
 

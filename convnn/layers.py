@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -28,7 +29,7 @@ from convnn.functional import (
 from convnn.geometry import Geometry, Pair
 from convnn.selection import Selection
 
-__all__ = ["Attention", "ConvNN2d", "ConvNNAttention", "HybridConvNN2d", "HybridConvNNAttention", "Site"]
+__all__ = ["Attention", "ConvNN2d", "ConvNNAttention", "NeighborLayer", "Site"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class NeighborLayer(nn.Module):
             ("distance", self.selection.distance, ("chebyshev", "euclidean")),
             ("candidates", self.selection.candidates, ("all", "random", "grid")),
             ("eval_candidates", self.selection.eval_candidates, ("same", "all", "resample")),
-            ("slots", self.selection.slots, ("rank", "raster")),
+            ("slots", self.selection.slots, ("rank", "raster", "window")),
             ("k_policy", self.selection.k_policy, ("error", "clamp")),
             ("weighting", weighting, ("ones", "softmax")),
         ):
@@ -115,7 +116,8 @@ def selection_settings(config: OperatorConfig) -> dict[str, Any]:
     return {f.name: values[f.name] for f in fields(Selection)}
 
 
-def _pair(value: int | Pair) -> Pair:
+def pair(value: int | tuple[int, ...]) -> Pair:
+    """Return (rows, columns) of a number or pair."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
@@ -168,10 +170,10 @@ class ConvNN2d(NeighborLayer):
         **selection: Any,
     ) -> None:
         super().__init__()
-        self.stride, self.padding, self.dilation = _pair(stride), _pair(padding), _pair(dilation)
+        self.stride, self.padding, self.dilation = pair(stride), pair(padding), pair(dilation)
         if kernel_size is None:
             kernel_size = (2 * self.padding[0] + 1, 2 * self.padding[1] + 1)
-        self.kernel_size = _pair(kernel_size)
+        self.kernel_size = pair(kernel_size)
         if any(m % 2 == 0 for m in self.kernel_size):
             raise ValueError(f"kernel_size={self.kernel_size} must be odd: an even window has no centre token")
         if in_channels % groups or out_channels % groups:
@@ -272,17 +274,17 @@ class ConvNN2d(NeighborLayer):
         Raises:
             ConfigError: for an even kernel, a padding other than zeros or numbers, or a k too small to transfer.
         """
-        padding = _check_conv(layer, site)
+        padding = check_conv(layer, site)
         out = layer.out_channels if out_channels is None else out_channels
         new = cls(
             layer.in_channels,
             out,
             config.k,
-            _pair(layer.stride),
+            pair(layer.stride),
             padding,
             config.blend,
-            kernel_size=_pair(layer.kernel_size),
-            dilation=_pair(layer.dilation),
+            kernel_size=pair(layer.kernel_size),
+            dilation=pair(layer.dilation),
             groups=layer.groups,
             bias=layer.bias is not None,
             weighting=config.weighting,
@@ -301,13 +303,15 @@ class ConvNN2d(NeighborLayer):
         return new.to(layer.weight.device, layer.weight.dtype)
 
 
-def _check_conv(layer: nn.Conv2d, site: Site) -> Pair:
+def check_conv(layer: nn.Conv2d, site: Site) -> Pair:
     """Return the padding of a convolution that ConvNN2d can stand in for, else raise ConfigError with the reason."""
     if not isinstance(layer, nn.Conv2d):
         raise ConfigError(f"'{site.name}' is a {type(layer).__name__}, not a convolution; choose operator.kind to fit")
     size = "x".join(map(str, layer.kernel_size))
     if any(m % 2 == 0 for m in layer.kernel_size):
-        raise ConfigError(f"'{site.name}' has an even {size} kernel, which has no centre token; exclude it (swap.exclude)")
+        raise ConfigError(
+            f"'{site.name}' has an even {size} kernel, which has no centre token; exclude it (swap.exclude)"
+        )
     if layer.padding_mode != "zeros":
         raise ConfigError(f"'{site.name}' pads with padding_mode={layer.padding_mode}; only zeros can be replaced")
     if type(layer).forward is not nn.Conv2d.forward:
@@ -317,83 +321,13 @@ def _check_conv(layer: nn.Conv2d, site: Site) -> Pair:
     if isinstance(layer.padding, str):
         if layer.padding == "valid":
             return (0, 0)
-        dilation, kernel = _pair(layer.dilation), _pair(layer.kernel_size)
+        dilation, kernel = pair(layer.dilation), pair(layer.kernel_size)
         return (dilation[0] * (kernel[0] // 2), dilation[1] * (kernel[1] // 2))
-    return _pair(layer.padding)
+    return pair(layer.padding)
 
 
-def _split(total: int, ratio: float, name: str) -> int:
-    """Return the channels of the neighbour branch, int(ratio * total) as in the paper."""
-    own = int(ratio * total)
-    if (own == 0 and ratio > 0) or (own == total and ratio < 1):
-        raise ConfigError(
-            f"operator.branch_ratio={ratio:g} leaves a branch of '{name}' without any of its {total} channels; "
-            "use a ratio nearer to 0.5, or 0 or 1"
-        )
-    return own
-
-
-class HybridConvNN2d(nn.Module):
-    """Hybrid branching: some output channels from neighbours, the rest from a convolution, then a 1x1 convolution.
-
-    Both branches read all input channels. A ratio of 0 or 1 keeps one branch and the 1x1 convolution.
-
-    Args:
-        neighbors: the neighbour branch, or None.
-        conv: the convolution branch, or None.
-
-    Shape:
-        (B, C, h, w) -> (B, O, h', w'), O the sum of both branches' output channels.
-    """
-
-    def __init__(self, neighbors: ConvNN2d | None, conv: nn.Conv2d | None) -> None:
-        super().__init__()
-        if neighbors is None and conv is None:
-            raise ValueError("a hybrid layer needs at least one branch")
-        self.neighbors, self.conv = neighbors, conv
-        out = sum(branch.out_channels for branch in (neighbors, conv) if branch is not None)
-        self.pointwise = nn.Conv2d(out, out, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, O, h', w')."""
-        branches = [branch(x) for branch in (self.neighbors, self.conv) if branch is not None]
-        return self.pointwise(torch.cat(branches, dim=1) if len(branches) > 1 else branches[0])
-
-    @classmethod
-    def from_layer(cls, layer: nn.Conv2d, config: OperatorConfig, init: str, site: Site) -> HybridConvNN2d:
-        """Build the replacement of a convolution; ``transfer`` splits its kernel and starts the 1x1 as identity."""
-        padding = _check_conv(layer, site)
-        if config.branch_ratio is None:
-            raise ConfigError("operator.branch_ratio=null: a hybrid operator needs a ratio in [0, 1]")
-        if layer.groups != 1:
-            raise ConfigError(f"'{site.name}' has groups={layer.groups}; a hybrid needs 1: exclude it (swap.exclude)")
-        own = _split(layer.out_channels, config.branch_ratio, site.name)
-        rest = layer.out_channels - own
-        neighbors = ConvNN2d.from_layer(layer, config, init, site, out_channels=own) if own else None
-        conv = None
-        if rest:
-            conv = nn.Conv2d(
-                layer.in_channels,
-                rest,
-                _pair(layer.kernel_size),
-                _pair(layer.stride),
-                padding,
-                _pair(layer.dilation),
-                bias=layer.bias is not None,
-            )
-        hybrid = cls(neighbors, conv).to(layer.weight.device, layer.weight.dtype)
-        if init == "transfer":
-            with torch.no_grad():
-                if hybrid.conv is not None:
-                    hybrid.conv.weight.copy_(layer.weight[own:])
-                    if hybrid.conv.bias is not None and layer.bias is not None:
-                        hybrid.conv.bias.copy_(layer.bias[own:])
-                nn.init.dirac_(hybrid.pointwise.weight)
-                nn.init.zeros_(hybrid.pointwise.bias)  # type: ignore[arg-type]
-        return hybrid
-
-
-def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Raise ValueError for the masks that timm's blocks may pass."""
     if attn_mask is not None or is_causal:
         raise ValueError("attn_mask and is_causal are not supported: neighbours are chosen among all tokens")
 
@@ -445,7 +379,7 @@ class ConvNNAttention(NeighborLayer):
         proj_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        norm_layer: type[nn.Module] = nn.LayerNorm,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
         aggregation: str = "depthwise",
         weighting: str = "softmax",
         temperature: float = 1.0,
@@ -496,7 +430,7 @@ class ConvNNAttention(NeighborLayer):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, N, C) -> (B, N, dim_out). A mask is refused rather than ignored."""
-        _refuse_mask(attn_mask, is_causal)
+        refuse_mask(attn_mask, is_causal)
         b, n, c = x.shape
         qkv = self.qkv(x).view(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (B, H, N, D)
@@ -543,7 +477,7 @@ class ConvNNAttention(NeighborLayer):
         Raises:
             ConfigError: for an attention module with parts that this one lacks.
         """
-        _check_attention(layer, site)
+        check_attention(layer, site)
         has_norm = not isinstance(layer.q_norm, nn.Identity)
         new = cls(
             layer.attn_dim,
@@ -564,30 +498,36 @@ class ConvNNAttention(NeighborLayer):
             **selection_settings(config),
         )
         if has_norm:
-            new.q_norm, new.k_norm = _fresh_copy(layer.q_norm, init), _fresh_copy(layer.k_norm, init)
+            new.q_norm, new.k_norm = copy_norm(layer.q_norm, init), copy_norm(layer.k_norm, init)
         with torch.no_grad():
-            _init_linear(new.qkv, layer.qkv, init)
-            _init_linear(new.proj, layer.proj, init)
+            init_linear(new.qkv, layer.qkv, init)
+            init_linear(new.proj, layer.proj, init)
         return new.to(layer.qkv.weight.device, layer.qkv.weight.dtype)
 
 
-def _check_attention(layer: nn.Module, site: Site) -> None:
+def check_attention(layer: nn.Module, site: Site) -> None:
+    """Raise ConfigError for a module that ConvNNAttention cannot stand in for, with the reason."""
     if not isinstance(layer, Attention):
-        raise ConfigError(f"'{site.name}' is a {type(layer).__name__}, not timm's Attention; choose operator.kind to fit")
+        raise ConfigError(
+            f"'{site.name}' is a {type(layer).__name__}, not timm's Attention; choose operator.kind to fit"
+        )
     if layer.attn_dim != layer.qkv.in_features:
         raise ConfigError(f"'{site.name}' has a width of its own ({layer.attn_dim}); it cannot be replaced")
     if layer.gate is not None or not isinstance(layer.norm, nn.Identity):
-        raise ConfigError(f"'{site.name}' has a gate or output norm, which ConvNNAttention lacks; exclude it (swap.exclude)")
+        raise ConfigError(
+            f"'{site.name}' has a gate or output norm, which ConvNNAttention lacks; exclude it (swap.exclude)"
+        )
 
 
-def _fresh_copy(norm: nn.Module, init: str) -> nn.Module:
+def copy_norm(norm: nn.Module, init: str) -> nn.Module:
+    """Return a copy of a normalisation layer, reset for ``fresh``."""
     norm = copy.deepcopy(norm)
     if init == "fresh" and hasattr(norm, "reset_parameters"):
         norm.reset_parameters()
     return norm
 
 
-def _init_linear(new: nn.Linear, old: nn.Linear, init: str, first: int = 0) -> None:
+def init_linear(new: nn.Linear, old: nn.Linear, init: str, first: int = 0) -> None:
     """Copy a projection's rows from ``first`` on, or draw them as timm's ViT does."""
     if init == "transfer":
         rows = slice(first, first + new.out_features)
@@ -598,61 +538,3 @@ def _init_linear(new: nn.Linear, old: nn.Linear, init: str, first: int = 0) -> N
     nn.init.trunc_normal_(new.weight, std=0.02)
     if new.bias is not None:
         nn.init.zeros_(new.bias)
-
-
-class HybridConvNNAttention(nn.Module):
-    """Hybrid branching: some output channels from neighbours, the rest from full attention, then a linear layer.
-
-    Both branches read all channels with projections of their own. A ratio of 0 or 1 keeps one branch.
-
-    Args:
-        neighbors: the neighbour branch, or None.
-        attention: the attention branch, or None.
-
-    Shape:
-        (B, N, C) -> (B, N, O), O the sum of both branches' output channels.
-    """
-
-    def __init__(self, neighbors: ConvNNAttention | None, attention: Attention | None) -> None:
-        super().__init__()
-        if neighbors is None and attention is None:
-            raise ValueError("a hybrid layer needs at least one branch")
-        self.neighbors, self.attention = neighbors, attention
-        out = sum(branch.proj.out_features for branch in (neighbors, attention) if branch is not None)
-        self.pointwise = nn.Linear(out, out)
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """(B, N, C) -> (B, N, O). A mask is refused rather than ignored."""
-        _refuse_mask(attn_mask, is_causal)
-        branches = [branch(x) for branch in (self.neighbors, self.attention) if branch is not None]
-        return self.pointwise(torch.cat(branches, dim=-1) if len(branches) > 1 else branches[0])
-
-    @classmethod
-    def from_layer(cls, layer: Attention, config: OperatorConfig, init: str, site: Site) -> HybridConvNNAttention:
-        """Build the replacement of timm's attention; ``transfer`` splits the output projection."""
-        _check_attention(layer, site)
-        if config.branch_ratio is None:
-            raise ConfigError("operator.branch_ratio=null: a hybrid operator needs a ratio in [0, 1]")
-        total = layer.proj.out_features
-        own = _split(total, config.branch_ratio, site.name)
-        neighbors = ConvNNAttention.from_layer(layer, config, init, site, dim_out=own) if own else None
-        attention = None
-        if own < total:
-            attention = Attention(
-                layer.attn_dim,
-                layer.num_heads,
-                dim_out=total - own,
-                qkv_bias=layer.qkv.bias is not None,
-                proj_bias=layer.proj.bias is not None,
-                attn_drop=layer.attn_drop.p,
-                proj_drop=layer.proj_drop.p,
-            )
-            attention.q_norm, attention.k_norm = _fresh_copy(layer.q_norm, init), _fresh_copy(layer.k_norm, init)
-            with torch.no_grad():
-                _init_linear(attention.qkv, layer.qkv, init)
-                _init_linear(attention.proj, layer.proj, init, first=own)
-        hybrid = cls(neighbors, attention).to(layer.qkv.weight.device, layer.qkv.weight.dtype)
-        if init == "transfer":
-            nn.init.eye_(hybrid.pointwise.weight)
-            nn.init.zeros_(hybrid.pointwise.bias)
-        return hybrid

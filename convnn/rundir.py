@@ -22,9 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from convnn.config import Config, ConfigError, check, check_keys, differences, fingerprint, identity, run_name
 
-_OWN = (
-    "config.yaml env.json train.log metrics.jsonl swap.txt result.json wandb_id checkpoints wandb .lock"  # fmt: skip
-).split()
+_OWN = ("config.yaml", "env.json", "train.log", "metrics.jsonl", "swap.txt", "result.json", "wandb_id")
+_OWN_FOLDERS = ("checkpoints", "wandb")
 _PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "wandb")
 
 log = logging.getLogger("convnn")
@@ -82,6 +81,8 @@ class RunFolder:
     """A run of the same configuration was begun here and is to be continued."""
     done: dict[str, Any] | None = None
     """The result, if that run is complete and nothing is left to do."""
+    _created: int = 0
+    """Parent folders that had to be made."""
     _lock: TextIO | None = field(default=None, repr=False)
     _handler: logging.Handler | None = field(default=None, repr=False)
 
@@ -96,6 +97,16 @@ class RunFolder:
 
         text = json.dumps(values, indent=2) + "\n"
         write_atomically(self.path / name, lambda file: file.write(text.encode()))
+
+    def discard(self) -> None:
+        """Remove a folder in which nothing was begun."""
+        if self.resume:
+            return
+        for name in (*_OWN, ".lock"):
+            (self.path / name).unlink(missing_ok=True)
+        for folder in (self.path, *self.path.parents[: self._created]):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
     def close(self) -> None:
         """Release the folder."""
@@ -125,16 +136,19 @@ def open_run_folder(config: Config) -> RunFolder:
         raise ConfigError(
             f"run.dir={path} already holds a run ({state}); set run.if_exists=resume, skip or overwrite, or run.dir"
         )
+    created = sum(not parent.exists() for parent in path.parents)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
     except OSError as error:
         raise ConfigError(f"run.dir={path} cannot be written: {error.strerror}") from error
-    folder = RunFolder(path, resume=False, _lock=lock)
+    folder = RunFolder(path, resume=False, _created=created, _lock=lock)
     try:
         if used and policy == "overwrite":
             for name in _OWN:
-                _remove(path / name)
+                (path / name).unlink(missing_ok=True)
+            for name in _OWN_FOLDERS:
+                shutil.rmtree(path / name, ignore_errors=True)
         elif used:
             changed = differences(identity(load_config(path)), identity(config))
             if changed:
@@ -155,13 +169,6 @@ def open_run_folder(config: Config) -> RunFolder:
     if not folder.resume:
         (path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
     return folder
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    elif path.name != ".lock":
-        path.unlink(missing_ok=True)
 
 
 def _lock(path: Path) -> TextIO:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convnn.geometry import Geometry
+from convnn.geometry import Geometry, window_order
 from convnn.similarity import blend_scores, feature_similarity
 
 # Scores held at once, in numbers; larger problems go through in chunks of queries (64 Mi scores: 256 MiB in float32).
@@ -118,7 +118,39 @@ def select_neighbors(
         if len({p.shape[:2] for p in parts}) > 1:
             parts = [p.expand(q.shape[0], q.shape[1], -1, -1) for p in parts]
         index = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
-        return index.sort(dim=-1).values if selection.slots == "raster" else index
+        if selection.slots == "raster":
+            return index.sort(dim=-1).values
+        return window_slots(index, queries, geometry) if selection.slots == "window" else index
+
+
+def window_slots(index: Tensor, queries: Tensor, geometry: Geometry) -> Tensor:
+    """Put neighbours that lie in the kernel window of their query into the slot of their tap.
+
+    Slots are numbered as at blend 0, nearest tap first; neighbours outside the window fill the free slots, best
+    first. So a neighbour that comes in changes one slot, and a layer moves away from a convolution without a jump.
+
+    Args:
+        index: neighbours in rank order, (B, H, Q, K).
+        queries: token of each query, (Q,).
+        geometry: of the map.
+    """
+    k = index.shape[-1]
+    rows, cols = geometry.coordinates(index)
+    own_rows, own_cols = (t[:, None] for t in geometry.coordinates(queries))
+    tap, inside = torch.zeros_like(index), torch.ones_like(index, dtype=torch.bool)
+    for delta, m, d in zip((rows - own_rows, cols - own_cols), geometry.kernel, geometry.dilation, strict=True):
+        step = delta.div(d, rounding_mode="floor") + m // 2
+        inside &= (delta % d == 0) & (step >= 0) & (step < m)
+        tap = tap * m + step
+    order = window_order(geometry.kernel).argsort().to(index.device)
+    slot = order[tap.where(inside, 0)]
+    inside &= slot < k
+    taken = torch.zeros_like(index).scatter_add_(-1, slot.where(inside, 0), inside.long())
+    free = taken.argsort(dim=-1, stable=True)  # free slots first, in order
+    outsiders = inside.long().argsort(dim=-1, stable=True)  # positions in the ranking, outsiders first
+    slot_of = torch.empty_like(index).scatter_(-1, outsiders, free)
+    slot_of = torch.where(inside, slot, slot_of)
+    return torch.empty_like(index).scatter_(-1, slot_of, index)
 
 
 def _best(

@@ -47,7 +47,9 @@ class SwapReport:
         widths = [max(len(row[i]) for row in [header, *cells]) for i in range(5)]
 
         def line(row: tuple[str, ...]) -> str:
-            text = [cell.rjust(w) if i > 2 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+            text = [
+                cell.rjust(w) if i > 2 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ]
             return "  ".join(text).rstrip()
 
         rule = "-" * len(line(header))
@@ -263,5 +265,3 @@ def _pair_of(value: Any) -> tuple[int, ...]:
 def neighbor_layers(model: nn.Module) -> dict[str, NeighborLayer]:
     """Return the layers of the model that lie on the spectrum, by name, in forward order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, NeighborLayer)}
-
-

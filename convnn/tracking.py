@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def _start_wandb(config: TrackerConfig, folder: Path, run_config: dict[str, Any]
         return None
     id_file = folder / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id())
+        id_file.write_text(secrets.token_hex(4))
     for attempt in dict.fromkeys([mode, "offline"]):
         try:
             run = wandb.init(
@@ -115,7 +116,7 @@ def _start_wandb(config: TrackerConfig, folder: Path, run_config: dict[str, Any]
                 resume="allow" if attempt == "online" else None,
                 dir=str(folder),
                 config=run_config,
-                mode=attempt,
+                mode=attempt,  # type: ignore[arg-type]
                 settings=wandb.Settings(silent=True, console="off", init_timeout=config.init_timeout),
             )
         except Exception as error:

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     if options.data_root:
         config.data.root = options.data_root
     config.device = options.device
-    from convnn.engine import evaluate_run
+    from convnn.evaluation import evaluate_run
 
     print(json.dumps(evaluate_run(config, Path(options.run), options.checkpoint)))
 

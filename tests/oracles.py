@@ -64,7 +64,30 @@ def _pick(query, queries, keys, where, candidates, *, k, blend, similarity, metr
     if self_first:
         ranked = [query] + [j for j in ranked if j != query]
     chosen = ranked[:k]
-    return sorted(chosen) if slots == "raster" else chosen
+    if slots == "raster":
+        return sorted(chosen)
+    return _into_window(query, chosen, where, window) if slots == "window" else chosen
+
+
+def _into_window(query, chosen, where, window):
+    """Neighbours inside the window take their tap's slot (nearest tap first), the others the free slots in order."""
+    (kh, kw), (dh, dw) = window
+    rh, rw = kh // 2, kw // 2
+    offsets = [(r, c) for r in range(-rh, rh + 1) for c in range(-rw, rw + 1)]
+    sh, sw = (1, 1) if rh == rw else (max(rh, rw) / rh if rh else 99, max(rh, rw) / rw if rw else 99)
+    offsets.sort(key=lambda o: max(abs(o[0]) * sh, abs(o[1]) * sw))  # stable: raster order within a ring
+    slots = [None] * len(chosen)
+    outside = []
+    for j in chosen:
+        offset = (where[j][0] - where[query][0], where[j][1] - where[query][1])
+        taps = [i for i, o in enumerate(offsets[: len(chosen)]) if (o[0] * dh, o[1] * dw) == offset]
+        if taps:
+            slots[taps[0]] = j
+        else:
+            outside.append(j)
+    for j in outside:
+        slots[slots.index(None)] = j
+    return slots
 
 
 def _weigh(query, chosen, queries, keys, weighting, temperature, similarity):

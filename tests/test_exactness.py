@@ -90,6 +90,8 @@ def test_convnn2d_k_from_one_to_all(k, blend):
         {"padding": (1, 2), "kernel_size": (3, 5)},
         {"padding": 3, "kernel_size": 3},
         {"slots": "raster"},
+        {"slots": "window"},
+        {"slots": "window", "kernel_size": (1, 3), "padding": (0, 1), "stride": 2},
         {"distance": "euclidean"},
         {"self_first": False},
         {"pad_candidates": False},
@@ -121,7 +123,7 @@ def test_convnn2d_grid_candidates_equal_loop_reference():
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7, (3, 5), (1, 7)])
-@pytest.mark.parametrize("slots", ["rank", "raster"])
+@pytest.mark.parametrize("slots", ["rank", "raster", "window"])
 @pytest.mark.parametrize("fast", [False, True])
 def test_position_end_is_convolution(kernel, slots, fast):
     kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
@@ -166,9 +168,7 @@ def test_conv2d_with_string_padding_and_larger_k():
 
 def attention_case(n, k, *, prefix=0, grid=None, heads=2, candidates=None, **kwargs):
     torch.manual_seed(0)
-    module = ConvNNAttention(
-        8, heads, k, num_prefix_tokens=prefix, grid_size=grid, qkv_bias=True, fast=False, **kwargs
-    )
+    module = ConvNNAttention(8, heads, k, num_prefix_tokens=prefix, grid_size=grid, qkv_bias=True, fast=False, **kwargs)
     module = module.double().eval()
     if module.slot_weight is not None:
         nn.init.normal_(module.slot_weight)

@@ -1,0 +1,186 @@
+"""From a configuration to a model and its scores: building, counting, evaluating."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from convnn.backbones import create_backbone
+from convnn.checkpoint import load_checkpoint, load_model_state
+from convnn.config import Config, ConfigError
+from convnn.data import Batches, Dataset, load_dataset
+from convnn.swap import SwapReport, neighbor_layers, swap_layers
+
+# ------------------------------------------------------------------------------------------------ building
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of ``device=``.
+
+    Raises:
+        ConfigError: if it is CUDA and there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ConfigError(f"device={name}: this machine has {count} usable CUDA devices; set device=cpu or auto")
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def build_model(config: Config, dataset: Dataset) -> tuple[nn.Module, SwapReport, int]:
+    """Build the backbone from ``config.seed`` and swap its layers; return model, report and image side in pixels.
+
+    Raises:
+        ConfigError: if the parts do not fit together.
+    """
+    channels, height, width = dataset.train.images.shape[1:]
+    image_size = config.data.image_size or config.backbone.image_size
+    if image_size is None and height != width:
+        raise ConfigError(f"data={config.data.name} has {height}x{width} images; set data.image_size")
+    image_size = image_size or height
+    seed_everything(config.seed)
+    model = create_backbone(config.backbone, len(dataset.classes), channels, image_size)
+    report = swap_layers(model, config.swap, config.operator)
+    return model, report, image_size
+
+
+@contextmanager
+def _name_failing_layer(model: nn.Module) -> Iterator[None]:
+    """Turn a ValueError from inside a swapped layer into a ConfigError that names the layer."""
+    running: list[str] = []
+    hooks = []
+    for name, layer in neighbor_layers(model).items():
+        hooks.append(layer.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
+        hooks.append(layer.register_forward_hook(lambda *_: running.pop() and None))
+    try:
+        yield
+    except ValueError as error:
+        where = f"layer '{running[-1]}': " if running else ""
+        raise ConfigError(f"{where}{error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def count_gflops(model: nn.Module, channels: int, image_size: int, device: torch.device) -> float:
+    """Return 1e9 operations of the forward pass of one image, a multiplication and an addition counting as two.
+
+    Raises:
+        ConfigError: if the model cannot process an image of this size, for instance for lack of candidates.
+    """
+    image = torch.zeros(1, channels, image_size, image_size, device=device)
+    training = model.training
+    model.eval()
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(),
+        _name_failing_layer(model),
+        FlopCounterMode(display=False) as counter,
+    ):
+        try:
+            model(image)
+        except RuntimeError as error:
+            line = str(error).splitlines()[0]
+            raise ConfigError(f"the model cannot process a {image_size}x{image_size} image: {line}") from error
+    model.train(training)
+    return counter.get_total_flops() / 1e9
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+@dataclass
+class Meter:
+    """Sums over samples, kept on the device in float64."""
+
+    sums: Tensor
+
+    @classmethod
+    def new(cls, device: torch.device) -> Meter:
+        """Return an empty meter."""
+        return cls(torch.zeros(4, dtype=torch.float64, device=device))
+
+    def add(self, loss: Tensor, output: Tensor, labels: Tensor) -> None:
+        """Count a batch: its mean loss and its logits (B, classes)."""
+        top = output.topk(min(5, output.shape[1]), dim=1).indices == labels[:, None]
+        n = torch.tensor(len(labels), device=self.sums.device)
+        self.sums += torch.stack([loss.double() * n, top[:, 0].sum(), top.any(1).sum(), n])
+
+    def means(self) -> tuple[float, float, float]:
+        """Return mean loss, top-1 and top-5 in percent, averaged over samples."""
+        loss, top1, top5, n = self.sums.tolist()
+        return loss / n, 100 * top1 / n, 100 * top5 / n
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Batches, autocast: Callable[[], Any] = nullcontext
+) -> tuple[float, float, float]:
+    """Return mean loss, top-1 and top-5 (percent) over all samples of a split."""
+    training = model.training
+    model.eval()
+    meter = Meter.new(batches.split.images.device)
+    for images, labels in batches.epoch():
+        with autocast():
+            output = model(images)
+        output = output.float()
+        meter.add(F.cross_entropy(output, labels), output, labels)
+    model.train(training)
+    return meter.means()
+
+
+def evaluate_run(config: Config, folder: Path, checkpoint: str) -> dict[str, Any]:
+    """Evaluate ``checkpoints/<checkpoint>.pt`` of a run on its test set, on the device that ``config`` names.
+
+    Raises:
+        CheckpointError: if the checkpoint is missing, damaged or does not fit.
+    """
+    path = folder / "checkpoints" / f"{checkpoint}.pt"
+    device = pick_device(config.device)
+    state = load_checkpoint(path)
+    dataset = load_dataset(config.data)
+    config.backbone.pretrained = False  # the checkpoint has all weights
+    model, _, image_size = build_model(config, dataset)
+    load_model_state(model, state["ema"] or state["model"], path)
+    for name, layer in neighbor_layers(model).items():
+        layer.set_spectrum(**state["spectrum"][name])
+    train = config.train
+    if train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    size = train.eval_batch_size or train.batch_size
+    split = dataset.test.to(device)
+    batches = Batches(split, size, config.data, image_size, channels_last=train.channels_last)
+    scores = evaluate(model.to(device), batches, make_autocast(train.amp, device))
+    loss, top1, top5 = scores
+    return {"checkpoint": checkpoint, "epochs": state["epoch"], "images": len(split)} | {
+        "loss": loss,
+        "top1": top1,
+        "top5": top5,
+    }
+
+
+def make_autocast(amp: str, device: torch.device) -> Callable[[], Any]:
+    """Return the precision context of ``train.amp``."""
+    if amp == "bf16" or (amp == "auto" and device.type == "cuda"):
+        return lambda: torch.autocast(device.type, torch.bfloat16)
+    return nullcontext

@@ -1,0 +1,152 @@
+"""Hybrid branching: neighbours for some output channels, the replaced kind of layer for the rest.
+
+Shapes: B batch, N tokens, C input and O output channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from convnn.config import ConfigError, OperatorConfig
+from convnn.layers import (
+    Attention,
+    ConvNN2d,
+    ConvNNAttention,
+    Site,
+    check_attention,
+    check_conv,
+    copy_norm,
+    init_linear,
+    pair,
+    refuse_mask,
+)
+
+
+def _split(total: int, ratio: float, name: str) -> int:
+    """Return the channels of the neighbour branch, int(ratio * total) as in the paper."""
+    own = int(ratio * total)
+    if (own == 0 and ratio > 0) or (own == total and ratio < 1):
+        raise ConfigError(
+            f"operator.branch_ratio={ratio:g} leaves a branch of '{name}' without any of its {total} channels; "
+            "use a ratio nearer to 0.5, or 0 or 1"
+        )
+    return own
+
+
+class HybridConvNN2d(nn.Module):
+    """Hybrid branching: some output channels from neighbours, the rest from a convolution, then a 1x1 convolution.
+
+    Both branches read all input channels. A ratio of 0 or 1 keeps one branch and the 1x1 convolution.
+
+    Args:
+        neighbors: the neighbour branch, or None.
+        conv: the convolution branch, or None.
+
+    Shape:
+        (B, C, h, w) -> (B, O, h', w'), O the sum of both branches' output channels.
+    """
+
+    def __init__(self, neighbors: ConvNN2d | None, conv: nn.Conv2d | None) -> None:
+        super().__init__()
+        if neighbors is None and conv is None:
+            raise ValueError("a hybrid layer needs at least one branch")
+        self.neighbors, self.conv = neighbors, conv
+        out = sum(branch.out_channels for branch in (neighbors, conv) if branch is not None)
+        self.pointwise = nn.Conv2d(out, out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, O, h', w')."""
+        branches = [branch(x) for branch in (self.neighbors, self.conv) if branch is not None]
+        return self.pointwise(torch.cat(branches, dim=1) if len(branches) > 1 else branches[0])
+
+    @classmethod
+    def from_layer(cls, layer: nn.Conv2d, config: OperatorConfig, init: str, site: Site) -> HybridConvNN2d:
+        """Build the replacement of a convolution; ``transfer`` splits its kernel and starts the 1x1 as identity."""
+        padding = check_conv(layer, site)
+        if config.branch_ratio is None:
+            raise ConfigError("operator.branch_ratio=null: a hybrid operator needs a ratio in [0, 1]")
+        if layer.groups != 1:
+            raise ConfigError(f"'{site.name}' has groups={layer.groups}; a hybrid needs 1: exclude it (swap.exclude)")
+        own = _split(layer.out_channels, config.branch_ratio, site.name)
+        rest = layer.out_channels - own
+        neighbors = ConvNN2d.from_layer(layer, config, init, site, out_channels=own) if own else None
+        conv = None
+        if rest:
+            conv = nn.Conv2d(
+                layer.in_channels,
+                rest,
+                pair(layer.kernel_size),
+                pair(layer.stride),
+                padding,
+                pair(layer.dilation),
+                bias=layer.bias is not None,
+            )
+        hybrid = cls(neighbors, conv).to(layer.weight.device, layer.weight.dtype)
+        if init == "transfer":
+            with torch.no_grad():
+                if hybrid.conv is not None:
+                    hybrid.conv.weight.copy_(layer.weight[own:])
+                    if hybrid.conv.bias is not None and layer.bias is not None:
+                        hybrid.conv.bias.copy_(layer.bias[own:])
+                nn.init.dirac_(hybrid.pointwise.weight)
+                nn.init.zeros_(hybrid.pointwise.bias)  # type: ignore[arg-type]
+        return hybrid
+
+
+class HybridConvNNAttention(nn.Module):
+    """Hybrid branching: some output channels from neighbours, the rest from full attention, then a linear layer.
+
+    Both branches read all channels with projections of their own. A ratio of 0 or 1 keeps one branch.
+
+    Args:
+        neighbors: the neighbour branch, or None.
+        attention: the attention branch, or None.
+
+    Shape:
+        (B, N, C) -> (B, N, O), O the sum of both branches' output channels.
+    """
+
+    def __init__(self, neighbors: ConvNNAttention | None, attention: Attention | None) -> None:
+        super().__init__()
+        if neighbors is None and attention is None:
+            raise ValueError("a hybrid layer needs at least one branch")
+        self.neighbors, self.attention = neighbors, attention
+        out = sum(branch.proj.out_features for branch in (neighbors, attention) if branch is not None)
+        self.pointwise = nn.Linear(out, out)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """(B, N, C) -> (B, N, O). A mask is refused rather than ignored."""
+        refuse_mask(attn_mask, is_causal)
+        branches = [branch(x) for branch in (self.neighbors, self.attention) if branch is not None]
+        return self.pointwise(torch.cat(branches, dim=-1) if len(branches) > 1 else branches[0])
+
+    @classmethod
+    def from_layer(cls, layer: Attention, config: OperatorConfig, init: str, site: Site) -> HybridConvNNAttention:
+        """Build the replacement of timm's attention; ``transfer`` splits the output projection."""
+        check_attention(layer, site)
+        if config.branch_ratio is None:
+            raise ConfigError("operator.branch_ratio=null: a hybrid operator needs a ratio in [0, 1]")
+        total = layer.proj.out_features
+        own = _split(total, config.branch_ratio, site.name)
+        neighbors = ConvNNAttention.from_layer(layer, config, init, site, dim_out=own) if own else None
+        attention = None
+        if own < total:
+            attention = Attention(
+                layer.attn_dim,
+                layer.num_heads,
+                dim_out=total - own,
+                qkv_bias=layer.qkv.bias is not None,
+                proj_bias=layer.proj.bias is not None,
+                attn_drop=layer.attn_drop.p,
+                proj_drop=layer.proj_drop.p,
+            )
+            attention.q_norm, attention.k_norm = copy_norm(layer.q_norm, init), copy_norm(layer.k_norm, init)
+            with torch.no_grad():
+                init_linear(attention.qkv, layer.qkv, init)
+                init_linear(attention.proj, layer.proj, init, first=own)
+        hybrid = cls(neighbors, attention).to(layer.qkv.weight.device, layer.qkv.weight.dtype)
+        if init == "transfer":
+            nn.init.eye_(hybrid.pointwise.weight)
+            nn.init.zeros_(hybrid.pointwise.bias)
+        return hybrid

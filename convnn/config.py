@@ -89,7 +89,7 @@ class OperatorConfig:
     aggregation: str = "conv"
     """``conv`` (full or grouped weights per slot), ``depthwise`` (one weight per slot and channel) or ``sum``."""
     branch_ratio: float | None = None
-    """Share of the output channels from the neighbour branch, the rest from the layer it replaces; null: no branches."""
+    """Share of the output channels from the neighbour branch, the rest from the replaced kind of layer; null: none."""
     options: dict[str, Any] = field(default_factory=dict)
     """Free settings for operators from other modules."""
 

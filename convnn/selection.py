@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from convnn.geometry import Geometry, window_order
-from convnn.similarity import blend_scores, feature_similarity
+from convnn.similarity import blend_scores, score_terms
 
-# Scores held at once, in numbers; larger problems go through in chunks of queries (64 Mi scores: 256 MiB in float32).
-MAX_SCORES = 1 << 26
+# Scores held at once; more go through in chunks. On a CPU a chunk should stay in the cache (measured: 4 times faster
+# than all at once for 4096 x 1156 scores), on a GPU it should only bound memory (64 Mi scores: 256 MiB in float32).
+CHUNK_SCORES = {"cpu": 1 << 18}
+CHUNK_SCORES_ELSEWHERE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,11 @@ def stable_topk(score: Tensor, k: int) -> Tensor:
     if score.dtype != torch.float32:
         return score.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     bits = (score + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # now integers compare as the floats do
-    rank = torch.arange(score.shape[-1] - 1, -1, -1, device=score.device)
-    return ((bits.long() << 32) | rank).topk(k, dim=-1).indices
+    bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)  # now integers compare as the floats do
+    key = bits.long()
+    key <<= 32
+    key |= torch.arange(score.shape[-1] - 1, -1, -1, device=score.device)
+    return key.topk(k, dim=-1).indices
 
 
 def candidate_tokens(
@@ -163,31 +167,37 @@ def _best(
     num: int,
     blend: float,
 ) -> Tensor:
-    """Return the ``num`` best candidates of the given queries, (B or 1, H or 1, Q, num), in chunks of queries."""
+    """Return the ``num`` best candidates of the given queries, (B or 1, H or 1, Q, num), chunk by chunk."""
+    b, h = (1, 1) if blend == 0 else q.shape[:2]
     tokens = torch.arange(geometry.num_tokens, device=q.device) if candidates is None else candidates
-    keys = k if candidates is None else k[:, :, candidates]
-    rows = 1 if blend == 0 else q.shape[0] * q.shape[1]
-    chunk = max(1, MAX_SCORES // (rows * len(tokens)))
-    best = []
-    for part in range(0, len(queries), chunk):
-        own = queries[part : part + chunk]
-        score = _scores(q[:, :, part : part + chunk], keys, own, tokens, geometry, selection, blend)
-        if selection.self_first:
-            score = score.masked_fill(own[:, None] == tokens, -torch.inf)
-            others = tokens[stable_topk(score, num - 1)]
-            best.append(torch.cat([own[:, None].expand(*others.shape[:-1], 1), others], dim=-1))
-        else:
-            best.append(tokens[stable_topk(score, num)])
-    return torch.cat(best, dim=2) if len(best) > 1 else best[0]
-
-
-def _scores(
-    q: Tensor, keys: Tensor, queries: Tensor, tokens: Tensor, geometry: Geometry, selection: Selection, blend: float
-) -> Tensor:
-    if blend == 1:
-        return feature_similarity(q, keys, selection.similarity)
-    distance = geometry.distance(queries, tokens, selection.distance)
-    distance = distance.masked_fill(tokens < geometry.prefix, torch.inf)
-    if blend == 0:
-        return -distance[None, None]
-    return blend_scores(feature_similarity(q, keys, selection.similarity), distance, blend)
+    if blend > 0:
+        keys = k if candidates is None else k[:, :, candidates]
+        q, keys, bias = score_terms(q.flatten(0, 1), keys.flatten(0, 1), selection.similarity)
+        keys = keys.mT
+    limit = CHUNK_SCORES.get(q.device.type, CHUNK_SCORES_ELSEWHERE)
+    query_chunk = min(len(queries), max(1, limit // len(tokens)))
+    batch_chunk = max(1, limit // (len(tokens) * query_chunk))
+    best = torch.empty(b * h, len(queries), num, dtype=torch.int64, device=q.device)
+    for first in range(0, len(queries), query_chunk):
+        part = slice(first, first + query_chunk)
+        own = queries[part]
+        if blend < 1:
+            distance = geometry.distance(own, tokens, selection.distance)
+            distance.masked_fill_(tokens < geometry.prefix, torch.inf)
+        for item in range(0, b * h, batch_chunk):
+            items = slice(item, item + batch_chunk)
+            if blend == 0:
+                score = -distance[None]
+            else:
+                score = q[items, part] @ keys[items]
+                if bias is not None:
+                    score += bias[items]
+                if blend < 1:
+                    score = blend_scores(score, distance, blend)
+            if selection.self_first:
+                score.masked_fill_(own[:, None] == tokens, -torch.inf)
+                best[items, part, 0] = own
+                best[items, part, 1:] = tokens[stable_topk(score, num - 1)]
+            else:
+                best[items, part] = tokens[stable_topk(score, num)]
+    return best.view(b, h, len(queries), num)

@@ -12,24 +12,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def feature_similarity(q: Tensor, k: Tensor, kind: str) -> Tensor:
-    """Return the similarity of every query to every token: (B, H, Q, D), (B, H, N, D) -> (B, H, Q, N).
+def score_terms(q: Tensor, k: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (q', k', bias) such that ``q' @ k'.mT + bias`` is the similarity up to a constant per query.
 
     ``cosine``; ``euclidean``: negative squared distance; ``dot``: q.k / sqrt(D). Larger is more alike.
+
+    Args:
+        q: (..., Q, D).
+        k: (..., N, D).
+        kind: of similarity.
+
+    Returns:
+        (..., Q, D), (..., N, D) and None or (..., 1, N).
     """
     if kind == "cosine":
-        return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), None
     if kind == "dot":
-        return (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
+        return q / math.sqrt(q.shape[-1]), k, None
     # Distances do not change under translation; around the mean fewer digits cancel.
     mean = k.mean(dim=-2, keepdim=True)
     q, k = q - mean, k - mean
-    squares = q.square().sum(-1, keepdim=True) + k.square().sum(-1)[..., None, :]
-    return (2 * q @ k.transpose(-2, -1) - squares).clamp(max=0)
+    return 2 * q, k, -k.square().sum(-1)[..., None, :]
 
 
 def pair_similarity(q: Tensor, k: Tensor, kind: str) -> Tensor:
-    """Return the same for each query's own neighbours: (B, H, Q, D), (B, H, Q, K, D) -> (B, H, Q, K)."""
+    """Return the similarity of each query to its own neighbours: (B, H, Q, D), (B, H, Q, K, D) -> (B, H, Q, K)."""
     if kind == "cosine":
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     elif kind == "dot":
@@ -40,7 +47,7 @@ def pair_similarity(q: Tensor, k: Tensor, kind: str) -> Tensor:
 
 
 def blend_scores(features: Tensor, distance: Tensor, blend: float) -> Tensor:
-    """Mix feature similarity (B, H, Q, N) with position: ``blend * f + (1 - blend) * p``, both in [0, 1].
+    """Mix feature similarity (..., Q, N) with position: ``blend * f + (1 - blend) * p``, both in [0, 1].
 
     p = 1 / (1 + distance), distance (Q, N) in pixels; f is the feature similarity scaled to [0, 1] over the
     candidates of each query, so that a blend means the same for every kind of similarity and every layer.

@@ -23,7 +23,17 @@ def one_step(overrides, tmp_path):
 
 
 def test_groups_are_those_of_the_design():
-    assert set(GROUPS) >= {"backbone", "operator", "swap", "schedule", "data", "optim", "train", "tracker", "experiment"}
+    assert set(GROUPS) >= {
+        "backbone",
+        "operator",
+        "swap",
+        "schedule",
+        "data",
+        "optim",
+        "train",
+        "tracker",
+        "experiment",
+    }
     assert len(CONV) + len(ATTENTION) == len(GROUPS["operator"]) and CONV and ATTENTION
 
 

@@ -167,7 +167,12 @@ def test_max_steps_ends_in_mid_epoch_with_an_evaluation(tmp_path):
 @pytest.mark.parametrize("checkpoint", ["last", "best"])
 def test_reloaded_checkpoint_scores_the_same(checkpoint, tmp_path):
     config = tiny(
-        "operator=spectrum", "schedule=linear", "train.epochs=3", "train.ema=0.8", f"run.dir={tmp_path}/r", "swap.first=4"
+        "operator=spectrum",
+        "schedule=linear",
+        "train.epochs=3",
+        "train.ema=0.8",
+        f"run.dir={tmp_path}/r",
+        "swap.first=4",
     )
     result = run(config)
     scores = evaluate_run(config, tmp_path / "r", checkpoint)

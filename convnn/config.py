@@ -128,13 +128,13 @@ class SwapConfig(SwapRule):
 
     init: str = "fresh"
     """``fresh`` weights, or ``transfer`` those of the replaced layer."""
-    rules: dict[str, SwapRule] = field(default_factory=dict)
-    """Named rules; when given they stand instead of the rule above. No layer may be claimed twice."""
+    rules: dict[str, Any] = field(default_factory=dict)
+    """Named rules, each with the keys above; when given they stand instead of it. No layer may be claimed twice."""
 
     def effective_rules(self) -> dict[str, SwapRule]:
         """Return the rules that count, by name."""
         if self.rules:
-            return self.rules
+            return {n: rule if isinstance(rule, SwapRule) else SwapRule(**rule) for n, rule in self.rules.items()}
         if self.match is None:
             return {}
         return {"swap": SwapRule(**{f.name: getattr(self, f.name) for f in fields(SwapRule)})}
@@ -328,10 +328,17 @@ def all_keys(schema: type = Config, prefix: str = "") -> list[str]:
     return keys
 
 
+_FREE = ("backbone.kwargs", "operator.options", "data.options", "swap.operator", "swap.rules")
+
+
 def unknown_key_error(key: str, schema: type = Config) -> ConfigError:
     """Return the error for a key that the schema lacks, with the nearest key that it has."""
     known = all_keys(schema)
     parent, _, leaf = key.rpartition(".")
+    free = next((k for k in _FREE if key == k or key.startswith(f"{k}.")), None)
+    if free:
+        example = key if key != free else f"{free}.KEY"
+        return ConfigError(f"'{key}' is not set yet; add an entry with a plus sign: +{example}=VALUE")
     siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent]
     close = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.5)
     if close:
@@ -351,6 +358,8 @@ def check_keys(values: Mapping[str, Any], schema: type = Config, prefix: str = "
             check_keys(value, type(default), f"{prefix}{name}.")
     if schema is SwapConfig:
         for name, rule in (values.get("rules") or {}).items():
+            if not isinstance(rule, Mapping):
+                raise ConfigError(f"{prefix}rules.{name}={rule} is not a rule; write {prefix}rules.{name}.match=GLOB")
             for key in rule:
                 if key not in {f.name for f in fields(SwapRule)}:
                     hint = nearest(key, [f.name for f in fields(SwapRule)])

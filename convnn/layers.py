@@ -522,8 +522,9 @@ def check_attention(layer: nn.Module, site: Site) -> None:
 def copy_norm(norm: nn.Module, init: str) -> nn.Module:
     """Return a copy of a normalisation layer, reset for ``fresh``."""
     norm = copy.deepcopy(norm)
-    if init == "fresh" and hasattr(norm, "reset_parameters"):
-        norm.reset_parameters()
+    reset = getattr(norm, "reset_parameters", None)
+    if init == "fresh" and callable(reset):
+        reset()
     return norm
 
 

@@ -20,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from convnn.config import Config, ConfigError, check, check_keys, differences, fingerprint, identity, run_name
+from convnn.config import Config, ConfigError, SwapRule, check, check_keys, differences, fingerprint, identity, run_name
 
 _OWN = ("config.yaml", "env.json", "train.log", "metrics.jsonl", "swap.txt", "result.json", "wandb_id")
 _OWN_FOLDERS = ("checkpoints", "wandb")
@@ -36,14 +36,18 @@ def to_config(values: Any) -> Config:
         ConfigError: for unknown keys, wrong types and impossible combinations.
     """
     check_keys(values)
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), values)
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, Config)
+    config: Config = _typed(Config, values)
+    for name, rule in config.swap.rules.items():
+        config.swap.rules[name] = _typed(SwapRule, rule, f"swap.rules.{name}.")
     return check(config)
+
+
+def _typed(schema: type, values: Any, prefix: str = "") -> Any:
+    """Return plain values as a dataclass; a wrong type raises ConfigError."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{prefix}{error.full_key}: {str(error).splitlines()[0]}") from error
 
 
 def load_config(folder: Path) -> Config:

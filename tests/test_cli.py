@@ -1,0 +1,187 @@
+"""The programs as a user starts them: exit codes, one-line errors, signals, resume."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import TINY, without_times
+
+from convnn.cli import compose_config
+from convnn.engine import run
+from convnn.tracking import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV = os.environ | {"PYTHONUNBUFFERED": "1"}
+
+
+def call(script, *args, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *args], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300
+    )
+
+
+def start(*args):
+    return subprocess.Popen(
+        [sys.executable, "train.py", *args],
+        cwd=ROOT,
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_train_then_evaluate_then_refuse(tmp_path):
+    where = f"run.dir={tmp_path}/r"
+    done = call("train.py", *TINY, "swap.last=2", where)
+    assert done.returncode == 0, done.stderr
+    assert "top-1" in done.stdout and "it/s" not in done.stderr  # no progress bar when output is no terminal
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    scores = call("scripts/evaluate.py", f"run={tmp_path}/r", "checkpoint=last", cwd=tmp_path)
+    assert scores.returncode == 0, scores.stderr
+    assert json.loads(scores.stdout)["top1"] == result["top1_last"]
+    again = call("train.py", *TINY, "swap.last=2", where)
+    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "run.if_exists=" in again.stderr
+
+
+@pytest.mark.parametrize(
+    "args, hint",
+    [
+        (["operator.kk=9"], "did you mean 'operator.k'?"),
+        (["+operator.kk=9"], "did you mean 'operator.k'?"),
+        (["experiment=quickstrat"], "did you mean 'quickstart'?"),
+        (["operator.k=1,9"], "sweep"),
+        (["operator.k="], "operator.k"),
+    ],
+)
+def test_a_wrong_command_is_one_line_within_seconds(args, hint, tmp_path):
+    begin = time.monotonic()
+    done = call("train.py", *args, cwd=tmp_path)
+    assert time.monotonic() - begin < 10  # about one second on an idle machine
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and hint in done.stderr and "Traceback" not in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_debug_shows_the_traceback():
+    done = call("train.py", "operator.k=0", "debug=true")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "operator.k=0" in done.stderr
+
+
+def test_evaluate_faults(tmp_path):
+    for args, hint in (
+        ([f"run={tmp_path}"], "not a run folder"),
+        (["rum=x"], "did you mean 'run'?"),
+        ([], "run: is required"),
+        ([f"run={tmp_path}", "checkpoint=first"], "last, best"),
+        (["x"], "not key=value"),
+    ):
+        done = call("scripts/evaluate.py", *args)
+        assert done.returncode == 2 and hint in done.stderr and done.stderr.count("\n") == 1
+    assert "usage:" in call("scripts/evaluate.py", "--help").stdout
+
+
+def test_help_names_the_groups():
+    done = call("train.py", "--help")
+    assert done.returncode == 0
+    for text in ("experiment=quickstart", "operator:", "hybrid", "run.if_exists", "exit codes"):
+        assert text in done.stdout
+
+
+LONG = [
+    *TINY,
+    "swap.last=4",
+    "operator=spectrum",
+    "schedule=linear",
+    "data.size=512",
+    "train.epochs=4",
+    "data.flip=true",
+]
+
+
+def wait_for(path, text, process, timeout=120):
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if path.exists() and re.search(text, path.read_text()):
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    raise AssertionError(f"{text} did not appear in {path}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Rows of the whole run, in this process."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(compose_config([*LONG, f"run.dir={folder}/w"]))
+    return [without_times(r) for r in read_metrics(folder / "w" / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2, signal.SIGKILL])
+def test_stopped_and_resumed_equals_uninterrupted(signum, tmp_path, uninterrupted):
+    process = start(*LONG, f"run.dir={tmp_path}/r")
+    wait_for(tmp_path / "r" / "metrics.jsonl", '"epoch": 1', process)
+    process.send_signal(signum)
+    process.communicate(timeout=60)
+    if signum == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+        assert not (tmp_path / "r" / "result.json").exists()
+    else:
+        assert process.returncode == 128 + signum
+        result = json.loads((tmp_path / "r" / "result.json").read_text())
+        assert result["status"] == "interrupted" and result["signal"] == signum.name
+    again = [*LONG, f"run.dir={tmp_path}/r", "run.if_exists=resume"]
+    if signum == signal.SIGKILL:
+        resumed = call("train.py", *again)
+        assert resumed.returncode == 0 and "resumed at epoch" in resumed.stdout, resumed.stderr
+    else:
+        run(compose_config(again))
+    rows = [without_times(r) for r in read_metrics(tmp_path / "r" / "metrics.jsonl")]
+    assert rows == uninterrupted and len(rows) == 4
+
+
+def test_multirun_of_train(tmp_path):
+    done = call(
+        "train.py",
+        "--multirun",
+        *TINY,
+        "swap.last=2",
+        "train.epochs=1",
+        "operator.k=4,9",
+        f"run.root={tmp_path}/runs",
+        f"hydra.sweep.dir={tmp_path}/multirun",
+    )
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(p.read_text()) for p in (tmp_path / "runs").glob("*/result.json")]
+    assert len(results) == 2 and len({r["fingerprint"] for r in results}) == 2
+
+
+def test_a_users_own_operator_is_one_file(tmp_path):
+    (tmp_path / "my_operators.py").write_text(
+        "from torch import nn\n\n\n"
+        "class Shift(nn.Module):\n"
+        "    def __init__(self, conv):\n"
+        "        super().__init__()\n"
+        "        self.mix = nn.Conv2d(conv.in_channels, conv.out_channels, 1, conv.stride)\n\n"
+        "    def forward(self, x):\n"
+        "        return self.mix(x.roll((1, 1), (2, 3)))\n\n"
+        "    @classmethod\n"
+        "    def from_layer(cls, layer, config, init, site):\n"
+        "        return cls(layer)\n"
+    )
+    shift = ["operator.name=shift", "operator.target=my_operators.Shift", "swap.last=2"]
+    done = subprocess.run(
+        [sys.executable, "train.py", *TINY, *shift, f"run.dir={tmp_path}/r"],
+        cwd=ROOT,
+        env=ENV | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Shift" in (tmp_path / "r" / "swap.txt").read_text()

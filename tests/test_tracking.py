@@ -1,0 +1,87 @@
+"""metrics.jsonl is the truth; W&B is quiet, offline by default, and cannot stop a run."""
+
+import json
+import sys
+import time
+
+import pytest
+from helpers import tiny
+
+from convnn.config import TrackerConfig
+from convnn.engine import run
+from convnn.tracking import Tracker, read_metrics
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+def test_rows_after_the_checkpoint_are_dropped_on_resume(tmp_path):
+    config = TrackerConfig(name="jsonl")
+    tracker = Tracker(config, tmp_path, {})
+    for epoch in range(4):
+        tracker.log({"epoch": epoch, "step": epoch, "x": 0.1 * epoch})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "torn')
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 4
+    Tracker(config, tmp_path, {}, epochs_done=2)
+    assert [row["epoch"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
+    Tracker(config, tmp_path, {})
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_wandb_offline_run_is_written_and_kept_across_resumes(tmp_path):
+    overrides = ["tracker=wandb", "swap.last=2", f"run.dir={tmp_path}/r"]
+    run(tiny(*overrides))
+    assert list((tmp_path / "r" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len((tmp_path / "r" / "wandb_id").read_text()) == 8
+
+
+@pytest.mark.parametrize("mode", ["online", "disabled"])
+def test_wandb_never_prompts_or_blocks(mode, tmp_path, capsys):
+    start = time.monotonic()
+    result = run(tiny("tracker=wandb", f"tracker.mode={mode}", "swap.last=2", f"run.dir={tmp_path}/r"))
+    assert result["status"] == "complete" and time.monotonic() - start < 30
+    log = (tmp_path / "r" / "train.log").read_text()
+    assert log.count("there is no W&B key") == (mode == "online")
+    assert (tmp_path / "r" / "wandb").exists() == (mode == "online")
+
+
+def test_online_with_a_key_but_no_network_goes_on_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    overrides = ["tracker=wandb", "tracker.mode=online", "tracker.init_timeout=3", "swap.last=2"]
+    start = time.monotonic()
+    assert run(tiny(*overrides, f"run.dir={tmp_path}/r"))["status"] == "complete"
+    assert time.monotonic() - start < 45
+    assert "W&B did not start online" in (tmp_path / "r" / "train.log").read_text()
+    assert list((tmp_path / "r" / "wandb").glob("offline-run-*"))
+
+
+def test_a_failing_or_missing_wandb_does_not_stop_the_run(tmp_path, monkeypatch):
+    class Broken:
+        def log(self, *_, **__):
+            raise OSError("disk full")
+
+    tracker = Tracker(TrackerConfig(name="jsonl"), tmp_path, {})
+    tracker._wandb = Broken()
+    tracker.log({"epoch": 0, "step": 1})
+    tracker.log({"epoch": 1, "step": 2})
+    tracker.finish({}, 0)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert run(tiny("tracker=wandb", "swap.last=2", f"run.dir={tmp_path}/r"))["status"] == "complete"
+
+
+def test_metrics_hold_each_layers_place_on_the_spectrum(tmp_path):
+    run(tiny("schedule=depth", "operator=spectrum", "swap.first=3", f"run.dir={tmp_path}/r"))
+    row = json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert [(layer["blend"], layer["k"], layer["temperature"]) for layer in row["layers"]] == [
+        (0.0, 9, 1.0),
+        (0.5, 9, 1.0),
+        (1.0, 9, 1.0),
+    ]
+    assert {"train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "lr", "step"} <= row.keys()

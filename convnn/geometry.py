@@ -44,6 +44,11 @@ class Geometry:
         return rows, cols
 
     @property
+    def extent(self) -> int:
+        """Largest distance on the padded grid along an axis, in tokens; at least 1."""
+        return max(*self.padded_shape, 2) - 1
+
+    @property
     def num_tokens(self) -> int:
         """N: prefix tokens and the padded grid."""
         return self.prefix + self.padded_shape[0] * self.padded_shape[1]

@@ -193,7 +193,7 @@ def _best(
                 if bias is not None:
                     score += bias[items]
                 if blend < 1:
-                    score = blend_scores(score, distance, blend)
+                    score = blend_scores(score, distance / geometry.extent, blend)
             if selection.self_first:
                 score.masked_fill_(own[:, None] == tokens, -torch.inf)
                 best[items, part, 0] = own

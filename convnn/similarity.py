@@ -47,11 +47,12 @@ def pair_similarity(q: Tensor, k: Tensor, kind: str) -> Tensor:
 
 
 def blend_scores(features: Tensor, distance: Tensor, blend: float) -> Tensor:
-    """Mix feature similarity (..., Q, N) with position: ``blend * f + (1 - blend) * p``, both in [0, 1].
+    """Mix feature similarity (..., Q, N) with position: ``blend * f - (1 - blend) * d``.
 
-    p = 1 / (1 + distance), distance (Q, N) in pixels; f is the feature similarity scaled to [0, 1] over the
-    candidates of each query, so that a blend means the same for every kind of similarity and every layer.
+    Both are fractions of their range: f is the similarity scaled to [0, 1] over the candidates of each query, so that
+    a blend means the same for every kind of similarity and every layer; d (Q, N) is the distance over the extent of
+    the map, so that at 0.5 a tenth of the map weighs as much as a tenth of the similarity.
     """
     low, high = features.aminmax(dim=-1, keepdim=True)
     scaled = (features - low) / (high - low).clamp_min(torch.finfo(features.dtype).tiny)
-    return blend * scaled + (1 - blend) / (1 + distance.to(features.dtype))
+    return blend * scaled - (1 - blend) * distance.to(features.dtype)

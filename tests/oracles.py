@@ -39,11 +39,14 @@ def _pick(query, queries, keys, where, candidates, *, k, blend, similarity, metr
     likeness = {j: _likeness(queries[query], keys[j], similarity) for j in candidates} if blend > 0 else {}
     low, high = (min(likeness.values()), max(likeness.values())) if likeness else (0, 1)
 
+    on_grid = [w for w in where if w is not None]
+    extent = max(1, *(max(w[axis] for w in on_grid) for axis in (0, 1)))
+
     def separation(j):
         if where[j] is None:
             return math.inf
         steps = []
-        far = max(r + c for r, c in (w for w in where if w is not None)) + 2
+        far = max(r + c for r, c in on_grid) + 2
         for axis, d in ((0, dh), (1, dw)):
             delta = abs(where[query][axis] - where[j][axis])
             steps.append(delta / d + (far if delta % d else 0))
@@ -58,7 +61,7 @@ def _pick(query, queries, keys, where, candidates, *, k, blend, similarity, metr
             return likeness[j]
         if blend == 0:
             return -separation(j)
-        return blend * (likeness[j] - low) / max(high - low, 1e-300) + (1 - blend) / (1 + separation(j))
+        return blend * (likeness[j] - low) / max(high - low, 1e-300) - (1 - blend) * separation(j) / extent
 
     ranked = sorted(candidates, key=lambda j: (-score(j), j))
     if self_first:

@@ -9,13 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from convnn.attention import ConvNNAttention
     from convnn.backbones import create_backbone
     from convnn.config import Config, ConfigError, OperatorConfig, SwapRule
     from convnn.functional import neighbor_aggregate
     from convnn.hybrid import HybridConvNN2d, HybridConvNNAttention
-    from convnn.layers import ConvNN2d, ConvNNAttention
+    from convnn.layers import ConvNN2d
     from convnn.schedule import apply_schedule
-    from convnn.swap import neighbor_layers, swap_layers
+    from convnn.swap import export_layers, neighbor_layers, swap_layers
 
 __version__ = "0.1.0"
 
@@ -23,13 +24,14 @@ _HOME = {
     "Config": "config",
     "ConfigError": "config",
     "ConvNN2d": "layers",
-    "ConvNNAttention": "layers",
+    "ConvNNAttention": "attention",
     "HybridConvNN2d": "hybrid",
     "HybridConvNNAttention": "hybrid",
     "OperatorConfig": "config",
     "SwapRule": "config",
     "apply_schedule": "schedule",
     "create_backbone": "backbones",
+    "export_layers": "swap",
     "neighbor_aggregate": "functional",
     "neighbor_layers": "swap",
     "swap_layers": "swap",
@@ -46,6 +48,7 @@ __all__ = [
     "SwapRule",
     "apply_schedule",
     "create_backbone",
+    "export_layers",
     "neighbor_aggregate",
     "neighbor_layers",
     "swap_layers",

@@ -9,7 +9,8 @@ import torch
 from timm.layers import build_sincos2d_pos_embed
 from torch import nn
 
-from convnn.config import BackboneConfig, ConfigError, nearest
+from convnn.checks import nearest
+from convnn.config import BackboneConfig, ConfigError
 
 
 def create_backbone(config: BackboneConfig, num_classes: int, in_chans: int = 3, image_size: int = 32) -> nn.Module:

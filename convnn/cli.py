@@ -16,7 +16,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from convnn.config import Config, ConfigError, all_keys, nearest, unknown_key_error
+from convnn.checks import all_keys, check_keys, nearest, unknown_key_error
+from convnn.config import Config, ConfigError
 from convnn.rundir import to_config
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
@@ -159,8 +160,6 @@ def script_options(schema: type, argv: Sequence[str], usage: str) -> Any:
     if any(arg in ("-h", "--help") for arg in argv):
         print(usage.strip())
         sys.exit(0)
-    from convnn.config import check_keys
-
     for arg in argv:
         if "=" not in arg:
             raise ConfigError(f"'{arg}' is not key=value; see --help")

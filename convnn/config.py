@@ -5,13 +5,11 @@ Nothing here imports torch, so that a mistake in a command shows within a second
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 CONV, ATTENTION = "conv", "attention"
@@ -65,12 +63,15 @@ class OperatorConfig:
     """0 selects neighbours by position (convolution), 1 by features (attention), between by both."""
     similarity: str = "cosine"
     """Of features: ``cosine``, ``euclidean`` (negative squared distance) or ``dot`` (scaled by 1/sqrt(d))."""
+    mix: str = "sum"
+    """How a blend mixes: ``sum`` of the scores, or ``concat``: features and coordinates side by side (the paper's)."""
     distance: str = "chebyshev"
     """Of positions: ``chebyshev`` or ``euclidean``, in pixels or tokens."""
     candidates: str = "all"
-    """Tokens that may be chosen: ``all``, ``random`` (num_candidates of them) or ``grid`` (num_candidates per side)."""
+    """Tokens that may be chosen: ``all``, ``random`` (num_candidates of them), ``grid`` (num_candidates per side) or
+    ``window`` (at most num_candidates tokens away along each axis)."""
     num_candidates: int = 32
-    """Number of random candidates, or side of the candidate grid."""
+    """Number of random candidates, side of the candidate grid, or radius of the window."""
     eval_candidates: str = "same"
     """Random candidates at evaluation: ``same`` (one fixed seeded subset), ``all`` or ``resample`` (as the paper)."""
     candidate_seed: int = 0
@@ -82,14 +83,34 @@ class OperatorConfig:
     slots: str = "rank"
     """Weight slot of a neighbour: ``rank`` (best first), ``raster`` (by position, as kernel taps) or ``window``
     (a neighbour inside the kernel window meets its own tap, the others fill the free taps, best first)."""
+    border: str = "nearest"
+    """Attention only, where a window would leave the grid: ``nearest`` tokens inside, ``zeros`` (a ring of zero tokens)
+    or ``shift`` (the window moves inside, as in NATTEN). The last two need k to be an odd square."""
+    projection: str = "identity"
+    """Convolutions only: compare and mix the features themselves (``identity``), or their 1x1 projections to queries,
+    keys and values (``linear``, the paper's learned variant). Attention always projects."""
     weighting: str = "ones"
-    """``ones`` or ``softmax`` of the neighbours' feature similarity divided by the temperature."""
+    """``ones``, or the neighbours' feature similarity over the temperature: its ``softmax``, or itself (``score``)."""
     temperature: float = 1.0
-    """Divides the similarity before the softmax."""
+    """Divides the similarity."""
     aggregation: str = "conv"
-    """``conv`` (full or grouped weights per slot), ``depthwise`` (one weight per slot and channel) or ``sum``."""
+    """``conv`` (full or grouped weights per slot), ``depthwise`` (a weight per slot and channel), ``separable``
+    (depthwise, then 1x1), ``sum``, or ``max_relative`` (vision graphs: largest difference to the query, then 1x1)."""
+    coordinates: bool = False
+    """Convolutions only: two more input channels of the aggregation hold each token's column and row in [-1, 1]."""
+    shuffle: int = 1
+    """Convolutions only: pixel unshuffle by this factor before the layer and shuffle after it (channels x factor^2)."""
+    bias: bool | None = None
+    """Bias of the output (the attention's projection); null: as the replaced layer."""
+    learn_blend: str = "no"
+    """``no``, or a learnable blend per ``layer`` or per ``head``, starting at ``blend``; see ``straight_through``."""
+    straight_through: bool = False
+    """Let a gradient reach the selection: forward as ever, backward as if each neighbour were weighed by the softmax
+    of its selection score. Always on where the blend is learned."""
     branch_ratio: float | None = None
     """Share of the output channels from the neighbour branch, the rest from the replaced kind of layer; null: none."""
+    branch_kernel: int | None = None
+    """Kernel side of the convolution branch of a hybrid; null keeps the replaced layer's."""
     options: dict[str, Any] = field(default_factory=dict)
     """Free settings for operators from other modules."""
 
@@ -303,245 +324,6 @@ class Config:
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     debug: bool = False
     """Show the traceback of an error."""
-
-
-# --------------------------------------------------------------------------------------------- nearest names
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the nearest known name, else the list of them."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean '{close[0]}'?"
-    return f"; known: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}"
-
-
-def all_keys(schema: type = Config, prefix: str = "") -> list[str]:
-    """Return every dotted key of the schema, leaves and groups."""
-    keys = []
-    for f in fields(schema):
-        keys.append(prefix + f.name)
-        default = f.default_factory() if callable(f.default_factory) else None
-        if is_dataclass(default):
-            keys += all_keys(type(default), f"{prefix}{f.name}.")
-    return keys
-
-
-_FREE = ("backbone.kwargs", "operator.options", "data.options", "swap.operator", "swap.rules")
-
-
-def unknown_key_error(key: str, schema: type = Config) -> ConfigError:
-    """Return the error for a key that the schema lacks, with the nearest key that it has."""
-    known = all_keys(schema)
-    parent, _, leaf = key.rpartition(".")
-    free = next((k for k in _FREE if key == k or key.startswith(f"{k}.")), None)
-    if free:
-        example = key if key != free else f"{free}.KEY"
-        return ConfigError(f"'{key}' is not set yet; add an entry with a plus sign: +{example}=VALUE")
-    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent]
-    close = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.5)
-    if close:
-        return ConfigError(f"unknown key '{key}'; did you mean '{f'{parent}.' if parent else ''}{close[0]}'?")
-    return ConfigError(f"unknown key '{key}'{nearest(key, siblings if siblings and parent else known)}")
-
-
-def check_keys(values: Mapping[str, Any], schema: type = Config, prefix: str = "") -> None:
-    """Raise ConfigError for any key of ``values`` that the schema lacks (``+key=`` gets past Hydra's own check)."""
-    by_name = {f.name: f for f in fields(schema)}
-    for name, value in values.items():
-        if name not in by_name:
-            raise unknown_key_error(prefix + str(name))
-        factory = by_name[name].default_factory
-        default = factory() if callable(factory) else None
-        if is_dataclass(default) and isinstance(value, Mapping):
-            check_keys(value, type(default), f"{prefix}{name}.")
-    if schema is SwapConfig:
-        for name, rule in (values.get("rules") or {}).items():
-            if not isinstance(rule, Mapping):
-                raise ConfigError(f"{prefix}rules.{name}={rule} is not a rule; write {prefix}rules.{name}.match=GLOB")
-            for key in rule:
-                if key not in {f.name for f in fields(SwapRule)}:
-                    hint = nearest(key, [f.name for f in fields(SwapRule)])
-                    raise ConfigError(f"unknown key '{prefix}rules.{name}.{key}'{hint}")
-
-
-# ---------------------------------------------------------------------------------------------------- checks
-
-
-def _choice(key: str, value: str, choices: Iterable[str]) -> None:
-    choices = list(choices)
-    if value not in choices:
-        raise ConfigError(f"{key}={value} is not one of {', '.join(choices)}{_did_you_mean(value, choices)}")
-
-
-def _did_you_mean(value: str, choices: list[str]) -> str:
-    close = difflib.get_close_matches(str(value), choices, n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
-def _range(
-    key: str,
-    value: float | None,
-    low: float = -math.inf,
-    high: float = math.inf,
-    *,
-    open_low: bool = False,
-    open_high: bool = False,
-) -> None:
-    if value is None:
-        return
-    inside = math.isfinite(value)
-    inside &= value > low if open_low else value >= low
-    inside &= value < high if open_high else value <= high
-    if not inside:
-        span = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-        raise ConfigError(f"{key}={value} must lie in {span}")
-
-
-def check_operator(operator: OperatorConfig, prefix: str = "operator") -> None:
-    """Raise ConfigError when the operator's settings contradict each other or leave their range."""
-    p = prefix
-    _choice(f"{p}.kind", operator.kind, [CONV, ATTENTION])
-    _choice(f"{p}.similarity", operator.similarity, ["cosine", "euclidean", "dot"])
-    _choice(f"{p}.distance", operator.distance, ["chebyshev", "euclidean"])
-    _choice(f"{p}.candidates", operator.candidates, ["all", "random", "grid"])
-    _choice(f"{p}.eval_candidates", operator.eval_candidates, ["same", "all", "resample"])
-    _choice(f"{p}.slots", operator.slots, ["rank", "raster", "window"] if operator.kind == CONV else ["rank", "raster"])
-    _choice(f"{p}.weighting", operator.weighting, ["ones", "softmax"])
-    _choice(f"{p}.k_policy", operator.k_policy, ["error", "clamp"])
-    own = {"convnn.layers.ConvNN2d": ["conv"], "convnn.layers.ConvNNAttention": ["depthwise", "sum"]}
-    own["convnn.hybrid.HybridConvNN2d"] = own["convnn.layers.ConvNN2d"]
-    own["convnn.hybrid.HybridConvNNAttention"] = own["convnn.layers.ConvNNAttention"]
-    _choice(f"{p}.aggregation", operator.aggregation, own.get(operator.target, ["conv", "depthwise", "sum"]))
-    _range(f"{p}.k", operator.k, 1)
-    _range(f"{p}.blend", operator.blend, 0, 1)
-    _range(f"{p}.temperature", operator.temperature, 0, open_low=True)
-    _range(f"{p}.branch_ratio", operator.branch_ratio, 0, 1)
-    _range(f"{p}.num_candidates", operator.num_candidates, 1)
-    if operator.k_policy == "error" and operator.candidates != "all":
-        available = operator.num_candidates ** (2 if operator.candidates == "grid" else 1)
-        if operator.k > available:
-            raise ConfigError(
-                f"{p}.k={operator.k} exceeds the {available} {operator.candidates} candidates; "
-                f"raise {p}.num_candidates or lower {p}.k"
-            )
-    if operator.slots == "raster" and operator.k_policy == "clamp":
-        raise ConfigError(f"{p}.k_policy=clamp needs {p}.slots=rank: a clamped raster slot has no fixed meaning")
-
-
-def check_rule(rule: SwapRule, prefix: str) -> None:
-    """Raise ConfigError when a swap rule is out of range."""
-    _choice(f"{prefix}.kind", rule.kind, ["auto", CONV, ATTENTION])
-    for name in ("min_kernel", "first", "last", "every"):
-        _range(f"{prefix}.{name}", getattr(rule, name), 1)
-    for stage in rule.stages or []:
-        _range(f"{prefix}.stages", stage, 0)
-    if rule.fraction is not None and (len(rule.fraction) != 2 or not 0 <= rule.fraction[0] < rule.fraction[1] <= 1):
-        raise ConfigError(f"{prefix}.fraction={rule.fraction} must be [from, to] with 0 <= from < to <= 1")
-    given = [n for n in ("depths", "first", "last", "every", "fraction") if getattr(rule, n) is not None]
-    if len(given) > 1:
-        raise ConfigError(f"{prefix}: give one of {' and '.join(given)}, not both")
-    known = {f.name for f in fields(OperatorConfig)}
-    for key in rule.operator:
-        if key not in known:
-            raise ConfigError(f"unknown key '{prefix}.operator.{key}'{nearest(key, known)}")
-
-
-def check_schedule(schedule: ScheduleConfig, operator: OperatorConfig) -> None:
-    """Raise ConfigError when a scheduled value can leave the operator's range."""
-    bounds = {"blend": (0.0, 1.0), "k": (1.0, math.inf), "temperature": (0.0, math.inf)}
-    for name, (low, high) in bounds.items():
-        track: TrackConfig = getattr(schedule, name)
-        p = f"schedule.{name}"
-        _choice(f"{p}.shape", track.shape, ["constant", "linear", "cosine", "step"])
-        _choice(f"{p}.over", track.over, ["time", "depth", "both"])
-        if track.shape == "constant":
-            continue
-        for end in ("start", "end"):
-            _range(f"{p}.{end}", getattr(track, end), low, high, open_low=name == "temperature")
-        _range(f"{p}.begin", track.begin, 0, 1, open_high=True)
-        _range(f"{p}.finish", track.finish, 0, 1)
-        if track.finish <= track.begin:
-            raise ConfigError(f"{p}.finish={track.finish} must be greater than {p}.begin={track.begin}")
-        _range(f"{p}.steps", track.steps, 1)
-        if name == "k":
-            if max(track.start, track.end) > operator.k:
-                raise ConfigError(
-                    f"{p} goes up to {max(track.start, track.end):g}, but the layers are built with "
-                    f"operator.k={operator.k}; set operator.k to the largest value of the schedule"
-                )
-            if operator.slots == "raster":
-                raise ConfigError(f"{p} needs operator.slots=rank: with raster the slots of a smaller k shift")
-
-
-def check(config: Config) -> Config:
-    """Check everything that types cannot; return the configuration unchanged.
-
-    Raises:
-        ConfigError: one line that names the key and the fix.
-    """
-    check_operator(config.operator)
-    for name, rule in config.swap.effective_rules().items():
-        check_rule(rule, f"swap.rules.{name}" if config.swap.rules else "swap")
-    for name, rule in config.swap.effective_rules().items():
-        if rule.operator:
-            merged = OperatorConfig(**(asdict(config.operator) | rule.operator))
-            check_operator(merged, f"swap.rules.{name}.operator" if config.swap.rules else "swap.operator")
-    _choice("swap.init", config.swap.init, ["fresh", "transfer"])
-    check_schedule(config.schedule, config.operator)
-
-    backbone, data, optim, train = config.backbone, config.data, config.optim, config.train
-    _choice("backbone.stem", backbone.stem, ["default", "small"])
-    _choice("backbone.pos_embed", backbone.pos_embed, ["learned", "sincos"])
-    _range("backbone.drop_rate", backbone.drop_rate, 0, 1, open_high=True)
-    _range("backbone.drop_path_rate", backbone.drop_path_rate, 0, 1, open_high=True)
-    _range("backbone.image_size", backbone.image_size, 1)
-    _range("backbone.patch_size", backbone.patch_size, 1)
-    for name in ("limit", "limit_test", "image_size", "load_size", "size", "num_classes"):
-        _range(f"data.{name}", getattr(data, name), 1)
-    _range("data.val_fraction", data.val_fraction, 0, 1, open_high=True)
-    _range("data.crop_padding", data.crop_padding, 0)
-    _range("data.split_seed", data.split_seed, 0)
-    for value in data.std:
-        _range("data.std", value, 0, open_low=True)
-    if len(data.mean) != len(data.std):
-        raise ConfigError(f"data.mean has {len(data.mean)} values and data.std {len(data.std)}; give as many of each")
-    size = data.image_size or backbone.image_size
-    if size and backbone.patch_size and size % backbone.patch_size:
-        raise ConfigError(
-            f"backbone.patch_size={backbone.patch_size} does not divide the image side {size}; "
-            "change it or data.image_size"
-        )
-    _range("optim.lr", optim.lr, 0, open_low=True)
-    _range("optim.weight_decay", optim.weight_decay, 0)
-    _range("optim.momentum", optim.momentum, 0, 1, open_high=True)
-    _range("optim.warmup_epochs", optim.warmup_epochs, 0)
-    _range("optim.min_lr", optim.min_lr, 0)
-    _range("optim.warmup_lr", optim.warmup_lr, 0)
-    _range("optim.clip_grad", optim.clip_grad, 0, open_low=True)
-    _range("train.epochs", train.epochs, 1)
-    _range("train.max_steps", train.max_steps, 1)
-    _range("train.batch_size", train.batch_size, 1)
-    _range("train.eval_batch_size", train.eval_batch_size, 1)
-    _range("train.label_smoothing", train.label_smoothing, 0, 1, open_high=True)
-    _range("train.mixup", train.mixup, 0)
-    _range("train.cutmix", train.cutmix, 0)
-    _range("train.ema", train.ema, 0, 1, open_low=True, open_high=True)
-    _choice("train.amp", train.amp, ["auto", "bf16", "off"])
-    _choice("train.deterministic", train.deterministic, ["false", "warn", "true"])
-    if optim.sched != "constant" and optim.warmup_epochs >= train.epochs:
-        raise ConfigError(f"optim.warmup_epochs={optim.warmup_epochs} must be less than train.epochs={train.epochs}")
-    if (train.mixup or train.cutmix) and train.batch_size % 2:
-        raise ConfigError(f"train.batch_size={train.batch_size} must be even with train.mixup or train.cutmix")
-    _choice("tracker.name", config.tracker.name, ["wandb", "jsonl"])
-    _choice("tracker.mode", config.tracker.mode, ["offline", "online", "disabled"])
-    _range("tracker.init_timeout", config.tracker.init_timeout, 1)
-    _choice("run.if_exists", config.run.if_exists, ["fail", "resume", "skip", "overwrite"])
-    _range("seed", config.seed, 0, 2**32 - 1)
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
-        raise ConfigError(f"device={config.device} is not one of auto, cpu, cuda, cuda:N")
-    return config
 
 
 # ----------------------------------------------------------------------------------------- identity of a run

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from convnn.checkpoint import CheckpointError, load_checkpoint, load_model_state, previous_of, save_checkpoint
-from convnn.config import Config, ConfigError, fingerprint, identity, nearest
+from convnn.checks import nearest
+from convnn.config import Config, ConfigError, fingerprint, identity
 from convnn.data import Batches, Dataset, Split, load_dataset
 from convnn.evaluation import Meter, build_model, count_gflops, evaluate, make_autocast, pick_device
 from convnn.rundir import RunFolder, environment, open_run_folder, versions
@@ -164,7 +165,7 @@ class Trainer:
             "last_row": self.last_row,
             "train_seconds": self.train_seconds,
             "train_images": self.train_images,
-            "spectrum": {name: layer.spectrum() for name, layer in neighbor_layers(self.model).items()},
+            "spectrum": {name: layer.movable() for name, layer in neighbor_layers(self.model).items()},
             "rng": {
                 "python": random.getstate(),
                 "numpy": [str(kind), np.asarray(keys).tolist(), *rest],

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convnn.aggregation import gather_tokens, mix_conv, mix_depthwise, mix_sum
+from convnn.aggregation import gather_tokens, mix_conv, mix_depthwise, mix_max_relative, mix_sum
 from convnn.geometry import Geometry, window_order
-from convnn.selection import Selection, select_neighbors
-from convnn.similarity import pair_similarity
+from convnn.selection import (
+    Neighbors,
+    Selection,
+    candidate_tokens,
+    most_candidates,
+    outside_window,
+    select_neighbors,
+)
+from convnn.similarity import blend_scores, deviation, pair_similarity, with_positions
 
 
 def neighbor_aggregate(
@@ -24,14 +32,14 @@ def neighbor_aggregate(
     selection: Selection,
     *,
     num: int,
-    blend: float = 1.0,
+    blend: float | Tensor = 1.0,
     weighting: str = "ones",
     temperature: float = 1.0,
     dropout: float = 0.0,
     aggregation: str = "sum",
     weight: Tensor | None = None,
-    bias: Tensor | None = None,
     groups: int = 1,
+    straight_through: bool = False,
     training: bool = False,
 ) -> Tensor:
     """Aggregate each query's ``num`` nearest neighbours (ConvNN, arXiv 2511.14137, section 3).
@@ -43,35 +51,92 @@ def neighbor_aggregate(
         geometry: where the Q queries and N tokens are.
         selection: how neighbours are chosen.
         num: neighbours per query.
-        blend: 0 selects by position, 1 by features.
-        weighting: ``ones``, or ``softmax`` of the feature similarity over the temperature.
-        temperature: divides the similarity before the softmax.
-        dropout: probability of dropping a softmax weight while training.
-        aggregation: ``conv``, ``depthwise`` or ``sum``.
+        blend: 0 selects by position, 1 by features; a tensor (H,) strictly between is learnable.
+        weighting: ``ones``, or ``softmax`` or ``score`` of the feature similarity over the temperature.
+        temperature: divides the similarity.
+        dropout: probability of dropping a weight while training.
+        aggregation: ``conv``, ``depthwise``, ``sum`` or ``max_relative``.
         weight: (O, C / groups, >= num) for conv, (C, >= num) for depthwise.
-        bias: (O,), for conv.
         groups: of conv.
+        straight_through: let a gradient reach the selection, see ``selection_weights``.
         training: draw random candidates and dropout.
 
     Returns:
         (B, H, Q, O) for conv, else (B, H, Q, C).
     """
-    index = select_neighbors(q, k, geometry, selection, num=num, blend=blend, training=training)
-    x = gather_tokens(v, index)
-    if weighting == "softmax":
-        score = pair_similarity(q, gather_tokens(k, index), selection.similarity) / temperature
-        x = x * F.dropout(score.softmax(dim=-1), dropout, training)[..., None]
+    found = select_neighbors(q, k, geometry, selection, num=num, blend=blend, training=training)
+    x = gather_tokens(v, found.index)
+    if aggregation == "max_relative":
+        return mix_max_relative(x, v[:, :, geometry.query_index(v.device)], found.valid)
+    rho = None if found.valid is None else found.valid.to(x.dtype)
+    if weighting != "ones":
+        score = pair_similarity(q, gather_tokens(k, found.index), selection.similarity) / temperature
+        if weighting == "softmax":
+            if found.valid is not None:
+                score = score.masked_fill(~found.valid, -torch.inf)
+            rho = score.softmax(dim=-1)
+        else:
+            rho = score if rho is None else score * rho
+        rho = F.dropout(rho, dropout, training)
+    if straight_through:
+        own = selection_weights(q, k, geometry, selection, found, blend, temperature)
+        rho = own if rho is None else rho * own
+    if rho is not None:
+        x = x * rho[..., None]
     if aggregation == "sum":
         return mix_sum(x)
     assert weight is not None
-    weight = weight[..., : index.shape[-1]]
-    return mix_conv(x, weight, bias, groups) if aggregation == "conv" else mix_depthwise(x, weight)
+    weight = weight[..., : found.index.shape[-1]]
+    return mix_conv(x, weight, groups) if aggregation == "conv" else mix_depthwise(x, weight)
 
 
-def is_convolution(geometry: Geometry, selection: Selection, *, num: int, blend: float, weighting: str) -> bool:
+def selection_weights(
+    q: Tensor,
+    k: Tensor,
+    geometry: Geometry,
+    selection: Selection,
+    found: Neighbors,
+    blend: float | Tensor,
+    temperature: float,
+) -> Tensor:
+    """Return ones that carry a gradient to the selection: a straight-through estimator, (B, H, Q, K).
+
+    The hard choice of k neighbours has no gradient. Backward, this takes them as weighed by p = softmax(s / T) over
+    the chosen ones instead, s being the score they were chosen by: the result is p / stop_gradient(p), whose value is
+    1 and whose derivative is that of log p. A neighbour that would lower the loss gains score, relative to the other
+    chosen ones; tokens that were not chosen get no gradient, so the estimator is biased. Through s it reaches the
+    features, and the blend where that is a tensor.
+    """
+    keys = gather_tokens(k, found.index)
+    queries = geometry.query_index(q.device)
+    own = (queries >= geometry.prefix)[:, None]  # prefix queries choose by features whatever the blend
+    share = torch.where(own, blend[:, None, None] if isinstance(blend, Tensor) else blend, 1.0)  # (H or 1, Q, 1)
+    if found.low is None or found.high is None:  # the choice was by features or position alone
+        score = share * pair_similarity(q, keys, selection.similarity)
+    elif selection.mix == "concat":
+        positions, scale = geometry.positions(q.device), deviation(k).detach()
+        here = with_positions(q, positions[queries], share, scale)
+        there = with_positions(keys, positions[found.index], share[..., None], scale[..., None])
+        score = pair_similarity(here, there, selection.similarity)
+    else:
+        distance = geometry.distance(queries[:, None], found.index, selection.distance) / geometry.extent
+        distance = torch.where(own & (found.index >= geometry.prefix), distance, 0)
+        features = pair_similarity(q, keys, selection.similarity)
+        score = blend_scores(features, distance, share, found.low.to(q.dtype), found.high.to(q.dtype))
+    score = score / temperature
+    if found.valid is not None:
+        score = score.masked_fill(~found.valid, torch.finfo(score.dtype).min)
+    log_p = score.log_softmax(dim=-1)
+    return (log_p - log_p.detach()).exp()
+
+
+def is_convolution(
+    geometry: Geometry, selection: Selection, *, num: int, blend: float | Tensor, weighting: str
+) -> bool:
     """Return whether the settings choose exactly the kernel window, so that ``convolve`` may stand in."""
     return (
-        blend == 0
+        isinstance(blend, float)
+        and blend == 0
         and weighting == "ones"
         and num == math.prod(geometry.kernel)
         and selection.distance == "chebyshev"
@@ -102,19 +167,40 @@ def kernel_to_slots(kernel: Tensor, slots: str) -> Tensor:
     return weight
 
 
-def is_attention(selection: Selection, *, num: int, num_tokens: int, weighting: str, aggregation: str) -> bool:
-    """Return whether every token is a neighbour and the order is lost, so that ``attend`` may stand in."""
-    every = selection.candidates == "all" and (
-        num == num_tokens or (num > num_tokens and selection.k_policy == "clamp")
-    )
-    return every and weighting == "softmax" and aggregation == "sum" and selection.similarity != "euclidean"
+def attends_to_all(
+    geometry: Geometry, selection: Selection, *, num: int, weighting: str, aggregation: str, pads: bool
+) -> bool:
+    """Return whether every candidate is a neighbour and the order is lost, so that ``attend`` may stand in."""
+    if weighting != "softmax" or aggregation != "sum":
+        return False
+    if selection.similarity == "euclidean" or selection.candidates == "random":
+        return False
+    candidates = candidate_tokens(geometry, selection, pads=pads, training=False)
+    available = most_candidates(geometry, selection, candidates)
+    return num == available or (num > available and selection.k_policy == "clamp")
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, similarity: str, temperature: float, dropout: float) -> Tensor:
-    """Compute k = n through fused attention: (B, H, Q, D), (B, H, N, D), (B, H, N, C) -> (B, H, Q, C)."""
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    geometry: Geometry,
+    selection: Selection,
+    *,
+    pads: bool,
+    temperature: float,
+    dropout: float,
+) -> Tensor:
+    """Attend to all candidates through fused attention: (B, H, Q, D), (B, H, N, D), (B, H, N, C) -> (B, H, Q, C)."""
+    candidates = candidate_tokens(geometry, selection, pads=pads, training=False, device=q.device)
+    tokens = torch.arange(geometry.num_tokens, device=q.device) if candidates is None else candidates
+    if candidates is not None:
+        k, v = k[:, :, candidates], v[:, :, candidates]
+    outside = outside_window(geometry, selection, geometry.query_index(q.device), tokens)
     scale = 1 / temperature
-    if similarity == "cosine":
+    if selection.similarity == "cosine":
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     else:
         scale /= math.sqrt(q.shape[-1])
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    mask = None if outside is None else ~outside
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scale)

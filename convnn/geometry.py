@@ -28,6 +28,9 @@ class Geometry:
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
     prefix: int = 0
+    margin: Pair = (0, 0)
+    """Queries nearer to the edge than this measure distances from the nearest token that is so far inside: their
+    windows shift inwards, as in NATTEN."""
 
     @property
     def padded_shape(self) -> Pair:
@@ -67,15 +70,20 @@ class Geometry:
         index = index - self.prefix
         return index // self.padded_shape[1], index % self.padded_shape[1]
 
-    def is_pad(self, device: torch.device | None = None) -> Tensor:
-        """Return which tokens belong to the zero ring: (N,) bool."""
-        (ph, pw), (rows, cols) = self.padding, self.padded_shape
-        inside = torch.zeros(rows, cols, dtype=torch.bool, device=device)
-        inside[ph : rows - ph, pw : cols - pw] = True
-        return torch.cat([torch.zeros(self.prefix, dtype=torch.bool, device=device), ~inside.flatten()])
+    def positions(self, device: torch.device | None = None) -> Tensor:
+        """Return column and row of every token, each from -1 to 1 over the padded grid: (N, 2) float64; prefix at 0."""
+        rows, cols = (torch.linspace(-1, 1, side, dtype=torch.float64, device=device) for side in self.padded_shape)
+        grid = torch.stack([cols.expand(len(rows), -1), rows[:, None].expand(-1, len(cols))], dim=-1)
+        return torch.cat([grid.new_zeros(self.prefix, 2), grid.flatten(0, 1)])
+
+    def inner_tokens(self, device: torch.device | None = None) -> Tensor:
+        """Return the grid tokens that do not belong to the zero ring, in raster order: (height * width,) int64."""
+        (ph, pw), (_, cols) = self.padding, self.padded_shape
+        rows = torch.arange(ph, ph + self.height, device=device)
+        return (rows[:, None] * cols + torch.arange(pw, pw + self.width, device=device)).flatten() + self.prefix
 
     def distance(self, queries: Tensor, keys: Tensor, metric: str = "chebyshev") -> Tensor:
-        """Return the distance between grid tokens in pixels: (Q,) and (N,) token indices -> (Q, N) float32.
+        """Return the distance between grid tokens in pixels: token indices, broadcast against each other -> float32.
 
         The unit is the dilation: offsets off the dilation lattice come after all those on it. For a kernel that is
         not square, rows and columns are scaled so that the window of the kernel holds exactly the nearest tokens.
@@ -83,11 +91,12 @@ class Geometry:
         in one fixed order at every position; with Euclidean distance that fails from 7 x 7 on.
         """
         offsets = []
-        rows, cols = self.coordinates(queries), self.coordinates(keys)
+        own, other = self.coordinates(queries), self.coordinates(keys)
         far = sum(self.padded_shape)
         radius = [m // 2 for m in self.kernel]
-        for axis in (0, 1):
-            delta = (rows[axis][:, None] - cols[axis]).abs()
+        for axis, (side, margin) in enumerate(zip(self.padded_shape, self.margin, strict=True)):
+            centre = own[axis].clamp(margin, side - 1 - margin) if margin else own[axis]
+            delta = (centre - other[axis]).abs()
             d = self.dilation[axis]
             steps = (delta / d if d > 1 else delta).to(torch.float32)
             if d > 1:
@@ -107,5 +116,5 @@ def window_order(kernel: Pair) -> Tensor:
     """
     geometry = Geometry(kernel[0], kernel[1], kernel=kernel)
     taps = torch.arange(geometry.num_tokens)
-    distance = geometry.distance(geometry.query_index(), taps)[0]
+    distance = geometry.distance(geometry.query_index(), taps)
     return distance.sort(stable=True).indices

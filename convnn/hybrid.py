@@ -8,19 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from convnn.attention import Attention, ConvNNAttention, check_attention, copy_norm, init_linear, refuse_mask
 from convnn.config import ConfigError, OperatorConfig
-from convnn.layers import (
-    Attention,
-    ConvNN2d,
-    ConvNNAttention,
-    Site,
-    check_attention,
-    check_conv,
-    copy_norm,
-    init_linear,
-    pair,
-    refuse_mask,
-)
+from convnn.geometry import Pair
+from convnn.layers import ConvNN2d, Site, check_conv, pair
 
 
 def _split(total: int, ratio: float, name: str) -> int:
@@ -60,10 +51,44 @@ class HybridConvNN2d(nn.Module):
         branches = [branch(x) for branch in (self.neighbors, self.conv) if branch is not None]
         return self.pointwise(torch.cat(branches, dim=1) if len(branches) > 1 else branches[0])
 
+    @torch.no_grad()
+    def to_layer(self) -> nn.Conv2d:
+        """Return the one convolution that both branches and the 1x1 make.
+
+        Raises:
+            ValueError: if the neighbour branch is no convolution, or the branches have different windows.
+        """
+        parts = [] if self.neighbors is None else [self.neighbors.to_layer()]
+        parts += [] if self.conv is None else [self.conv]
+        first, paddings = parts[0], [check_conv(part, Site("the hybrid's branch")) for part in parts]
+        windows = {(part.kernel_size, padding) for part, padding in zip(parts, paddings, strict=True)}
+        if len(windows) > 1:
+            raise ValueError("its branches have different windows")
+        kernel, stride, dilation = (pair(v) for v in (first.kernel_size, first.stride, first.dilation))
+        merged = nn.Conv2d(first.in_channels, self.pointwise.out_channels, kernel, stride, paddings[0], dilation)
+        merged.to(first.weight.device, first.weight.dtype)
+        mix = self.pointwise.weight[:, :, 0, 0]
+        merged.weight.copy_(torch.einsum("op,pchw->ochw", mix, torch.cat([p.weight for p in parts])))
+        bias = torch.cat([p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in parts])
+        assert merged.bias is not None and self.pointwise.bias is not None
+        merged.bias.copy_(mix @ bias + self.pointwise.bias)
+        return merged.train(self.training)
+
     @classmethod
     def from_layer(cls, layer: nn.Conv2d, config: OperatorConfig, init: str, site: Site) -> HybridConvNN2d:
         """Build the replacement of a convolution; ``transfer`` splits its kernel and starts the 1x1 as identity."""
-        padding = check_conv(layer, site)
+        padding: Pair | str = check_conv(layer, site)
+        kernel = pair(layer.kernel_size)
+        if config.branch_kernel is not None and pair(config.branch_kernel) != kernel:
+            if init == "transfer":
+                raise ConfigError("swap.init=transfer keeps the kernel; leave operator.branch_kernel at null")
+            kernel, stride = pair(config.branch_kernel), pair(layer.stride)
+            if stride != (1, 1) and config.branch_kernel % 2 == 0:
+                raise ConfigError(
+                    f"operator.branch_kernel={config.branch_kernel} is even and '{site.name}' has a stride"
+                )
+            dilation = pair(layer.dilation)
+            padding = "same" if stride == (1, 1) else (dilation[0] * (kernel[0] // 2), dilation[1] * (kernel[1] // 2))
         if config.branch_ratio is None:
             raise ConfigError("operator.branch_ratio=null: a hybrid operator needs a ratio in [0, 1]")
         if layer.groups != 1:
@@ -76,11 +101,11 @@ class HybridConvNN2d(nn.Module):
             conv = nn.Conv2d(
                 layer.in_channels,
                 rest,
-                pair(layer.kernel_size),
+                kernel,
                 pair(layer.stride),
                 padding,
                 pair(layer.dilation),
-                bias=layer.bias is not None,
+                bias=layer.bias is not None if config.bias is None else config.bias,
             )
         hybrid = cls(neighbors, conv).to(layer.weight.device, layer.weight.dtype)
         if init == "transfer":
@@ -137,14 +162,13 @@ class HybridConvNNAttention(nn.Module):
                 layer.num_heads,
                 dim_out=total - own,
                 qkv_bias=layer.qkv.bias is not None,
-                proj_bias=layer.proj.bias is not None,
+                proj_bias=layer.proj.bias is not None if config.bias is None else config.bias,
                 attn_drop=layer.attn_drop.p,
                 proj_drop=layer.proj_drop.p,
             )
             attention.q_norm, attention.k_norm = copy_norm(layer.q_norm, init), copy_norm(layer.k_norm, init)
-            with torch.no_grad():
-                init_linear(attention.qkv, layer.qkv, init)
-                init_linear(attention.proj, layer.proj, init, first=own)
+            init_linear(attention.qkv, layer.qkv, init)
+            init_linear(attention.proj, layer.proj, init, first=own)
         hybrid = cls(neighbors, attention).to(layer.qkv.weight.device, layer.qkv.weight.dtype)
         if init == "transfer":
             nn.init.eye_(hybrid.pointwise.weight)

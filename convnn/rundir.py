@@ -20,7 +20,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from convnn.config import Config, ConfigError, SwapRule, check, check_keys, differences, fingerprint, identity, run_name
+from convnn.checks import check, check_keys
+from convnn.config import Config, ConfigError, SwapRule, differences, fingerprint, identity, run_name
 
 _OWN = ("config.yaml", "env.json", "train.log", "metrics.jsonl", "swap.txt", "result.json", "wandb_id")
 _OWN_FOLDERS = ("checkpoints", "wandb")

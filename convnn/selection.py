@@ -5,13 +5,14 @@ Shapes: B batch, H heads, Q queries, N tokens, M candidates, K neighbours, D cha
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from convnn.geometry import Geometry, window_order
-from convnn.similarity import blend_scores, score_terms
+from convnn.similarity import blend_scores, deviation, score_terms, with_positions
 
 # Scores held at once; more go through in chunks. On a CPU a chunk should stay in the cache (measured: 4 times faster
 # than all at once for 4096 x 1156 scores), on a GPU it should only bound memory (64 Mi scores: 256 MiB in float32).
@@ -24,6 +25,7 @@ class Selection:
     """How neighbours are chosen. The fields are those of ``convnn.config.OperatorConfig``."""
 
     similarity: str = "cosine"
+    mix: str = "sum"
     distance: str = "chebyshev"
     candidates: str = "all"
     num_candidates: int = 32
@@ -44,66 +46,120 @@ def stable_topk(score: Tensor, k: int) -> Tensor:
     if score.dtype != torch.float32:
         return score.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     bits = (score + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)  # now integers compare as the floats do
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # now integers compare as the floats do
     key = bits.long()
     key <<= 32
     key |= torch.arange(score.shape[-1] - 1, -1, -1, device=score.device)
     return key.topk(k, dim=-1).indices
 
 
+def fixed_subset(total: int, count: int, seed: int) -> list[int]:
+    """Return ``count`` of ``range(total)``, sorted; the same ones for the same seed on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return sorted(torch.randperm(total, generator=generator)[:count].tolist())
+
+
+# A traced graph takes the fixed subset as a constant: generators cannot be traced.
+_fixed_subset = torch.compiler.assume_constant_result(fixed_subset)
+
+
 def candidate_tokens(
-    geometry: Geometry, selection: Selection, *, blend: float, training: bool, device: torch.device | None = None
+    geometry: Geometry, selection: Selection, *, pads: bool, training: bool, device: torch.device | None = None
 ) -> Tensor | None:
-    """Return the tokens that may be chosen, (M,) int64 in raster order, or None for all of them.
+    """Return the tokens that may be chosen by any query, (M,) int64 in raster order, or None for all of them.
 
     Prefix tokens are always candidates. ``grid`` spans the map without its padding ring. ``random`` draws anew
     from torch's global generator at each training step, one subset for the whole batch; ``eval_candidates`` says
-    what happens at evaluation. A sample as large as the map is the whole map.
+    what happens at evaluation. A sample as large as the map is the whole map. ``window`` further depends on the
+    query, see ``outside_window``.
+
+    Args:
+        geometry: of the map.
+        selection: how candidates are chosen.
+        pads: whether tokens of the zero ring may be chosen.
+        training: whether random candidates are drawn anew.
+        device: of the result.
     """
     prefix = torch.arange(geometry.prefix, device=device)
-    with_pads = selection.pad_candidates or blend < 1
     if selection.candidates == "grid":
-        (ph, pw), (_, columns) = geometry.padding, geometry.padded_shape
+        columns = geometry.padded_shape[1]
         axes = []
-        for side, pad in ((geometry.height, ph), (geometry.width, pw)):
+        for side, pad in zip((geometry.height, geometry.width), geometry.padding, strict=True):
             points = torch.linspace(0, side - 1, min(selection.num_candidates, side), dtype=torch.float64)
             axes.append(points.round().long().to(device) + pad)
         grid = (axes[0][:, None] * columns + axes[1]).flatten() + geometry.prefix
         return torch.cat([prefix, grid])
-    if any(geometry.padding) and not with_pads:
-        tokens = (~geometry.is_pad(device)).nonzero().squeeze(1)[geometry.prefix :]
+    if any(geometry.padding) and not pads:
+        tokens = geometry.inner_tokens(device)
     else:
         tokens = torch.arange(geometry.prefix, geometry.num_tokens, device=device)
-    if selection.candidates == "random" and selection.num_candidates < len(tokens):
+    count = selection.num_candidates
+    if selection.candidates == "random" and count < len(tokens):
         if training or selection.eval_candidates == "resample":
-            drawn = torch.randperm(len(tokens), device=device)
+            tokens = tokens[torch.randperm(len(tokens), device=device)[:count].sort().values]
         elif selection.eval_candidates == "same":
-            generator = torch.Generator().manual_seed(selection.candidate_seed)
-            drawn = torch.randperm(len(tokens), generator=generator).to(device)
-        else:
-            drawn = torch.arange(len(tokens), device=device)[:0]
-        if len(drawn):
-            tokens = tokens[drawn[: selection.num_candidates].sort().values]
+            subset = _fixed_subset(len(tokens), count, selection.candidate_seed)
+            tokens = tokens[torch.tensor(subset, device=device)]
     if geometry.prefix + len(tokens) == geometry.num_tokens:
         return None
     return torch.cat([prefix, tokens])
 
 
+def outside_window(geometry: Geometry, selection: Selection, queries: Tensor, tokens: Tensor) -> Tensor | None:
+    """Return which tokens ``candidates=window`` keeps from a query, (Q, M) bool, or None where it keeps none."""
+    if selection.candidates != "window":
+        return None
+    far = geometry.distance(queries[:, None], tokens) > selection.num_candidates
+    return far & (tokens >= geometry.prefix) & (queries >= geometry.prefix)[:, None]
+
+
+def most_candidates(geometry: Geometry, selection: Selection, tokens: Tensor | None) -> int:
+    """Return how many of the candidate ``tokens`` a query on the grid can have at most."""
+    if selection.candidates == "window":
+        sides = (min(2 * selection.num_candidates + 1, side) for side in geometry.padded_shape)
+        return geometry.prefix + math.prod(sides)
+    return geometry.num_tokens if tokens is None else len(tokens)
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """The neighbours of each query. B and H are 1 where the choice depends on the geometry alone."""
+
+    index: Tensor
+    """Token indices, (B, H, Q, K) int64."""
+    valid: Tensor | None
+    """False where a query has fewer than K candidates (``candidates=window``), (B, H, Q, K); None: nowhere."""
+    low: Tensor | None = None
+    """Least and largest similarity among the candidates of each query, (B, H, Q, 1), where a blend needs them."""
+    high: Tensor | None = None
+
+
 def select_neighbors(
-    q: Tensor, k: Tensor, geometry: Geometry, selection: Selection, *, num: int, blend: float, training: bool
-) -> Tensor:
-    """Return each query's neighbours as token indices: (B, H, Q, D), (B, H, N, D) -> (B or 1, H or 1, Q, K) int64.
+    q: Tensor, k: Tensor, geometry: Geometry, selection: Selection, *, num: int, blend: float | Tensor, training: bool
+) -> Neighbors:
+    """Return each query's neighbours: (B, H, Q, D), (B, H, N, D) -> index (B or 1, H or 1, Q, K).
 
     Selection is hard: no gradient passes. It runs in float32 (float64 for float64 input), whatever autocast says.
-    At ``blend`` 0 it depends on the geometry alone and the first two axes are 1. Prefix tokens have no position:
-    as queries they select by features at any blend, as candidates of others they count as infinitely far.
+    At ``blend`` 0 it depends on the geometry alone. Prefix tokens have no position: as queries they select by
+    features at any blend, as candidates of others they count as infinitely far.
+
+    Args:
+        q: queries.
+        k: keys.
+        geometry: where they are.
+        selection: how neighbours are chosen.
+        num: neighbours per query.
+        blend: one number, or a tensor (H,) strictly between 0 and 1.
+        training: draw random candidates anew.
 
     Raises:
         ValueError: if ``num`` exceeds the candidates and ``k_policy`` is ``error``.
     """
     device = q.device
-    candidates = candidate_tokens(geometry, selection, blend=blend, training=training, device=device)
-    available = geometry.num_tokens if candidates is None else len(candidates)
+    by_features, at_position = (isinstance(blend, float) and blend == end for end in (1, 0))
+    pads = selection.pad_candidates or not by_features
+    candidates = candidate_tokens(geometry, selection, pads=pads, training=training, device=device)
+    available = most_candidates(geometry, selection, candidates)
     if num > available:
         if selection.k_policy == "error":
             raise ValueError(
@@ -112,23 +168,43 @@ def select_neighbors(
             )
         num = available
     queries = geometry.query_index(device)
-    split = geometry.prefix if blend < 1 else 0
+    split = 0 if by_features else geometry.prefix
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         q, k = (t if t.dtype == torch.float64 else t.float() for t in (q, k))
-        parts = []
-        if split:
-            parts.append(_best(q[:, :, :split], k, queries[:split], candidates, geometry, selection, num, 1.0))
-        parts.append(_best(q[:, :, split:], k, queries[split:], candidates, geometry, selection, num, blend))
-        if len({p.shape[:2] for p in parts}) > 1:
-            parts = [p.expand(q.shape[0], q.shape[1], -1, -1) for p in parts]
-        index = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+        found = []
+        for part, share in ((slice(0, split), 1.0), (slice(split, None), blend)):
+            if len(queries[part]):
+                own = q[:, :, part], k, queries[part]
+                ranged = not (by_features or at_position)
+                found.append(_best(*own, candidates, geometry, selection, num=num, blend=share, ranged=ranged))
+        chosen = found[0] if len(found) == 1 else _join(*found)
+        index, valid = chosen.index, chosen.valid
         if selection.slots == "raster":
-            return index.sort(dim=-1).values
-        return window_slots(index, queries, geometry) if selection.slots == "window" else index
+            index, order = index.sort(dim=-1)
+            valid = None if valid is None else valid.gather(-1, order)
+        elif selection.slots == "window":
+            slot = window_slots(index, queries, geometry)
+            index = torch.empty_like(index).scatter_(-1, slot, index)
+            valid = None if valid is None else torch.empty_like(valid).scatter_(-1, slot, valid)
+        return Neighbors(index, valid, chosen.low, chosen.high)
+
+
+def _join(a: Neighbors, b: Neighbors) -> Neighbors:
+    """Return the neighbours of prefix queries followed by those of grid queries."""
+    size = torch.broadcast_shapes(a.index.shape[:2], b.index.shape[:2])
+
+    def cat(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+        if x is None or y is None:
+            return None
+        return torch.cat([t.expand(*size, -1, -1) for t in (x, y)], dim=2)
+
+    index = cat(a.index, b.index)
+    assert index is not None
+    return Neighbors(index, cat(a.valid, b.valid), cat(a.low, b.low), cat(a.high, b.high))
 
 
 def window_slots(index: Tensor, queries: Tensor, geometry: Geometry) -> Tensor:
-    """Put neighbours that lie in the kernel window of their query into the slot of their tap.
+    """Return the slot of each neighbour when those in the kernel window of their query keep the slot of their tap.
 
     Slots are numbered as at blend 0, nearest tap first; neighbours outside the window fill the free slots, best
     first. So a neighbour that comes in changes one slot, and a layer moves away from a convolution without a jump.
@@ -141,20 +217,19 @@ def window_slots(index: Tensor, queries: Tensor, geometry: Geometry) -> Tensor:
     k = index.shape[-1]
     rows, cols = geometry.coordinates(index)
     own_rows, own_cols = (t[:, None] for t in geometry.coordinates(queries))
-    tap, inside = torch.zeros_like(index), torch.ones_like(index, dtype=torch.bool)
+    tap, inside = torch.zeros_like(index), (index >= geometry.prefix) & (queries >= geometry.prefix)[:, None]
     for delta, m, d in zip((rows - own_rows, cols - own_cols), geometry.kernel, geometry.dilation, strict=True):
         step = delta.div(d, rounding_mode="floor") + m // 2
-        inside &= (delta % d == 0) & (step >= 0) & (step < m)
+        inside = inside & (delta % d == 0) & (step >= 0) & (step < m)
         tap = tap * m + step
     order = window_order(geometry.kernel).argsort().to(index.device)
     slot = order[tap.where(inside, 0)]
-    inside &= slot < k
+    inside = inside & (slot < k)
     taken = torch.zeros_like(index).scatter_add_(-1, slot.where(inside, 0), inside.long())
     free = taken.argsort(dim=-1, stable=True)  # free slots first, in order
     outsiders = inside.long().argsort(dim=-1, stable=True)  # positions in the ranking, outsiders first
     slot_of = torch.empty_like(index).scatter_(-1, outsiders, free)
-    slot_of = torch.where(inside, slot, slot_of)
-    return torch.empty_like(index).scatter_(-1, slot_of, index)
+    return torch.where(inside, slot, slot_of)
 
 
 def _best(
@@ -164,40 +239,75 @@ def _best(
     candidates: Tensor | None,
     geometry: Geometry,
     selection: Selection,
+    *,
     num: int,
-    blend: float,
-) -> Tensor:
-    """Return the ``num`` best candidates of the given queries, (B or 1, H or 1, Q, num), chunk by chunk."""
-    b, h = (1, 1) if blend == 0 else q.shape[:2]
+    blend: float | Tensor,
+    ranged: bool,
+) -> Neighbors:
+    """Return the ``num`` best candidates of the given queries in rank order, chunk by chunk.
+
+    ``ranged`` asks for the range of the similarities too.
+    """
+    at_position = isinstance(blend, float) and blend == 0
+    mixed = not isinstance(blend, float) or 0 < blend < 1
+    b, h = (1, 1) if at_position else q.shape[:2]
     tokens = torch.arange(geometry.num_tokens, device=q.device) if candidates is None else candidates
-    if blend > 0:
-        keys = k if candidates is None else k[:, :, candidates]
-        q, keys, bias = score_terms(q.flatten(0, 1), keys.flatten(0, 1), selection.similarity)
+    share = blend.to(q.dtype).repeat(b)[:, None, None] if isinstance(blend, Tensor) else blend  # (B * H, 1, 1)
+    if not at_position:
+        q, k = q.flatten(0, 1), k.flatten(0, 1)
+        if mixed and selection.mix == "concat":
+            positions, scale = geometry.positions(q.device), deviation(k)
+            q = with_positions(q, positions[queries], share, scale)
+            k = with_positions(k, positions, share, scale)
+            mixed = False
+        q, keys, bias = score_terms(q, k if candidates is None else k[:, candidates], selection.similarity)
         keys = keys.mT
     limit = CHUNK_SCORES.get(q.device.type, CHUNK_SCORES_ELSEWHERE)
     query_chunk = min(len(queries), max(1, limit // len(tokens)))
     batch_chunk = max(1, limit // (len(tokens) * query_chunk))
     best = torch.empty(b * h, len(queries), num, dtype=torch.int64, device=q.device)
+    valid = torch.ones_like(best, dtype=torch.bool) if selection.candidates == "window" else None
+    low, high = (q.new_empty(b * h, len(queries), 1) for _ in range(2)) if ranged else (None, None)
     for first in range(0, len(queries), query_chunk):
         part = slice(first, first + query_chunk)
         own = queries[part]
-        if blend < 1:
-            distance = geometry.distance(own, tokens, selection.distance)
-            distance.masked_fill_(tokens < geometry.prefix, torch.inf)
+        outside = outside_window(geometry, selection, own, tokens)
+        if at_position or mixed:
+            distance = geometry.distance(own[:, None], tokens, selection.distance)
+            distance = distance.masked_fill(tokens < geometry.prefix, torch.inf)
         for item in range(0, b * h, batch_chunk):
             items = slice(item, item + batch_chunk)
-            if blend == 0:
+            if at_position:
                 score = -distance[None]
             else:
                 score = q[items, part] @ keys[items]
                 if bias is not None:
-                    score += bias[items]
-                if blend < 1:
-                    score = blend_scores(score, distance / geometry.extent, blend)
+                    score = score + bias[items]
+                if low is not None and high is not None:
+                    low[items, part] = _inside(score, outside, torch.inf).amin(-1, keepdim=True)
+                    high[items, part] = _inside(score, outside, -torch.inf).amax(-1, keepdim=True)
+                if mixed and low is not None and high is not None:
+                    own_share = share[items] if isinstance(share, Tensor) else share
+                    far = distance / geometry.extent
+                    score = blend_scores(score, far, own_share, low[items, part], high[items, part])
+            score = _inside(score, outside, -torch.inf)
             if selection.self_first:
-                score.masked_fill_(own[:, None] == tokens, -torch.inf)
+                score = score.masked_fill(own[:, None] == tokens, -torch.inf)
+                ranked = stable_topk(score, num - 1)
                 best[items, part, 0] = own
-                best[items, part, 1:] = tokens[stable_topk(score, num - 1)]
+                best[items, part, 1:] = tokens[ranked]
             else:
-                best[items, part] = tokens[stable_topk(score, num)]
-    return best.view(b, h, len(queries), num)
+                ranked = stable_topk(score, num)
+                best[items, part] = tokens[ranked]
+            if valid is not None:
+                valid[items, part, num - ranked.shape[-1] :] = score.gather(-1, ranked) > -torch.inf
+    if low is not None and high is not None and selection.similarity == "euclidean":
+        # score_terms leaves out the query's own square, a constant that the similarity of a pair includes.
+        own_square = (q / 2).square().sum(-1, keepdim=True)
+        low, high = low - own_square, high - own_square
+    shape = (b, h, len(queries), -1)
+    return Neighbors(best.view(shape), *(None if t is None else t.view(shape) for t in (valid, low, high)))
+
+
+def _inside(score: Tensor, outside: Tensor | None, fill: float) -> Tensor:
+    return score if outside is None else score.masked_fill(outside, fill)

@@ -46,13 +46,26 @@ def pair_similarity(q: Tensor, k: Tensor, kind: str) -> Tensor:
     return (k @ q[..., None]).squeeze(-1)
 
 
-def blend_scores(features: Tensor, distance: Tensor, blend: float) -> Tensor:
+def blend_scores(features: Tensor, distance: Tensor, blend: float | Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Mix feature similarity (..., Q, N) with position: ``blend * f - (1 - blend) * d``.
 
-    Both are fractions of their range: f is the similarity scaled to [0, 1] over the candidates of each query, so that
-    a blend means the same for every kind of similarity and every layer; d (Q, N) is the distance over the extent of
-    the map, so that at 0.5 a tenth of the map weighs as much as a tenth of the similarity.
+    Both are fractions of their range: f is the similarity scaled from [low, high], its range over the candidates of
+    each query, to [0, 1], so that a blend means the same for every kind of similarity and every layer; d (Q, N) is the
+    distance over the extent of the map, so that at 0.5 a tenth of the map weighs as much as a tenth of the similarity.
     """
-    low, high = features.aminmax(dim=-1, keepdim=True)
     scaled = (features - low) / (high - low).clamp_min(torch.finfo(features.dtype).tiny)
     return blend * scaled - (1 - blend) * distance.to(features.dtype)
+
+
+def with_positions(x: Tensor, positions: Tensor, blend: float | Tensor, deviation: Tensor) -> Tensor:
+    """Return ``[blend * x / deviation, (1 - blend) * positions]``: (..., N, D), (N, 2) -> (..., N, D + 2).
+
+    This is the paper's way of mixing ("Loc_Col"): one similarity of features and coordinates side by side.
+    """
+    positions = positions.to(x.dtype).expand(*x.shape[:-1], 2)
+    return torch.cat([x * (blend / deviation), positions * (1 - blend)], dim=-1)
+
+
+def deviation(x: Tensor) -> Tensor:
+    """Return the standard deviation over tokens and channels: (..., N, D) -> (..., 1, 1)."""
+    return x.std(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)

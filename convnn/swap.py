@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from timm.layers.attention import Attention
 from torch import nn
 
-from convnn.config import CONV, ConfigError, OperatorConfig, SwapConfig, SwapRule, check_operator, check_rule
+from convnn.attention import Attention
+from convnn.checks import check_operator, check_rule
+from convnn.config import CONV, ConfigError, OperatorConfig, SwapConfig, SwapRule
 from convnn.layers import NeighborLayer, Site
 
 _HEADS = ("pre_logits", "head", "head_dist", "fc", "classifier")
@@ -260,6 +261,34 @@ def _share(layer: nn.Module) -> int:
 
 def _pair_of(value: Any) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value,)
+
+
+def export_layers(model: nn.Module) -> list[str]:
+    """Replace every layer that stands at an end of the spectrum by the plain layer that it equals, in place.
+
+    The result is a plain timm model: its ``state_dict`` loads into ``timm.create_model`` of the same name.
+
+    Returns:
+        The names of the layers replaced.
+
+    Raises:
+        ConfigError: naming a layer that equals no plain one; the model is then as it was.
+    """
+    names = [name for name, module in model.named_modules() if _is_operator(module)]
+    names = [n for n in names if not any(n.startswith(f"{outer}.") for outer in names)]
+    plain = {}
+    for name in names:
+        layer = model.get_submodule(name)
+        to_layer = getattr(layer, "to_layer", None)
+        try:
+            if to_layer is None:
+                raise ValueError(f"{type(layer).__name__} has no plain equivalent")
+            plain[name] = to_layer()
+        except ValueError as error:
+            raise ConfigError(f"'{name}' cannot be exported: {error}") from error
+    for name, layer in plain.items():
+        model.set_submodule(name, layer)
+    return names
 
 
 def neighbor_layers(model: nn.Module) -> dict[str, NeighborLayer]:

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     for panel, blend in zip(panels, blends, strict=True):
         chosen = select_neighbors(
             patches[:, :, queries], patches, geometry, Selection(), num=options.k, blend=blend, training=False
-        )[0, 0, query]
+        ).index[0, 0, query]
         rows, cols = (t - 1 for t in geometry.coordinates(chosen))  # without the ring
         panel.imshow(image[0].permute(1, 2, 0), interpolation="nearest")
         panel.scatter(cols[1:], rows[1:], s=36, marker="s", facecolors="none", edgecolors="white", linewidths=1.8)

@@ -40,27 +40,37 @@ def compare(module, reference, x):
         close(p1[name], p2[name])
 
 
-def conv_case(size, k, *, channels=(3, 4), batch=2, candidates=None, **kwargs):
+def conv_case(size, k, *, channels=(3, 4), batch=2, **kwargs):
     torch.manual_seed(0)
     module = ConvNN2d(*channels, k, fast=False, **kwargs).double().eval()
     x = torch.randn(batch, channels[0], *size, dtype=torch.float64)
     options = {"metric": kwargs.get("distance", "chebyshev")}
-    for key in ("blend", "similarity", "pad_candidates", "self_first", "slots", "weighting", "temperature"):
+    for key in (
+        *("blend", "similarity", "pad_candidates", "self_first", "slots", "weighting", "temperature", "mix"),
+        *("aggregation", "coordinates"),
+    ):
         if key in kwargs:
             options[key] = kwargs[key]
+    if kwargs.get("candidates") == "window":
+        options["radius"] = kwargs["num_candidates"]
+    if module.weight is not None:
+        nn.init.normal_(module.weight)
 
     def reference(x):
+        weight = module.weight
         return oracles.convnn2d(
             x,
-            module.weight,
+            weight,
             module.bias,
             k=k,
             kernel=module.kernel_size,
             stride=module.stride,
             padding=module.padding,
             dilation=module.dilation,
-            groups=module.groups,
-            candidates=candidates,
+            groups=module.mix_groups,
+            qkv=None if module.qkv is None else module.qkv.weight,
+            pointwise=None if module.pointwise is None else module.pointwise.weight,
+            proj=None if module.proj is None else module.proj.weight,
             **options,
         )
 
@@ -99,6 +109,23 @@ def test_convnn2d_k_from_one_to_all(k, blend):
         {"groups": 2, "channels": (4, 6)},
         {"weighting": "softmax", "temperature": 0.5},
         {"weighting": "softmax", "similarity": "euclidean"},
+        {"weighting": "score"},
+        {"weighting": "score", "similarity": "euclidean", "temperature": 2.0},
+        {"mix": "concat"},
+        {"mix": "concat", "similarity": "euclidean"},
+        {"mix": "concat", "similarity": "dot", "padding": 0, "kernel_size": 3},
+        {"aggregation": "depthwise", "channels": (3, 6)},
+        {"aggregation": "separable"},
+        {"aggregation": "separable", "coordinates": True},
+        {"aggregation": "sum", "channels": (4, 4)},
+        {"aggregation": "max_relative", "similarity": "euclidean"},
+        {"coordinates": True},
+        {"projection": "linear", "weighting": "softmax", "aggregation": "separable", "similarity": "dot"},
+        {"projection": "linear", "aggregation": "sum", "weighting": "softmax", "self_first": False},
+        {"projection": "linear", "aggregation": "max_relative", "bias": False},
+        {"candidates": "window", "num_candidates": 2},
+        {"candidates": "window", "num_candidates": 1, "weighting": "softmax"},
+        {"candidates": "window", "num_candidates": 2, "self_first": False, "slots": "window"},
     ],
     ids=lambda kwargs: ",".join(f"{k}={v}" for k, v in kwargs.items()),
 )
@@ -152,10 +179,10 @@ def check_convolution(kernel, slots, fast, size, stride, padding, dilation, grou
         grads.append((y.detach(), leaf.grad, layer.bias.grad))
     for a, b in zip(*grads, strict=True):
         close(a, b)
-    back = module.to_conv()
+    back = module.to_layer()
     assert torch.equal(back.weight, conv.weight) and torch.equal(back.bias, conv.bias)
     module.weight.data.copy_(module.weight.grad)  # the gradient of the slots is that of the taps, permuted alike
-    close(module.to_conv().weight, conv.weight.grad)
+    close(module.to_layer().weight, conv.weight.grad)
 
 
 def test_conv2d_with_string_padding_and_larger_k():
@@ -166,7 +193,7 @@ def test_conv2d_with_string_padding_and_larger_k():
     close(module(x), conv(x))  # slots beyond the window start at zero
 
 
-def attention_case(n, k, *, prefix=0, grid=None, heads=2, candidates=None, **kwargs):
+def attention_case(n, k, *, prefix=0, grid=None, heads=2, **kwargs):
     torch.manual_seed(0)
     module = ConvNNAttention(8, heads, k, num_prefix_tokens=prefix, grid_size=grid, qkv_bias=True, fast=False, **kwargs)
     module = module.double().eval()
@@ -174,9 +201,11 @@ def attention_case(n, k, *, prefix=0, grid=None, heads=2, candidates=None, **kwa
         nn.init.normal_(module.slot_weight)
     x = torch.randn(2, n, 8, dtype=torch.float64)
     options = {"metric": kwargs.get("distance", "chebyshev")}
-    for key in ("blend", "similarity", "self_first", "slots", "weighting", "temperature"):
+    for key in ("blend", "similarity", "self_first", "slots", "weighting", "temperature", "mix", "border"):
         if key in kwargs:
             options[key] = kwargs[key]
+    if kwargs.get("candidates") == "window":
+        options["radius"] = kwargs["num_candidates"]
 
     def reference(x):
         return oracles.convnn_attention(
@@ -190,14 +219,14 @@ def attention_case(n, k, *, prefix=0, grid=None, heads=2, candidates=None, **kwa
             k=k,
             prefix=prefix,
             grid=grid,
-            candidates=candidates,
+            pointwise=None if module.pointwise is None else module.pointwise.weight,
             **options,
         )
 
     compare(module, reference, x)
 
 
-@pytest.mark.parametrize("aggregation", ["depthwise", "sum"])
+@pytest.mark.parametrize("aggregation", ["depthwise", "sum", "conv", "separable"])
 @pytest.mark.parametrize("prefix", [0, 1, 2])
 @pytest.mark.parametrize("blend", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("k", [1, 4, 12])
@@ -214,11 +243,25 @@ def test_attention_equals_loop_reference(aggregation, prefix, blend, k):
         {"slots": "raster"},
         {"heads": 1},
         {"distance": "euclidean", "blend": 0.3},
+        {"mix": "concat", "blend": 0.4},
+        {"mix": "concat", "blend": 0.7, "similarity": "euclidean"},
+        {"weighting": "score"},
+        {"weighting": "ones", "self_first": True},
+        {"candidates": "window", "num_candidates": 1, "blend": 0.0},
+        {"candidates": "window", "num_candidates": 1, "blend": 0.6},
+        {"candidates": "window", "num_candidates": 1, "blend": 1.0, "weighting": "ones"},
     ],
     ids=lambda kwargs: ",".join(f"{k}={v}" for k, v in kwargs.items()),
 )
 def test_attention_options(kwargs):
     attention_case(13, 5, prefix=1, grid=(3, 4), **kwargs)
+
+
+@pytest.mark.parametrize("border", ["zeros", "shift", "nearest"])
+@pytest.mark.parametrize("blend", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("aggregation", ["sum", "depthwise"])
+def test_attention_borders(border, blend, aggregation):
+    attention_case(21, 9, prefix=1, grid=(4, 5), border=border, blend=blend, aggregation=aggregation)
 
 
 def test_attention_grid_candidates_keep_the_cls_token():

@@ -52,7 +52,7 @@ def test_set_spectrum_keeps_parameters_and_state_dict():
         ({"blend": 1.5}, "blend=1.5"),
         ({"k": 0}, "k=0"),
         ({"temperature": 0.0}, "temperature=0.0"),
-        ({"similarity": "cos"}, "similarity='cos'"),
+        ({"similarity": "cos"}, "similarity=cos"),
         ({"kernel_size": 4}, "must be odd"),
         ({"groups": 2}, "groups=2"),
     ],

@@ -12,7 +12,7 @@ from convnn.swap import find_sites, neighbor_layers, site_stages
 ATTENTION = {
     "name": "a",
     "kind": "attention",
-    "target": "convnn.layers.ConvNNAttention",
+    "target": "convnn.attention.ConvNNAttention",
     "similarity": "dot",
     "self_first": False,
     "weighting": "softmax",

@@ -265,6 +265,7 @@ def _best(
     limit = CHUNK_SCORES.get(q.device.type, CHUNK_SCORES_ELSEWHERE)
     query_chunk = min(len(queries), max(1, limit // len(tokens)))
     batch_chunk = max(1, limit // (len(tokens) * query_chunk))
+    first_slot = int(selection.self_first)
     best = torch.empty(b * h, len(queries), num, dtype=torch.int64, device=q.device)
     valid = torch.ones_like(best, dtype=torch.bool) if selection.candidates == "window" else None
     low, high = (q.new_empty(b * h, len(queries), 1) for _ in range(2)) if ranged else (None, None)
@@ -272,6 +273,10 @@ def _best(
         part = slice(first, first + query_chunk)
         own = queries[part]
         outside = outside_window(geometry, selection, own, tokens)
+        taken = outside  # what may not be ranked: tokens out of reach, and the query itself where it has its place
+        if selection.self_first:
+            itself = own[:, None] == tokens
+            taken = itself if outside is None else outside | itself
         if at_position or mixed:
             distance = geometry.distance(own[:, None], tokens, selection.distance)
             distance = distance.masked_fill(tokens < geometry.prefix, torch.inf)
@@ -290,17 +295,13 @@ def _best(
                     own_share = share[items] if isinstance(share, Tensor) else share
                     far = distance / geometry.extent
                     score = blend_scores(score, far, own_share, low[items, part], high[items, part])
-            score = _inside(score, outside, -torch.inf)
-            if selection.self_first:
-                score = score.masked_fill(own[:, None] == tokens, -torch.inf)
-                ranked = stable_topk(score, num - 1)
-                best[items, part, 0] = own
-                best[items, part, 1:] = tokens[ranked]
-            else:
-                ranked = stable_topk(score, num)
-                best[items, part] = tokens[ranked]
-            if valid is not None:
-                valid[items, part, num - ranked.shape[-1] :] = score.gather(-1, ranked) > -torch.inf
+            score = _inside(score, taken, -torch.inf)
+            ranked = stable_topk(score, num - first_slot)
+            best[items, part, :first_slot] = own[:, None]
+            best[items, part, first_slot:] = tokens[ranked]
+            if valid is not None and taken is not None:
+                # Prefix tokens can have a score of -inf too, but come before the tokens that were taken out.
+                valid[items, part, first_slot:] = ~taken.expand_as(score).gather(-1, ranked)
     if low is not None and high is not None and selection.similarity == "euclidean":
         # score_terms leaves out the query's own square, a constant that the similarity of a pair includes.
         own_square = (q / 2).square().sum(-1, keepdim=True)

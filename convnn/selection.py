@@ -5,7 +5,7 @@ Shapes: B batch, H heads, Q queries, N tokens, M candidates, K neighbours, D cha
 
 from __future__ import annotations
 
-import math
+import random
 from dataclasses import dataclass
 
 import torch
@@ -55,11 +55,10 @@ def stable_topk(score: Tensor, k: int) -> Tensor:
 
 def fixed_subset(total: int, count: int, seed: int) -> list[int]:
     """Return ``count`` of ``range(total)``, sorted; the same ones for the same seed on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return sorted(torch.randperm(total, generator=generator)[:count].tolist())
+    return sorted(random.Random(seed).sample(range(total), count))
 
 
-# A traced graph takes the fixed subset as a constant: generators cannot be traced.
+# A traced graph takes the fixed subset as a constant: Python's generators cannot be traced.
 _fixed_subset = torch.compiler.assume_constant_result(fixed_subset)
 
 
@@ -116,8 +115,8 @@ def outside_window(geometry: Geometry, selection: Selection, queries: Tensor, to
 def most_candidates(geometry: Geometry, selection: Selection, tokens: Tensor | None) -> int:
     """Return how many of the candidate ``tokens`` a query on the grid can have at most."""
     if selection.candidates == "window":
-        sides = (min(2 * selection.num_candidates + 1, side) for side in geometry.padded_shape)
-        return geometry.prefix + math.prod(sides)
+        rows, cols = (min(2 * selection.num_candidates + 1, side) for side in geometry.padded_shape)
+        return geometry.prefix + rows * cols
     return geometry.num_tokens if tokens is None else len(tokens)
 
 

@@ -119,7 +119,7 @@ def selection_weights(
         there = with_positions(keys, positions[found.index], share[..., None], scale[..., None])
         score = pair_similarity(here, there, selection.similarity)
     else:
-        distance = geometry.distance(queries[:, None], found.index, selection.distance) / geometry.extent
+        distance = geometry.distance(queries[:, None], found.index, selection.distance).to(q.dtype) / geometry.extent
         distance = torch.where(own & (found.index >= geometry.prefix), distance, 0)
         features = pair_similarity(q, keys, selection.similarity)
         score = blend_scores(features, distance, share, found.low.to(q.dtype), found.high.to(q.dtype))

@@ -292,7 +292,7 @@ def _best(
                     high[items, part] = _inside(score, outside, -torch.inf).amax(-1, keepdim=True)
                 if mixed and low is not None and high is not None:
                     own_share = share[items] if isinstance(share, Tensor) else share
-                    far = distance / geometry.extent
+                    far = distance.to(score.dtype) / geometry.extent
                     score = blend_scores(score, far, own_share, low[items, part], high[items, part])
             score = _inside(score, taken, -torch.inf)
             ranked = stable_topk(score, num - first_slot)

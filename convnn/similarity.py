@@ -54,7 +54,7 @@ def blend_scores(features: Tensor, distance: Tensor, blend: float | Tensor, low:
     distance over the extent of the map, so that at 0.5 a tenth of the map weighs as much as a tenth of the similarity.
     """
     scaled = (features - low) / (high - low).clamp_min(torch.finfo(features.dtype).tiny)
-    return blend * scaled - (1 - blend) * distance.to(features.dtype)
+    return blend * scaled - (1 - blend) * distance
 
 
 def with_positions(x: Tensor, positions: Tensor, blend: float | Tensor, deviation: Tensor) -> Tensor:

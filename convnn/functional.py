@@ -110,7 +110,10 @@ def selection_weights(
     keys = gather_tokens(k, found.index)
     queries = geometry.query_index(q.device)
     own = (queries >= geometry.prefix)[:, None]  # prefix queries choose by features whatever the blend
-    share = torch.where(own, blend[:, None, None] if isinstance(blend, Tensor) else blend, 1.0)  # (H or 1, Q, 1)
+    one = q.new_ones(())
+    share = torch.where(
+        own, one * (blend[:, None, None] if isinstance(blend, Tensor) else blend), one
+    )  # (1 or H, Q, 1)
     if found.low is None or found.high is None:  # the choice was by features or position alone
         score = share * pair_similarity(q, keys, selection.similarity)
     elif selection.mix == "concat":

@@ -179,8 +179,8 @@ def attends_to_all(
     if selection.similarity == "euclidean" or selection.candidates == "random":
         return False
     candidates = candidate_tokens(geometry, selection, pads=pads, training=False)
-    available = most_candidates(geometry, selection, candidates)
-    return num == available or (num > available and selection.k_policy == "clamp")
+    _, most = most_candidates(geometry, selection, candidates)
+    return num == most or (num > most and selection.k_policy == "clamp")
 
 
 def attend(

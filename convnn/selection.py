@@ -112,12 +112,17 @@ def outside_window(geometry: Geometry, selection: Selection, queries: Tensor, to
     return far & (tokens >= geometry.prefix) & (queries >= geometry.prefix)[:, None]
 
 
-def most_candidates(geometry: Geometry, selection: Selection, tokens: Tensor | None) -> int:
-    """Return how many of the candidate ``tokens`` a query on the grid can have at most."""
-    if selection.candidates == "window":
-        rows, cols = (min(2 * selection.num_candidates + 1, side) for side in geometry.padded_shape)
-        return geometry.prefix + rows * cols
-    return geometry.num_tokens if tokens is None else len(tokens)
+def most_candidates(geometry: Geometry, selection: Selection, tokens: Tensor | None) -> tuple[int, int]:
+    """Return how many of the candidate ``tokens`` a query can have at most: one on the grid, and any.
+
+    They differ for ``candidates=window``, which prefix queries are not bound to.
+    """
+    every = geometry.num_tokens if tokens is None else len(tokens)
+    if selection.candidates != "window":
+        return every, every
+    rows, cols = (min(2 * selection.num_candidates + 1, side) for side in geometry.padded_shape)
+    on_grid = min(geometry.prefix + rows * cols, every)
+    return on_grid, every if geometry.prefix else on_grid
 
 
 @dataclass(frozen=True)
@@ -158,14 +163,14 @@ def select_neighbors(
     by_features, at_position = (isinstance(blend, float) and blend == end for end in (1, 0))
     pads = selection.pad_candidates or not by_features
     candidates = candidate_tokens(geometry, selection, pads=pads, training=training, device=device)
-    available = most_candidates(geometry, selection, candidates)
+    available, most = most_candidates(geometry, selection, candidates)
     if num > available:
         if selection.k_policy == "error":
             raise ValueError(
                 f"k={num} exceeds the {available} candidates of a {geometry.height}x{geometry.width} map "
                 f"(padding {geometry.padding}, {geometry.prefix} prefix tokens); lower k or set k_policy=clamp"
             )
-        num = available
+        num = min(num, most)
     queries = geometry.query_index(device)
     split = 0 if by_features else geometry.prefix
     with torch.no_grad(), torch.autocast(device.type, enabled=False):

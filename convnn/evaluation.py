@@ -149,34 +149,43 @@ def evaluate(
     return meter.means()
 
 
+def load_run(config: Config, folder: Path, checkpoint: str, dataset: Dataset) -> tuple[nn.Module, int, dict[str, Any]]:
+    """Rebuild the model of ``checkpoints/<checkpoint>.pt`` (the averaged one if there is one), on the CPU.
+
+    Returns:
+        The model, its image side in pixels, and the checkpoint.
+
+    Raises:
+        CheckpointError: if the checkpoint is missing, damaged or does not fit.
+    """
+    path = folder / "checkpoints" / f"{checkpoint}.pt"
+    state = load_checkpoint(path)
+    config.backbone.pretrained = False  # the checkpoint has all weights
+    model, _, image_size = build_model(config, dataset)
+    load_model_state(model, state["ema"] or state["model"], path)
+    for name, layer in neighbor_layers(model).items():
+        layer.set_spectrum(**state["spectrum"][name])
+    return model, image_size, state
+
+
 def evaluate_run(config: Config, folder: Path, checkpoint: str) -> dict[str, Any]:
     """Evaluate ``checkpoints/<checkpoint>.pt`` of a run on its test set, on the device that ``config`` names.
 
     Raises:
         CheckpointError: if the checkpoint is missing, damaged or does not fit.
     """
-    path = folder / "checkpoints" / f"{checkpoint}.pt"
     device = pick_device(config.device)
-    state = load_checkpoint(path)
     dataset = load_dataset(config.data)
-    config.backbone.pretrained = False  # the checkpoint has all weights
-    model, _, image_size = build_model(config, dataset)
-    load_model_state(model, state["ema"] or state["model"], path)
-    for name, layer in neighbor_layers(model).items():
-        layer.set_spectrum(**state["spectrum"][name])
+    model, image_size, state = load_run(config, folder, checkpoint, dataset)
     train = config.train
     if train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     size = train.eval_batch_size or train.batch_size
     split = dataset.test.to(device)
     batches = Batches(split, size, config.data, image_size, channels_last=train.channels_last)
-    scores = evaluate(model.to(device), batches, make_autocast(train.amp, device))
-    loss, top1, top5 = scores
-    return {"checkpoint": checkpoint, "epochs": state["epoch"], "images": len(split)} | {
-        "loss": loss,
-        "top1": top1,
-        "top5": top5,
-    }
+    loss, top1, top5 = evaluate(model.to(device), batches, make_autocast(train.amp, device))
+    scores = {"loss": loss, "top1": top1, "top5": top5}
+    return {"checkpoint": checkpoint, "epochs": state["epoch"], "images": len(split)} | scores
 
 
 def make_autocast(amp: str, device: torch.device) -> Callable[[], Any]:

@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import TINY, without_times
+import torch
+from helpers import TINY, TINY_VIT, without_times
 
+from convnn.backbones import create_backbone
 from convnn.cli import compose_config
 from convnn.engine import run
 from convnn.tracking import read_metrics
@@ -48,6 +50,20 @@ def test_train_then_evaluate_then_refuse(tmp_path):
     assert json.loads(scores.stdout)["top1"] == result["top1_last"]
     again = call("train.py", *TINY, "swap.last=2", where)
     assert again.returncode == 2 and again.stderr.count("\n") == 1 and "run.if_exists=" in again.stderr
+
+
+def test_export_of_a_run_loads_into_plain_timm(tmp_path):
+    vit = [*TINY_VIT, "operator=mhsa", "swap.init=transfer", "train.epochs=1", f"run.dir={tmp_path}/r"]
+    config = compose_config(vit)
+    run(config)
+    done = call("scripts/export.py", f"run={tmp_path}/r")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["layers"] == 2
+    plain = create_backbone(config.backbone, 10, 3, 16)
+    plain.load_state_dict(torch.load(tmp_path / "r" / "exported.pt", weights_only=True))
+    run(compose_config([*TINY, "operator=hybrid", "train.max_steps=1", f"run.dir={tmp_path}/h"]))
+    refused = call("scripts/export.py", f"run={tmp_path}/h")
+    assert refused.returncode == 2 and "cannot be exported" in refused.stderr and refused.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,9 @@ def test_groups_are_those_of_the_design():
 
 @pytest.mark.parametrize("operator", CONV)
 def test_operator_on_convolutions(operator, tmp_path):
-    assert one_step([*TINY, f"operator={operator}"], tmp_path)["layers_replaced"] > 5
+    # Depthwise makes no 64 channels out of 3, nor 4 out of 64.
+    exclude = ["swap.exclude=[conv1,layer1.0.conv1]"] if operator == "depthwise_conv2d" else []
+    assert one_step([*TINY, f"operator={operator}", *exclude], tmp_path)["layers_replaced"] > 5
 
 
 @pytest.mark.parametrize("operator", ATTENTION)

@@ -48,7 +48,7 @@ def cases():
                 yield preset, name, init
 
 
-@pytest.mark.parametrize("preset, name, init", cases())
+@pytest.mark.parametrize("preset, name, init", list(cases()))
 def test_every_preset_trains_in_every_backbone(preset, name, init):
     torch.manual_seed(0)
     model = backbone(name).double()

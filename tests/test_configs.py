@@ -91,16 +91,12 @@ def test_data(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("backbone", GROUPS["backbone"])
 def test_backbone(backbone, tmp_path):
-    from convnn.data import load_synthetic
-    from convnn.evaluation import build_model, count_gflops
-
     vit = backbone.startswith("vit")
-    swap = ["operator=convnn_attention", "swap=all_attention"] if vit else ["swap.depths=[-1]"]
+    swap = ["operator=convnn_attention", "swap=all_attention"] if vit else ["swap.depths=[-1]", "operator.k=4"]
     name = ["backbone.name=resnet10t"] if backbone == "timm" else []
-    config = compose_config([f"backbone={backbone}", *name, *swap, "data=synthetic", "data.size=4"])
-    model, report, image_size = build_model(config, load_synthetic(config.data))
-    assert len(report) == (12 if vit else 1)
-    assert count_gflops(model, 3, image_size, next(model.parameters()).device) > 0.01
+    data = ["data=synthetic", "data.size=8", "train.batch_size=2", "tracker=jsonl", "device=cpu"]
+    result = one_step([f"backbone={backbone}", *name, *swap, *data], tmp_path)
+    assert result["layers_replaced"] == (12 if vit else 1) and result["gflops"] > 0.01
 
 
 @pytest.mark.parametrize("experiment", GROUPS["experiment"])

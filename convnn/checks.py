@@ -162,6 +162,8 @@ def contradiction(o: Mapping[str, Any]) -> str | None:
         return "{p}.aggregation=max_relative is for operators of kind conv; use conv, depthwise, separable or sum"
     if o["kind"] == ATTENTION and o["slots"] == "window" and o["border"] == "nearest":
         return "{p}.slots=window needs a window: set {p}.border=zeros, or {p}.slots=rank"
+    if o["aggregation"] == "max_relative" and o["weighting"] != "ones":
+        return f"{{p}}.aggregation=max_relative needs {{p}}.weighting=ones, not {o['weighting']}"
     if o["coordinates"] and o["aggregation"] not in ("conv", "separable"):
         return f"{{p}}.coordinates=true needs {{p}}.aggregation=conv or separable, not {o['aggregation']}"
     if o["border"] != "nearest" and (math.isqrt(o["k"]) ** 2 != o["k"] or o["k"] % 2 == 0):

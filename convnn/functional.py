@@ -66,8 +66,6 @@ def neighbor_aggregate(
     """
     found = select_neighbors(q, k, geometry, selection, num=num, blend=blend, training=training)
     x = gather_tokens(v, found.index)
-    if aggregation == "max_relative":
-        return mix_max_relative(x, v[:, :, geometry.query_index(v.device)], found.valid)
     rho = None if found.valid is None else found.valid.to(x.dtype)
     if weighting != "ones":
         score = pair_similarity(q, gather_tokens(k, found.index), selection.similarity) / temperature
@@ -83,6 +81,8 @@ def neighbor_aggregate(
         rho = own if rho is None else rho * own
     if rho is not None:
         x = x * rho[..., None]
+    if aggregation == "max_relative":
+        return mix_max_relative(x, v[:, :, geometry.query_index(v.device)], found.valid)
     if aggregation == "sum":
         return mix_sum(x)
     assert weight is not None
@@ -111,9 +111,8 @@ def selection_weights(
     queries = geometry.query_index(q.device)
     own = (queries >= geometry.prefix)[:, None]  # prefix queries choose by features whatever the blend
     one = q.new_ones(())
-    share = torch.where(
-        own, one * (blend[:, None, None] if isinstance(blend, Tensor) else blend), one
-    )  # (1 or H, Q, 1)
+    blend = blend[:, None, None] if isinstance(blend, Tensor) else blend
+    share = torch.where(own, one * blend, one)  # (1 or H, Q, 1)
     if found.low is None or found.high is None:  # the choice was by features or position alone
         score = share * pair_similarity(q, keys, selection.similarity)
     elif selection.mix == "concat":

@@ -156,6 +156,15 @@ def test_a_learned_blend_gets_a_gradient_stays_inside_and_moves(mix):
         layer.set_spectrum(blend=0.3)
 
 
+def test_a_learned_blend_feels_every_aggregation():
+    torch.manual_seed(0)
+    x = torch.randn(1, 4, 5, 5)
+    for aggregation in ("conv", "depthwise", "separable", "sum", "max_relative"):
+        layer = ConvNN2d(4, 4, 5, blend=0.5, learn_blend="layer", aggregation=aggregation)
+        layer(x).square().sum().backward()
+        assert layer.blend_logit.grad.abs() > 0, aggregation
+
+
 def test_the_estimator_finds_the_useful_end():
     """Where the target is the mean of feature neighbours, a learned blend rises; where of position's, it falls."""
     for target_blend in (0.0, 1.0):

@@ -302,7 +302,7 @@ class Batches:
             torch.tensor(values, device=x.device).view(1, -1, 1, 1) for values in (self.config.mean, self.config.std)
         )
         x = (x - mean) / std
-        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+        return x.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
 
 def random_crop(images: Tensor, shifts: Tensor, padding: int) -> Tensor:
@@ -312,4 +312,4 @@ def random_crop(images: Tensor, shifts: Tensor, padding: int) -> Tensor:
     rows = shifts[:, 0, None] + torch.arange(height, device=images.device)  # (B, h)
     cols = shifts[:, 1, None] + torch.arange(width, device=images.device)  # (B, w)
     batch = torch.arange(len(images), device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()

@@ -398,14 +398,22 @@ class Trainer:
 
 @contextmanager
 def _stop_on_signal() -> Iterator[Callable[[], int | None]]:
-    """Catch TERM, INT and USR2: yield a function that returns the signal seen, or None. A second one kills."""
+    """Catch TERM, INT and USR2: yield a function that returns the signal seen, or None.
+
+    A second one kills, unless it comes within two seconds: launchers pass on what the whole group has had already.
+    """
     seen: list[int] = []
+    first = 0.0
 
     def handle(signum, frame):
+        nonlocal first
+        if seen and time.monotonic() - first < 2:
+            return
         if seen:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
         seen.append(signum)
+        first = time.monotonic()
         log.warning("%s: stopping after this step with a checkpoint", signal.Signals(signum).name)
 
     old = {s: signal.signal(s, handle) for s in STOP_SIGNALS}

@@ -162,6 +162,17 @@ def test_stopped_and_resumed_equals_uninterrupted(signum, tmp_path, uninterrupte
     assert rows == uninterrupted and len(rows) == 4
 
 
+def test_a_signal_that_arrives_twice_at_once_still_leaves_a_checkpoint(tmp_path):
+    process = start(*LONG, f"run.dir={tmp_path}/r")
+    wait_for(tmp_path / "r" / "metrics.jsonl", '"epoch": 0', process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert json.loads((tmp_path / "r" / "result.json").read_text())["status"] == "interrupted"
+
+
 def test_multirun_of_train(tmp_path):
     done = call(
         "train.py",

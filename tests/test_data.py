@@ -129,6 +129,17 @@ def test_order_depends_on_seed_and_epoch_and_can_be_entered_anywhere():
     assert len(set(seen.tolist())) == 9
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_batches_have_the_memory_format_that_was_asked_for(channels_last):
+    """Crops once came out with their channels last, which crashed a convolution of few channels on the CPU."""
+    for options in ({}, {"crop_padding": 1}, {"flip": True}):
+        loader = batches(n=12, size=4, **options)
+        loader.channels_last = channels_last
+        images, _ = next(loader.epoch())
+        wanted = torch.channels_last if channels_last else torch.contiguous_format
+        assert images.is_contiguous(memory_format=wanted), options
+
+
 def test_evaluation_sees_every_image_once_unchanged():
     loader = batches(train=False, crop_padding=1, flip=True)
     x = torch.cat([x for x, _ in loader.epoch()])

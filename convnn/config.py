@@ -270,7 +270,7 @@ class TrainConfig:
     amp: str = "auto"
     """``auto`` (bf16 on CUDA, float32 elsewhere), ``bf16`` or ``off``."""
     channels_last: bool = False
-    """Memory format of images and convolution weights."""
+    """Memory format of images and convolution weights. On a CPU, torch crashed with it in networks of 4 channels."""
     compile: bool = False
     """Train through ``torch.compile``."""
     deterministic: str = "false"

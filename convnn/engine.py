@@ -420,8 +420,9 @@ def _stop_on_signal() -> Iterator[Callable[[], int | None]]:
     try:
         yield lambda: seen[0] if seen else None
     finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
+        if not seen:  # otherwise the process is about to leave, and must do so with its own exit code
+            for s, handler in old.items():
+                signal.signal(s, handler)
 
 
 def _set_determinism(mode: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from helpers import TINY, TINY_VIT, without_times
 
 from convnn.backbones import create_backbone
+from convnn.checkpoint import load_checkpoint
 from convnn.cli import compose_config
 from convnn.engine import run
 from convnn.tracking import read_metrics
@@ -169,7 +170,9 @@ def test_a_signal_that_arrives_twice_at_once_still_leaves_a_checkpoint(tmp_path)
     time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT
+    # The second may meet an interpreter that is shutting down, whose handlers are gone.
+    assert process.returncode in (128 + signal.SIGINT, -signal.SIGINT)
+    assert load_checkpoint(tmp_path / "r" / "checkpoints" / "last.pt")["step"] > 0
     assert json.loads((tmp_path / "r" / "result.json").read_text())["status"] == "interrupted"
 
 

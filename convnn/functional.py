@@ -64,6 +64,7 @@ def neighbor_aggregate(
     Returns:
         (B, H, Q, O) for conv, else (B, H, Q, C).
     """
+    blend = blend if isinstance(blend, Tensor) else float(blend)
     found = select_neighbors(q, k, geometry, selection, num=num, blend=blend, training=training)
     x = gather_tokens(v, found.index)
     rho = None if found.valid is None else found.valid.to(x.dtype)

@@ -256,7 +256,7 @@ def _best(
     mixed = not isinstance(blend, float) or 0 < blend < 1
     b, h = (1, 1) if at_position else q.shape[:2]
     tokens = torch.arange(geometry.num_tokens, device=q.device) if candidates is None else candidates
-    share = blend.to(q.dtype).expand(h).repeat(b)[:, None, None] if isinstance(blend, Tensor) else blend  # (B * H, 1, 1)
+    share = blend.to(q.dtype).expand(h).repeat(b)[:, None, None] if isinstance(blend, Tensor) else blend
     if not at_position:
         q, k = q.flatten(0, 1), k.flatten(0, 1)
         if mixed and selection.mix == "concat":

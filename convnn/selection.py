@@ -187,7 +187,7 @@ def select_neighbors(
             index, order = index.sort(dim=-1)
             valid = None if valid is None else valid.gather(-1, order)
         elif selection.slots == "window":
-            slot = window_slots(index, queries, geometry)
+            slot = window_slots(index, queries, geometry, valid)
             index = torch.empty_like(index).scatter_(-1, slot, index)
             valid = None if valid is None else torch.empty_like(valid).scatter_(-1, slot, valid)
         return Neighbors(index, valid, chosen.low, chosen.high)
@@ -207,7 +207,7 @@ def _join(a: Neighbors, b: Neighbors) -> Neighbors:
     return Neighbors(index, cat(a.valid, b.valid), cat(a.low, b.low), cat(a.high, b.high))
 
 
-def window_slots(index: Tensor, queries: Tensor, geometry: Geometry) -> Tensor:
+def window_slots(index: Tensor, queries: Tensor, geometry: Geometry, valid: Tensor | None = None) -> Tensor:
     """Return the slot of each neighbour when those in the kernel window of their query keep the slot of their tap.
 
     Slots are numbered as at blend 0, nearest tap first; neighbours outside the window fill the free slots, best
@@ -217,6 +217,7 @@ def window_slots(index: Tensor, queries: Tensor, geometry: Geometry) -> Tensor:
         index: neighbours in rank order, (B, H, Q, K).
         queries: token of each query, (Q,).
         geometry: of the map.
+        valid: False for fillers, which are no neighbours and take what slot is left.
     """
     k = index.shape[-1]
     rows, cols = geometry.coordinates(index)
@@ -228,7 +229,7 @@ def window_slots(index: Tensor, queries: Tensor, geometry: Geometry) -> Tensor:
         tap = tap * m + step
     order = window_order(geometry.kernel).argsort().to(index.device)
     slot = order[tap.where(inside, 0)]
-    inside = inside & (slot < k)
+    inside = inside & (slot < k) & (True if valid is None else valid)
     taken = torch.zeros_like(index).scatter_add_(-1, slot.where(inside, 0), inside.long())
     free = taken.argsort(dim=-1, stable=True)  # free slots first, in order
     outsiders = inside.long().argsort(dim=-1, stable=True)  # positions in the ranking, outsiders first

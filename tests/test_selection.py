@@ -101,6 +101,19 @@ def test_chunks_change_nothing(blend, monkeypatch):
             assert (m(x) - y).abs().max() < 1e-12
 
 
+def test_missing_neighbours_leave_no_slot_without_a_token():
+    torch.manual_seed(0)
+    options = {"blend": 0.5, "slots": "window", "candidates": "window"}
+    layer = ConvNN2d(2, 2, 25, padding=1, num_candidates=2, **options)
+    geometry = layer.geometry(4, 4)
+    x = torch.randn(1, 1, geometry.num_tokens, 2)
+    queries = geometry.query_index()
+    for _ in range(5):
+        found = select_neighbors(x[:, :, queries], x, geometry, layer.selection, num=25, blend=0.5, training=False)
+        assert found.index.min() >= 0 and found.index.max() < geometry.num_tokens
+        assert (~found.valid).any() and (found.valid.sum(-1) >= 9).all()
+
+
 def test_self_is_first_where_promised():
     geometry = Geometry(5, 6, kernel=(3, 3), padding=(1, 1))
     x = torch.randn(2, 1, geometry.num_tokens, 4)

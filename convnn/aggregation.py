@@ -25,7 +25,7 @@ def mix_conv(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
         return (x.reshape(b * h * q, k * c) @ weight.permute(2, 1, 0).reshape(k * c, o)).view(b, h, q, o)
     if groups == c == o:
         return mix_depthwise(x, weight.squeeze(1))
-    x = x.view(b * h * q, k, groups, c // groups).permute(2, 0, 1, 3).reshape(groups, b * h * q, -1)
+    x = x.view(b * h * q, k, groups, c // groups).permute(2, 0, 1, 3).reshape(groups, b * h * q, k * c // groups)
     w = weight.view(groups, o // groups, c // groups, k).permute(0, 3, 2, 1).reshape(groups, -1, o // groups)
     return (x @ w).transpose(0, 1).reshape(b, h, q, o)
 

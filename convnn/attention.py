@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
+from convnn.base import NeighborLayer, Site, layer_settings
 from convnn.config import ATTENTION, ConfigError, OperatorConfig
 from convnn.functional import attend, attends_to_all, neighbor_aggregate
 from convnn.geometry import Geometry, Pair
-from convnn.layers import NeighborLayer, Site, layer_settings
 
 __all__ = ["Attention", "ConvNNAttention"]
 
@@ -238,11 +238,11 @@ class ConvNNAttention(NeighborLayer):
         if not plain or s.candidates != "all" or self.aggregation in ("conv", "separable") or not scaled:
             raise ValueError(f"it is no self-attention: {self._spectrum_repr()}")
         tokens = self.num_prefix_tokens + math.prod(self.grid_size or (0, 0))
-        if self.grid_size is None and s.k_policy != "clamp":
+        if self.grid_size is None:
             raise ValueError("without grid_size it is not known how many tokens there are")
         if self.k < tokens:
             raise ValueError(f"k={self.k} is less than the {tokens} tokens")
-        used = None if self.slot_weight is None else self.slot_weight[:, : min(self.k, tokens or self.k)]
+        used = None if self.slot_weight is None else self.slot_weight[:, : min(self.k, tokens)]
         if used is not None and bool((used != 1).any()):
             raise ValueError("its slot weights are no longer ones")
         layer = Attention(

@@ -36,15 +36,13 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_chans: int = 3,
         kwargs.setdefault("img_size", image_size)
     try:
         model = timm.create_model(config.name, pretrained=config.pretrained, **kwargs)
-    except (TypeError, AssertionError, ZeroDivisionError) as error:
-        raise ConfigError(f"backbone.name={config.name} cannot be built with {kwargs}: {_line(error)}") from error
-    except Exception as error:
-        if config.pretrained:
+    except Exception as error:  # whatever timm's models make of the arguments
+        if config.pretrained and not isinstance(error, (TypeError, AssertionError, ZeroDivisionError)):
             raise ConfigError(
                 f"backbone.pretrained=true: the weights of {config.name} could not be loaded "
                 f"({type(error).__name__}: {_line(error)}); connect, or fill timm's cache, or set it to false"
             ) from error
-        raise
+        raise ConfigError(f"backbone.name={config.name} cannot be built with {kwargs}: {_line(error)}") from error
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch is not None and any(image_size % side for side in _sides(patch)):
         raise ConfigError(

@@ -7,7 +7,10 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, is_dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from convnn.config import (
     ATTENTION,
@@ -24,12 +27,12 @@ from convnn.config import (
 # ----------------------------------------------------------------------------------------------- nearest names
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the nearest known name, else the list of them."""
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return ``"; did you mean 'x'?"`` for the nearest known name (after ``prefix``), else the list of them."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
-        return f"; did you mean '{close[0]}'?"
+        return f"; did you mean '{prefix}{close[0]}'?"
     return f"; known: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}"
 
 
@@ -67,7 +70,9 @@ def check_keys(values: Mapping[str, Any], schema: type = Config, prefix: str = "
     by_name = {f.name: f for f in fields(schema)}
     for name, value in values.items():
         if name not in by_name:
-            raise unknown_key_error(prefix + str(name))
+            if not prefix:
+                raise unknown_key_error(str(name), schema)
+            raise ConfigError(f"unknown key '{prefix}{name}'{nearest(str(name), by_name, prefix)}")
         factory = by_name[name].default_factory
         default = factory() if callable(factory) else None
         if is_dataclass(default) and isinstance(value, Mapping):
@@ -76,10 +81,43 @@ def check_keys(values: Mapping[str, Any], schema: type = Config, prefix: str = "
         for name, rule in (values.get("rules") or {}).items():
             if not isinstance(rule, Mapping):
                 raise ConfigError(f"{prefix}rules.{name}={rule} is not a rule; write {prefix}rules.{name}.match=GLOB")
-            for key in rule:
-                if key not in {f.name for f in fields(SwapRule)}:
-                    hint = nearest(key, [f.name for f in fields(SwapRule)])
-                    raise ConfigError(f"unknown key '{prefix}rules.{name}.{key}'{hint}")
+            check_keys(rule, SwapRule, f"{prefix}rules.{name}.")
+
+
+T = TypeVar("T")
+
+
+def typed(schema: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """Return plain values as a dataclass, converted to its types.
+
+    Raises:
+        ConfigError: for an unknown key or a wrong type; ``prefix`` comes before the key.
+    """
+    check_keys(values, schema, prefix)
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{prefix}{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def typed_rule(values: Mapping[str, Any], operator: OperatorConfig, prefix: str) -> SwapRule:
+    """Return a swap rule whose own operator settings have the types of ``operator``, over which they stand.
+
+    Raises:
+        ConfigError: for an unknown key or a wrong type.
+    """
+    rule = typed(SwapRule, values, f"{prefix}.")
+    rule.operator = {name: getattr(own_operator(rule, operator, prefix), name) for name in rule.operator}
+    return rule
+
+
+def own_operator(rule: SwapRule, operator: OperatorConfig, prefix: str) -> OperatorConfig:
+    """Return the operator of a rule's layers: its own settings over the common ones.
+
+    Raises:
+        ConfigError: for an unknown key or a wrong type.
+    """
+    return typed(OperatorConfig, asdict(operator) | rule.operator, f"{prefix}.operator.")
 
 
 # ------------------------------------------------------------------------------------------------------ checks
@@ -160,7 +198,7 @@ def contradiction(o: Mapping[str, Any]) -> str | None:
             return f"{{p}}.{key}={o[key]} does not apply to operators of kind {o['kind']}; leave it at {neutral}"
     if o["kind"] == ATTENTION and o["aggregation"] == "max_relative":
         return "{p}.aggregation=max_relative is for operators of kind conv; use conv, depthwise, separable or sum"
-    if o["kind"] == ATTENTION and o["slots"] == "window" and o["border"] == "nearest":
+    if o["kind"] == ATTENTION and o["slots"] == "window" and o["border"] != "zeros":
         return "{p}.slots=window needs a window: set {p}.border=zeros, or {p}.slots=rank"
     if o["aggregation"] == "max_relative" and o["weighting"] != "ones":
         return f"{{p}}.aggregation=max_relative needs {{p}}.weighting=ones, not {o['weighting']}"
@@ -170,9 +208,12 @@ def contradiction(o: Mapping[str, Any]) -> str | None:
         return f"{{p}}.border={o['border']} needs {{p}}.k to be an odd square (1, 9, 25, 49, ...), not {o['k']}"
     if o["border"] == "shift" and o["distance"] != "chebyshev":
         return "{p}.border=shift needs {p}.distance=chebyshev: its window is square"
+    if o["border"] == "shift" and o["candidates"] == "window" and o["num_candidates"] < math.isqrt(o["k"]) // 2:
+        return "{p}.border=shift with {p}.candidates=window needs {p}.num_candidates >= half the window's side"
     if o["learn_blend"] == "head" and o["kind"] == CONV:
         return "{p}.learn_blend=head needs heads; use layer for operators of kind conv"
-    if o["k_policy"] == "error" and o["candidates"] != "all":
+    # Attention has prefix tokens besides, whose number the model knows.
+    if o["kind"] == CONV and o["k_policy"] == "error" and o["candidates"] != "all":
         power = 1 if o["candidates"] == "random" else 2
         side = 2 * o["num_candidates"] + 1 if o["candidates"] == "window" else o["num_candidates"]
         if o["k"] > side**power:
@@ -197,13 +238,9 @@ def check_rule(rule: SwapRule, prefix: str) -> None:
     given = [n for n in ("depths", "first", "last", "every", "fraction") if getattr(rule, n) is not None]
     if len(given) > 1:
         raise ConfigError(f"{prefix}: give one of {' and '.join(given)}, not both")
-    known = {f.name for f in fields(OperatorConfig)}
-    for key in rule.operator:
-        if key not in known:
-            raise ConfigError(f"unknown key '{prefix}.operator.{key}'{nearest(key, known)}")
 
 
-def check_schedule(schedule: ScheduleConfig, operator: OperatorConfig) -> None:
+def check_schedule(schedule: ScheduleConfig, operator: OperatorConfig, prefix: str = "operator") -> None:
     """Raise ConfigError when a scheduled value can leave the operator's range."""
     bounds = {"blend": (0.0, 1.0), "k": (1.0, math.inf), "temperature": (0.0, math.inf)}
     for name, (low, high) in bounds.items():
@@ -221,17 +258,17 @@ def check_schedule(schedule: ScheduleConfig, operator: OperatorConfig) -> None:
             raise ConfigError(f"{p}.finish={track.finish} must be greater than {p}.begin={track.begin}")
         _range(f"{p}.steps", track.steps, 1)
         if name == "blend" and operator.learn_blend != "no":
-            raise ConfigError(f"{p} and operator.learn_blend={operator.learn_blend} both move the blend; choose one")
+            raise ConfigError(f"{p} and {prefix}.learn_blend={operator.learn_blend} both move the blend; choose one")
         if name == "k":
             if max(track.start, track.end) > operator.k:
                 raise ConfigError(
                     f"{p} goes up to {max(track.start, track.end):g}, but the layers are built with "
-                    f"operator.k={operator.k}; set operator.k to the largest value of the schedule"
+                    f"{prefix}.k={operator.k}; set {prefix}.k to the largest value of the schedule"
                 )
             if operator.border != "nearest":
-                raise ConfigError(f"{p} needs operator.border=nearest: the window's side belongs to a fixed k")
+                raise ConfigError(f"{p} needs {prefix}.border=nearest: the window's side belongs to a fixed k")
             if operator.slots == "raster":
-                raise ConfigError(f"{p} needs operator.slots=rank: with raster the slots of a smaller k shift")
+                raise ConfigError(f"{p} needs {prefix}.slots=rank: with raster the slots of a smaller k shift")
 
 
 def check(config: Config) -> Config:
@@ -241,14 +278,15 @@ def check(config: Config) -> Config:
         ConfigError: one line that names the key and the fix.
     """
     check_operator(config.operator)
-    for name, rule in config.swap.effective_rules().items():
-        check_rule(rule, f"swap.rules.{name}" if config.swap.rules else "swap")
-    for name, rule in config.swap.effective_rules().items():
-        if rule.operator:
-            merged = OperatorConfig(**(asdict(config.operator) | rule.operator))
-            check_operator(merged, f"swap.rules.{name}.operator" if config.swap.rules else "swap.operator")
-    _choice("swap.init", config.swap.init, ["fresh", "transfer"])
     check_schedule(config.schedule, config.operator)
+    for name, rule in config.swap.effective_rules().items():
+        prefix = f"swap.rules.{name}" if config.swap.rules else "swap"
+        check_rule(rule, prefix)
+        if rule.operator:
+            own = own_operator(rule, config.operator, prefix)
+            check_operator(own, f"{prefix}.operator")
+            check_schedule(config.schedule, own, f"{prefix}.operator")
+    _choice("swap.init", config.swap.init, ["fresh", "transfer"])
 
     backbone, data, optim, train = config.backbone, config.data, config.optim, config.train
     _choice("backbone.stem", backbone.stem, ["default", "small"])

@@ -256,7 +256,8 @@ class TrainConfig:
 
     epochs: int = 20
     max_steps: int | None = None
-    """Stop after this many optimizer steps in all; null: no limit."""
+    """Stop after this many optimizer steps in all; null: no limit. Schedules of blend, k and temperature end there, the
+    learning rate's with the epoch in which it falls."""
     batch_size: int = 128
     eval_batch_size: int | None = None
     """Null: the training batch size."""

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import random
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -28,15 +24,15 @@ from convnn.checkpoint import CheckpointError, load_checkpoint, load_model_state
 from convnn.checks import nearest
 from convnn.config import Config, ConfigError, fingerprint, identity
 from convnn.data import Batches, Dataset, Split, load_dataset
-from convnn.evaluation import Meter, build_model, count_gflops, evaluate, make_autocast, pick_device
+from convnn.evaluation import Meter, build_model, count_gflops, evaluate
 from convnn.rundir import RunFolder, environment, open_run_folder, versions
-from convnn.schedule import apply_schedule
+from convnn.runtime import make_autocast, pick_device, rng_state, set_determinism, set_rng_state, stop_on_signal
+from convnn.schedule import apply_schedule, describe_schedule
 from convnn.swap import count_parameters, neighbor_layers
 from convnn.tracking import Tracker
 
 log = logging.getLogger("convnn")
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 Result = dict[str, Any]
 
 
@@ -103,14 +99,21 @@ class Trainer:
         known = [str(name) for name in list_optimizers()]
         if optim.name not in known:
             raise ConfigError(f"optim.name={optim.name} is not a timm optimizer{nearest(optim.name, known)}")
-        self.optimizer = create_optimizer_v2(
-            self.model,
-            optim.name,
-            lr=optim.lr,
-            weight_decay=optim.weight_decay,
-            momentum=optim.momentum,
-            filter_bias_and_bn=not optim.decay_norm_and_bias,
-        )
+        if get_optimizer_info(optim.name).second_order:
+            raise ConfigError(f"optim.name={optim.name} needs second derivatives, which train.py does not compute")
+        try:
+            self.optimizer = create_optimizer_v2(
+                self.model,
+                optim.name,
+                lr=optim.lr,
+                weight_decay=optim.weight_decay,
+                momentum=optim.momentum,
+                filter_bias_and_bn=not optim.decay_norm_and_bias,
+            )
+        except Exception as error:  # optional packages, devices, arguments
+            raise ConfigError(
+                f"optim.name={optim.name} cannot be used here: {error or type(error).__name__}"
+            ) from error
         self.scheduler = None
         if optim.sched != "constant":
             try:
@@ -125,7 +128,7 @@ class Trainer:
                     step_on_epochs=False,
                     updates_per_epoch=self.steps_per_epoch,
                 )
-            except AssertionError as error:
+            except (AssertionError, ValueError) as error:
                 raise ConfigError(f"optim.sched={optim.sched} is not usable: {error}") from error
             if self.scheduler is None:
                 raise ConfigError(
@@ -150,7 +153,6 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Return all that decides how the run goes on, as plain types and tensors."""
-        kind, keys, *rest = np.random.get_state(legacy=True)
         return {
             "identity": identity(self.config),
             "fingerprint": fingerprint(self.config),
@@ -166,12 +168,7 @@ class Trainer:
             "train_seconds": self.train_seconds,
             "train_images": self.train_images,
             "spectrum": {name: layer.movable() for name, layer in neighbor_layers(self.model).items()},
-            "rng": {
-                "python": random.getstate(),
-                "numpy": [str(kind), np.asarray(keys).tolist(), *rest],
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            },
+            "rng": rng_state(self.device),
         }
 
     def save(self, name: str) -> None:
@@ -204,14 +201,7 @@ class Trainer:
         for key in ("epoch", "step_in_epoch", "step", "best", "last_row", "train_seconds", "train_images"):
             setattr(self, key, state[key])
         self.meter.sums = torch.tensor(state["meter"], dtype=torch.float64, device=self.device)
-        rng = state["rng"]
-        version, internal, gauss = rng["python"]
-        random.setstate((version, tuple(internal), gauss))
-        kind, keys, *rest = rng["numpy"]
-        np.random.set_state((kind, np.array(keys, np.uint32), *rest))
-        torch.set_rng_state(rng["torch"].cpu())
-        if rng["cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(rng["cuda"].cpu(), self.device)
+        set_rng_state(state["rng"], self.device)
         return True
 
     # ------------------------------------------------------------------------------------------- the loop
@@ -341,6 +331,11 @@ class Trainer:
         log.info("%s on %s, %s", self.config.backbone.name, self.device, self.config.data.name)
         for line in str(self.report).splitlines():
             log.info("%s", line)
+        schedule = describe_schedule(self.config.schedule)
+        if schedule:
+            log.info("%s", schedule)
+            if not neighbor_layers(self.model):
+                log.warning("the schedule moves nothing: no replaced layer lies on the spectrum")
         if resumed:
             log.info("resumed at epoch %d, step %d", self.epoch + 1, self.step)
         self.tracker = Tracker(self.config.tracker, self.folder.path, asdict(self.config), self.epoch)
@@ -356,6 +351,11 @@ class Trainer:
             result = self.result("diverged") | {"reason": str(error)}
             exit_code = 3
             log.error("diverged: %s", error)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            size = self.config.train.batch_size
+            raise ConfigError(f"train.batch_size={size}: batch normalisation needs more than one value") from error
         except torch.cuda.OutOfMemoryError as error:
             half = max(self.config.train.batch_size // 2, 1)
             raise ConfigError(f"out of CUDA memory; try train.batch_size={half}") from error
@@ -396,44 +396,6 @@ class Trainer:
         }
 
 
-@contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], int | None]]:
-    """Catch TERM, INT and USR2: yield a function that returns the signal seen, or None.
-
-    A second one kills, unless it comes within two seconds: launchers pass on what the whole group has had already.
-    """
-    seen: list[int] = []
-    first = 0.0
-
-    def handle(signum, frame):
-        nonlocal first
-        if seen and time.monotonic() - first < 2:
-            return
-        if seen:
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)
-        seen.append(signum)
-        first = time.monotonic()
-        log.warning("%s: stopping after this step with a checkpoint", signal.Signals(signum).name)
-
-    old = {s: signal.signal(s, handle) for s in STOP_SIGNALS}
-    try:
-        yield lambda: seen[0] if seen else None
-    finally:
-        if not seen:  # otherwise the process is about to leave, and must do so with its own exit code
-            for s, handler in old.items():
-                signal.signal(s, handler)
-
-
-def _set_determinism(mode: str) -> None:
-    if mode != "false":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(mode != "false", warn_only=mode == "warn")
-    torch.backends.cudnn.benchmark = mode == "false"
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high" if mode == "false" else "highest")
-
-
 def run(config: Config) -> Result:
     """Carry out a run in its folder and return the content of its result.json.
 
@@ -447,11 +409,11 @@ def run(config: Config) -> Result:
         if folder.done is not None:
             log.info("%s is complete (top-1 %.2f); nothing to do", folder.path, folder.done["top1_last"])
             return folder.done
-        _set_determinism(config.train.deterministic)
-        with _stop_on_signal() as stop:
+        set_determinism(config.train.deterministic)
+        with stop_on_signal() as stop:
             try:
                 trainer = Trainer(config, folder)
-            except ConfigError:
+            except Exception:
                 folder.discard()
                 raise
             result = trainer.run(stop)

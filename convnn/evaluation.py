@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,32 +17,10 @@ from convnn.backbones import create_backbone
 from convnn.checkpoint import load_checkpoint, load_model_state
 from convnn.config import Config, ConfigError
 from convnn.data import Batches, Dataset, load_dataset
+from convnn.runtime import make_autocast, pick_device, seed_everything
 from convnn.swap import SwapReport, neighbor_layers, swap_layers
 
 # ------------------------------------------------------------------------------------------------ building
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device of ``device=``.
-
-    Raises:
-        ConfigError: if it is CUDA and there is none.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ConfigError(f"device={name}: this machine has {count} usable CUDA devices; set device=cpu or auto")
-    return device
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def build_model(config: Config, dataset: Dataset) -> tuple[nn.Module, SwapReport, int]:
@@ -99,8 +75,10 @@ def count_gflops(model: nn.Module, channels: int, image_size: int, device: torch
     ):
         try:
             model(image)
-        except RuntimeError as error:
-            line = str(error).splitlines()[0]
+        except ValueError:
+            raise
+        except Exception as error:  # whatever a backbone makes of arguments that its constructor let pass
+            line = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"the model cannot process a {image_size}x{image_size} image: {line}") from error
     model.train(training)
     return counter.get_total_flops() / 1e9
@@ -186,10 +164,3 @@ def evaluate_run(config: Config, folder: Path, checkpoint: str) -> dict[str, Any
     loss, top1, top5 = evaluate(model.to(device), batches, make_autocast(train.amp, device))
     scores = {"loss": loss, "top1": top1, "top5": top5}
     return {"checkpoint": checkpoint, "epochs": state["epoch"], "images": len(split)} | scores
-
-
-def make_autocast(amp: str, device: torch.device) -> Callable[[], Any]:
-    """Return the precision context of ``train.amp``."""
-    if amp == "bf16" or (amp == "auto" and device.type == "cuda"):
-        return lambda: torch.autocast(device.type, torch.bfloat16)
-    return nullcontext

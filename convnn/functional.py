@@ -21,7 +21,7 @@ from convnn.selection import (
     outside_window,
     select_neighbors,
 )
-from convnn.similarity import blend_scores, deviation, pair_similarity, with_positions
+from convnn.similarity import blend_scores, deviation, pair_similarity, unit, with_positions
 
 
 def neighbor_aggregate(
@@ -106,7 +106,9 @@ def selection_weights(
     the chosen ones instead, s being the score they were chosen by: the result is p / stop_gradient(p), whose value is
     1 and whose derivative is that of log p. A neighbour that would lower the loss gains score, relative to the other
     chosen ones; tokens that were not chosen get no gradient, so the estimator is biased. Through s it reaches the
-    features, and the blend where that is a tensor.
+    features, and the blend where that is a tensor. Queries whose candidates are all alike pass no gradient to them.
+    Prefix tokens have no position: as queries they are scored by features, as neighbours at no distance (with
+    ``mix=concat`` at the map's centre).
     """
     keys = gather_tokens(k, found.index)
     queries = geometry.query_index(q.device)
@@ -114,7 +116,7 @@ def selection_weights(
     one = q.new_ones(())
     blend = blend[:, None, None] if isinstance(blend, Tensor) else blend
     share = torch.where(own, one * blend, one)  # (1 or H, Q, 1)
-    if found.low is None or found.high is None:  # the choice was by features or position alone
+    if isinstance(blend, float) and blend in (0, 1):
         score = share * pair_similarity(q, keys, selection.similarity)
     elif selection.mix == "concat":
         positions, scale = geometry.positions(q.device), deviation(k).detach()
@@ -122,6 +124,7 @@ def selection_weights(
         there = with_positions(keys, positions[found.index], share[..., None], scale[..., None])
         score = pair_similarity(here, there, selection.similarity)
     else:
+        assert found.low is not None and found.high is not None
         distance = geometry.distance(queries[:, None], found.index, selection.distance).to(q.dtype) / geometry.extent
         distance = torch.where(own & (found.index >= geometry.prefix), distance, 0)
         features = pair_similarity(q, keys, selection.similarity)
@@ -178,6 +181,8 @@ def attends_to_all(
         return False
     if selection.similarity == "euclidean" or selection.candidates == "random":
         return False
+    if selection.self_first and selection.candidates == "grid":  # a query off the grid adds itself to the candidates
+        return False
     candidates = candidate_tokens(geometry, selection, pads=pads, training=False)
     _, most = most_candidates(geometry, selection, candidates)
     return num == most or (num > most and selection.k_policy == "clamp")
@@ -202,7 +207,7 @@ def attend(
     outside = outside_window(geometry, selection, geometry.query_index(q.device), tokens)
     scale = 1 / temperature
     if selection.similarity == "cosine":
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        q, k = unit(q), unit(k)
     else:
         scale /= math.sqrt(q.shape[-1])
     mask = None if outside is None else ~outside

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from convnn.attention import Attention, ConvNNAttention, check_attention, copy_norm, init_linear, refuse_mask
+from convnn.base import Site, pair
 from convnn.config import ConfigError, OperatorConfig
 from convnn.geometry import Pair
-from convnn.layers import ConvNN2d, Site, check_conv, pair
+from convnn.layers import ConvNN2d, check_conv
 
 
 def _split(total: int, ratio: float, name: str) -> int:
@@ -23,6 +24,15 @@ def _split(total: int, ratio: float, name: str) -> int:
             "use a ratio nearer to 0.5, or 0 or 1"
         )
     return own
+
+
+def _dense_kernel(conv: nn.Conv2d) -> Tensor:
+    """Return the kernel over all input channels (O, C, kh, kw) of a grouped convolution."""
+    own = conv.weight.unflatten(0, (conv.groups, -1))  # (G, O / G, C / G, kh, kw)
+    dense = own.new_zeros(*own.shape[:2], conv.groups, *own.shape[2:])
+    groups = torch.arange(conv.groups)
+    dense[groups, :, groups] = own
+    return dense.flatten(0, 1).flatten(1, 2)
 
 
 class HybridConvNN2d(nn.Module):
@@ -68,7 +78,7 @@ class HybridConvNN2d(nn.Module):
         merged = nn.Conv2d(first.in_channels, self.pointwise.out_channels, kernel, stride, paddings[0], dilation)
         merged.to(first.weight.device, first.weight.dtype)
         mix = self.pointwise.weight[:, :, 0, 0]
-        merged.weight.copy_(torch.einsum("op,pchw->ochw", mix, torch.cat([p.weight for p in parts])))
+        merged.weight.copy_(torch.einsum("op,pchw->ochw", mix, torch.cat([_dense_kernel(p) for p in parts])))
         bias = torch.cat([p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in parts])
         assert merged.bias is not None and self.pointwise.bias is not None
         merged.bias.copy_(mix @ bias + self.pointwise.bias)

@@ -1,4 +1,4 @@
-"""The layers' common ground, and the drop-in for ``nn.Conv2d``: parameters and signatures around ``functional``.
+"""The drop-in for ``nn.Conv2d``: parameters and signature around ``functional``.
 
 Shapes: B batch, N tokens, K neighbours, C input and O output channels.
 """
@@ -6,135 +6,16 @@ Shapes: B batch, N tokens, K neighbours, C input and O output channels.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convnn.checks import check_operator
+from convnn.base import NeighborLayer, Site, layer_settings, pair
 from convnn.config import CONV, ConfigError, OperatorConfig
 from convnn.functional import convolve, is_convolution, kernel_to_slots, neighbor_aggregate, slots_to_kernel
 from convnn.geometry import Geometry, Pair
-from convnn.selection import Selection
-
-__all__ = ["ConvNN2d", "NeighborLayer", "Site", "layer_settings", "pair"]
-
-
-@dataclass(frozen=True)
-class Site:
-    """What a layer's surroundings tell about it: its name, and for attention the tokens' layout."""
-
-    name: str = ""
-    num_prefix_tokens: int = 0
-    grid_size: Pair | None = None
-
-
-def pair(value: int | tuple[int, ...]) -> Pair:
-    """Return (rows, columns) of a number or pair."""
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
-_SHARED = ("weighting", "temperature", "aggregation", "learn_blend", "straight_through")
-
-
-def layer_settings(config: OperatorConfig, *more: str) -> dict[str, Any]:
-    """Return the operator settings that the layers take as keyword arguments, and the named ``more``."""
-    values = asdict(config)
-    return {name: values[name] for name in (*(f.name for f in fields(Selection)), *_SHARED, *more)}
-
-
-class NeighborLayer(nn.Module):
-    """A layer on the spectrum. Blend, k and temperature may change at any time; no parameter or buffer does."""
-
-    k_max: int
-    """Neighbours that the layer has weights for."""
-    k: int
-    """Neighbours in use, at most ``k_max``."""
-    temperature: float
-    selection: Selection
-    weighting: str
-    aggregation: str
-    blend_logit: nn.Parameter | None
-    """Of a learned blend, (1,) or (H,): its sigmoid is the blend."""
-
-    def _init_spectrum(self, kind: str, heads: int, settings: dict[str, Any]) -> None:
-        """Check the settings and keep those that all layers share."""
-        config = OperatorConfig(kind=kind, **settings)
-        check_operator(config, type(self).__name__)
-        self._settings = config
-        self.selection = Selection(**{f.name: getattr(config, f.name) for f in fields(Selection)})
-        self.weighting, self.aggregation = config.weighting, config.aggregation
-        self.blend_logit = None
-        self._blend, self.k_max = float(config.blend), config.k
-        if config.learn_blend != "no":
-            start = torch.tensor(config.blend).clamp(0.01, 0.99).logit()
-            self.blend_logit = nn.Parameter(start.repeat(heads if config.learn_blend == "head" else 1))
-        self.straight_through = config.straight_through or self.blend_logit is not None
-        self.set_spectrum(k=config.k, temperature=config.temperature)
-
-    @property
-    def blend(self) -> float:
-        """0 selects by position, 1 by features; of a learned blend the mean over heads."""
-        return self._blend if self.blend_logit is None else self.blend_logit.detach().sigmoid().mean().item()
-
-    def blend_value(self) -> float | Tensor:
-        """Return the blend as the operator takes it: a number, or the learned (1,) or (H,) between 0.001 and 0.999."""
-        return self._blend if self.blend_logit is None else self.blend_logit.sigmoid().clamp(0.001, 0.999)
-
-    def set_spectrum(
-        self, *, blend: float | None = None, k: int | None = None, temperature: float | None = None
-    ) -> None:
-        """Move the layer along the spectrum.
-
-        Raises:
-            ValueError: when a value is out of range, or the blend is learned.
-        """
-        if blend is not None:
-            if self.blend_logit is not None:
-                raise ValueError("this layer learns its blend (learn_blend); it cannot be set")
-            if not 0 <= blend <= 1:
-                raise ValueError(f"blend={blend} must lie in [0, 1]")
-            self._blend = float(blend)
-        if k is not None:
-            if not 1 <= k <= self.k_max:
-                raise ValueError(f"k={k} must lie in [1, {self.k_max}]: the layer was built with k={self.k_max}")
-            if k != self.k_max and self.selection.slots == "raster":
-                raise ValueError(f"k={k}: a layer with slots=raster keeps its k={self.k_max}")
-            self.k = int(k)
-        if temperature is not None:
-            if not temperature > 0:
-                raise ValueError(f"temperature={temperature} must be positive")
-            self.temperature = float(temperature)
-
-    def spectrum(self) -> dict[str, float]:
-        """Return where the layer is: blend, k and temperature."""
-        return {"blend": self.blend, "k": self.k, "temperature": self.temperature}
-
-    def movable(self) -> dict[str, float]:
-        """Return what ``set_spectrum`` takes: the spectrum less a learned blend, which is in the state_dict."""
-        values = self.spectrum()
-        if self.blend_logit is not None:
-            del values["blend"]
-        return values
-
-    def to_layer(self) -> nn.Module:
-        """Return the plain layer that this one equals.
-
-        Raises:
-            ValueError: saying why there is none.
-        """
-        raise ValueError(f"{type(self).__name__} has no plain equivalent")
-
-    def _spectrum_repr(self) -> str:
-        parts = [f"k={self.k}" if self.k == self.k_max else f"k={self.k} of {self.k_max}", f"blend={self.blend:.3g}"]
-        default, shown = OperatorConfig(kind=self._settings.kind), {"kind", "name", "target", "k", "blend", "bias"}
-        for f in fields(OperatorConfig):
-            value = self.temperature if f.name == "temperature" else getattr(self._settings, f.name)
-            if f.name not in shown and value != getattr(default, f.name):
-                parts.append(f"{f.name}={value}")
-        return ", ".join(parts)
 
 
 class ConvNN2d(NeighborLayer):
@@ -352,7 +233,8 @@ class ConvNN2d(NeighborLayer):
         geometry = self.geometry(*self.kernel_size)
         if self.weight is None or self.shuffle > 1 or not self._is_conv(geometry, area):
             raise ValueError(f"it is no convolution: {self._spectrum_repr()}")
-        if self.k != area and (self.k < area or bool(self.weight[..., area : self.k].any())):
+        spare = self.k > area and self.selection.slots != "raster" and not self.weight[..., area : self.k].any()
+        if self.k != area and not spare:
             raise ValueError(f"k={self.k} is not the area of the window {self.kernel_size}")
         args = (self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation)
         conv = nn.Conv2d(*args, self.mix_groups, self.bias is not None)

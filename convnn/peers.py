@@ -7,29 +7,38 @@ Shapes: B batch, H heads, Q queries, N tokens, C channels, D channels per head.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convnn.attention import Attention, add_ring, check_attention, grid_of, refuse_mask
+from convnn.base import Site, pair
 from convnn.config import ConfigError, OperatorConfig
 from convnn.functional import attend
 from convnn.geometry import Geometry, Pair
-from convnn.layers import Site, check_conv, pair
+from convnn.layers import check_conv
 from convnn.selection import Selection
 
 
-def options(config: OperatorConfig, **defaults: float) -> dict[str, float]:
-    """Return ``operator.options`` over the defaults.
+def options(config: OperatorConfig, **defaults: Any) -> dict[str, Any]:
+    """Return ``operator.options`` over the defaults, whose types they must have.
 
     Raises:
-        ConfigError: for an option that the operator lacks.
+        ConfigError: for an option that the operator lacks, or that is no positive number.
     """
     unknown = sorted(set(config.options) - set(defaults))
     if unknown:
         raise ConfigError(f"operator.options.{unknown[0]}: {config.name} has the options {', '.join(defaults)}")
-    return defaults | config.options
+    values = defaults | config.options
+    for name, value in values.items():
+        kind = type(defaults[name])
+        number = isinstance(value, (kind, int)) and not isinstance(value, bool)
+        if not number or not 0 < value < math.inf:
+            need = "integer" if kind is int else "number"
+            raise ConfigError(f"operator.options.{name}={value} must be a positive {need}")
+    return values
 
 
 def refuse_transfer(init: str, site: Site, config: OperatorConfig) -> None:
@@ -49,6 +58,7 @@ class GatedPositionalAttention(nn.Module):
         dim: C.
         num_heads: H; must divide C. Convolutional starts want a square number.
         qkv_bias: bias of queries, keys and values.
+        proj_bias: bias of the output projection.
         attn_drop: dropout of the attention weights.
         proj_drop: dropout of the output.
         locality_strength: how sharply the positional softmax starts.
@@ -65,6 +75,7 @@ class GatedPositionalAttention(nn.Module):
         num_heads: int = 8,
         *,
         qkv_bias: bool = False,
+        proj_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         locality_strength: float = 1.0,
@@ -80,7 +91,7 @@ class GatedPositionalAttention(nn.Module):
         self.pos_proj = nn.Linear(3, num_heads)
         self.gating = nn.Parameter(torch.ones(num_heads))
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
         self.local_init(locality_strength)
 
@@ -122,10 +133,16 @@ class GatedPositionalAttention(nn.Module):
         """Build the replacement of timm's attention; ``operator.options.locality_strength`` defaults to 1."""
         check_attention(layer, site)
         refuse_transfer(init, site, config)
+        if not isinstance(layer.q_norm, nn.Identity) or layer.proj.out_features != layer.attn_dim:
+            raise ConfigError(
+                f"'{site.name}' normalises its queries or changes its width, which operator={config.name} lacks; "
+                "exclude it (swap.exclude)"
+            )
         new = cls(
             layer.attn_dim,
             layer.num_heads,
             qkv_bias=layer.qkv.bias is not None,
+            proj_bias=layer.proj.bias is not None if config.bias is None else config.bias,
             attn_drop=layer.attn_drop.p,
             proj_drop=layer.proj_drop.p,
             locality_strength=options(config, locality_strength=1.0)["locality_strength"],
@@ -149,6 +166,7 @@ class ACmix2d(nn.Module):
         kernel_size: side of the convolution, odd.
         stride: of both paths.
         padding: of the convolution.
+        bias: add one to the convolution.
         heads: H.
         window: side of the attention window, odd.
 
@@ -164,6 +182,7 @@ class ACmix2d(nn.Module):
         stride: int | Pair = 1,
         padding: int | Pair = 1,
         *,
+        bias: bool = True,
         heads: int = 4,
         window: int = 7,
     ) -> None:
@@ -178,7 +197,7 @@ class ACmix2d(nn.Module):
         self.qkv = nn.Conv2d(in_channels, 3 * out_channels, 1)
         self.mix = nn.Linear(3 * heads, taps, bias=False)
         self.shift = nn.Parameter(torch.empty(out_channels, taps, *self.kernel_size))
-        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.alpha, self.beta = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(0.5))
         self.reset_shift()
 
@@ -222,7 +241,7 @@ class ACmix2d(nn.Module):
         o = options(config, heads=4, window=7)
         args = (layer.in_channels, layer.out_channels, pair(layer.kernel_size), pair(layer.stride), padding)
         try:
-            new = cls(*args, heads=int(o["heads"]), window=int(o["window"]))
+            new = cls(*args, bias=layer.bias is not None if config.bias is None else config.bias, **o)
         except ValueError as error:
             raise ConfigError(f"'{site.name}': {error}; set operator.options or exclude it (swap.exclude)") from error
         return new.to(layer.weight.device, layer.weight.dtype)

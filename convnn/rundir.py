@@ -18,10 +18,9 @@ from typing import Any, TextIO
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from convnn.checks import check, check_keys
-from convnn.config import Config, ConfigError, SwapRule, differences, fingerprint, identity, run_name
+from convnn.checks import check, typed, typed_rule
+from convnn.config import Config, ConfigError, differences, fingerprint, identity, run_name
 
 _OWN = ("config.yaml", "env.json", "train.log", "metrics.jsonl", "swap.txt", "result.json", "wandb_id")
 _OWN_FOLDERS = ("checkpoints", "wandb")
@@ -36,19 +35,11 @@ def to_config(values: Any) -> Config:
     Raises:
         ConfigError: for unknown keys, wrong types and impossible combinations.
     """
-    check_keys(values)
-    config: Config = _typed(Config, values)
-    for name, rule in config.swap.rules.items():
-        config.swap.rules[name] = _typed(SwapRule, rule, f"swap.rules.{name}.")
+    config = typed(Config, values)
+    swap = config.swap
+    swap.operator = typed_rule({"operator": swap.operator}, config.operator, "swap").operator
+    swap.rules = {name: typed_rule(rule, config.operator, f"swap.rules.{name}") for name, rule in swap.rules.items()}
     return check(config)
-
-
-def _typed(schema: type, values: Any, prefix: str = "") -> Any:
-    """Return plain values as a dataclass; a wrong type raises ConfigError."""
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{prefix}{error.full_key}: {str(error).splitlines()[0]}") from error
 
 
 def load_config(folder: Path) -> Config:

@@ -32,6 +32,16 @@ def track_value(track: TrackConfig, time: float, depth: float) -> float:
     return track.end if p == 1 else track.start + (track.end - track.start) * p
 
 
+def describe_schedule(schedule: ScheduleConfig) -> str:
+    """Return the moving tracks in one line, such as ``schedule: blend 0 -> 1 (cosine over time)``; none: empty."""
+    parts = []
+    for name in ("blend", "k", "temperature"):
+        track: TrackConfig = getattr(schedule, name)
+        if track.shape != "constant":
+            parts.append(f"{name} {track.start:g} -> {track.end:g} ({track.shape} over {track.over})")
+    return f"schedule: {', '.join(parts)}" if parts else ""
+
+
 def apply_schedule(model: nn.Module, schedule: ScheduleConfig, time: float) -> None:
     """Set every layer on the spectrum to its value at ``time`` in [0, 1]. Nothing is rebuilt."""
     tracks = {n: t for n in ("blend", "k", "temperature") if (t := getattr(schedule, n)).shape != "constant"}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from convnn.geometry import Geometry, window_order
-from convnn.similarity import blend_scores, deviation, score_terms, with_positions
+from convnn.similarity import ALIKE, blend_scores, deviation, pair_similarity, score_terms, span, with_positions
 
 # Scores held at once; more go through in chunks. On a CPU a chunk should stay in the cache (measured: 4 times faster
 # than all at once for 4096 x 1156 scores), on a GPU it should only bound memory (64 Mi scores: 256 MiB in float32).
@@ -134,7 +134,8 @@ class Neighbors:
     valid: Tensor | None
     """False where a query has fewer than K candidates (``candidates=window``), (B, H, Q, K); None: nowhere."""
     low: Tensor | None = None
-    """Least and largest similarity among the candidates of each query, (B, H, Q, 1), where a blend needs them."""
+    """Least and largest similarity among the candidates of each query, (B, H, Q, 1), where ``mix=sum`` needs them;
+    ``high`` is infinite where all are alike."""
     high: Tensor | None = None
 
 
@@ -145,7 +146,8 @@ def select_neighbors(
 
     Selection is hard: no gradient passes. It runs in float32 (float64 for float64 input), whatever autocast says.
     At ``blend`` 0 it depends on the geometry alone. Prefix tokens have no position: as queries they select by
-    features at any blend, as candidates of others they count as infinitely far.
+    features at any blend; as candidates of others they count as infinitely far, or with ``mix=concat`` as in the
+    middle of the map.
 
     Args:
         q: queries.
@@ -161,6 +163,7 @@ def select_neighbors(
     """
     device = q.device
     by_features, at_position = (isinstance(blend, float) and blend == end for end in (1, 0))
+    ranged = selection.mix == "sum" and not (by_features or at_position)
     pads = selection.pad_candidates or not by_features
     candidates = candidate_tokens(geometry, selection, pads=pads, training=training, device=device)
     available, most = most_candidates(geometry, selection, candidates)
@@ -179,13 +182,15 @@ def select_neighbors(
         for part, share in ((slice(0, split), 1.0), (slice(split, None), blend)):
             if len(queries[part]):
                 own = q[:, :, part], k, queries[part]
-                ranged = not (by_features or at_position)
                 found.append(_best(*own, candidates, geometry, selection, num=num, blend=share, ranged=ranged))
         chosen = found[0] if len(found) == 1 else _join(*found)
         index, valid = chosen.index, chosen.valid
         if selection.slots == "raster":
-            index, order = index.sort(dim=-1)
-            valid = None if valid is None else valid.gather(-1, order)
+            if valid is None:
+                index = index.sort(dim=-1).values
+            else:  # fillers last
+                order = index.masked_fill(~valid, geometry.num_tokens).argsort(dim=-1, stable=True)
+                index, valid = index.gather(-1, order), valid.gather(-1, order)
         elif selection.slots == "window":
             slot = window_slots(index, queries, geometry, valid)
             index = torch.empty_like(index).scatter_(-1, slot, index)
@@ -258,8 +263,13 @@ def _best(
     b, h = (1, 1) if at_position else q.shape[:2]
     tokens = torch.arange(geometry.num_tokens, device=q.device) if candidates is None else candidates
     share = blend.to(q.dtype).expand(h).repeat(b)[:, None, None] if isinstance(blend, Tensor) else blend
+    q, k = q.flatten(0, 1), k.flatten(0, 1)
+    own_score, floor = None, q.new_zeros(b * h, len(queries), 1)
+    if ranged and selection.similarity == "euclidean":  # of squared distances that are rounding errors of the features
+        floor = ALIKE**2 * q.square().sum(-1, keepdim=True)
+    if ranged and selection.self_first and candidates is not None:
+        own_score = pair_similarity(q, k[:, queries, None], selection.similarity)
     if not at_position:
-        q, k = q.flatten(0, 1), k.flatten(0, 1)
         if mixed and selection.mix == "concat":
             positions, scale = geometry.positions(q.device), deviation(k)
             q = with_positions(q, positions[queries], share, scale)
@@ -299,7 +309,8 @@ def _best(
                 if mixed and low is not None and high is not None:
                     own_share = share[items] if isinstance(share, Tensor) else share
                     far = distance.to(score.dtype) / geometry.extent
-                    score = blend_scores(score, far, own_share, low[items, part], high[items, part])
+                    ends = span(low[items, part], high[items, part], floor[items, part])
+                    score = blend_scores(score, far, own_share, *ends)
             score = _inside(score, taken, -torch.inf)
             ranked = stable_topk(score, num - first_slot)
             best[items, part, :first_slot] = own[:, None]
@@ -307,12 +318,18 @@ def _best(
             if valid is not None and taken is not None:
                 # Prefix tokens can have a score of -inf too, but come before the tokens that were taken out.
                 valid[items, part, first_slot:] = ~taken.expand_as(score).gather(-1, ranked)
-    if low is not None and high is not None and selection.similarity == "euclidean":
-        # score_terms leaves out the query's own square, a constant that the similarity of a pair includes.
-        own_square = (q / 2).square().sum(-1, keepdim=True)
-        low, high = low - own_square, high - own_square
-    shape = (b, h, len(queries), -1)
-    return Neighbors(best.view(shape), *(None if t is None else t.view(shape) for t in (valid, low, high)))
+    if low is not None and high is not None:
+        low, high = span(low, high, floor)
+        if selection.similarity == "euclidean":
+            # score_terms leaves out the query's own square, a constant that the similarity of a pair includes.
+            own_square = (q / 2).square().sum(-1, keepdim=True)
+            low, high = low - own_square, high - own_square
+        if own_score is not None:  # the query's own token is a neighbour that need not be a candidate
+            low, high = torch.minimum(low, own_score), torch.maximum(high, own_score)
+    found = (None if t is None else t.unflatten(0, (b, h)) for t in (best, valid, low, high))
+    index, valid, low, high = found
+    assert index is not None
+    return Neighbors(index, valid, low, high)
 
 
 def _inside(score: Tensor, outside: Tensor | None, fill: float) -> Tensor:

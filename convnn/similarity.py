@@ -8,8 +8,16 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+ALIKE = 1e-5
+"""Similarities that differ by less than this share of the largest count as equal: float32 does not tell them apart."""
+
+
+def unit(x: Tensor) -> Tensor:
+    """Return vectors of length 1 along the last axis; zero vectors stay zero and pass no gradient."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm <= max(1e-12, torch.finfo(norm.dtype).tiny), torch.inf)
 
 
 def score_terms(q: Tensor, k: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -26,7 +34,7 @@ def score_terms(q: Tensor, k: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor
         (..., Q, D), (..., N, D) and None or (..., 1, N).
     """
     if kind == "cosine":
-        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), None
+        return unit(q), unit(k), None
     if kind == "dot":
         return q / math.sqrt(q.shape[-1]), k, None
     # Distances do not change under translation; around the mean fewer digits cancel.
@@ -38,7 +46,7 @@ def score_terms(q: Tensor, k: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor
 def pair_similarity(q: Tensor, k: Tensor, kind: str) -> Tensor:
     """Return the similarity of each query to its own neighbours: (B, H, Q, D), (B, H, Q, K, D) -> (B, H, Q, K)."""
     if kind == "cosine":
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        q, k = unit(q), unit(k)
     elif kind == "dot":
         q = q / math.sqrt(q.shape[-1])
     else:
@@ -52,9 +60,19 @@ def blend_scores(features: Tensor, distance: Tensor, blend: float | Tensor, low:
     Both are fractions of their range: f is the similarity scaled from [low, high], its range over the candidates of
     each query, to [0, 1], so that a blend means the same for every kind of similarity and every layer; d (Q, N) is the
     distance over the extent of the map, so that at 0.5 a tenth of the map weighs as much as a tenth of the similarity.
+    Where all candidates are alike, ``high`` is infinite (see ``span``) and f is 0: position alone decides.
     """
-    scaled = (features - low) / (high - low).clamp_min(torch.finfo(features.dtype).tiny)
+    scaled = (features - low) / (high - low)
     return blend * scaled - (1 - blend) * distance
+
+
+def span(low: Tensor, high: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a range of similarities; its ``high`` becomes infinite where they are too alike to tell apart.
+
+    That is where they differ by less than ``ALIKE`` of the largest, or by less than ``floor``.
+    """
+    alike = high - low <= torch.maximum(ALIKE * torch.maximum(low.abs(), high.abs()), floor)
+    return low, high.masked_fill(alike, torch.inf)
 
 
 def with_positions(x: Tensor, positions: Tensor, blend: float | Tensor, deviation: Tensor) -> Tensor:
@@ -67,5 +85,6 @@ def with_positions(x: Tensor, positions: Tensor, blend: float | Tensor, deviatio
 
 
 def deviation(x: Tensor) -> Tensor:
-    """Return the standard deviation over tokens and channels: (..., N, D) -> (..., 1, 1)."""
-    return x.std(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    """Return the standard deviation over tokens and channels: (..., N, D) -> (..., 1, 1); infinite for equal ones."""
+    spread = x.std(dim=(-2, -1), keepdim=True, correction=int(x.shape[-2:].numel() > 1))
+    return spread.masked_fill(spread <= ALIKE * x.abs().amax(dim=(-2, -1), keepdim=True), torch.inf)

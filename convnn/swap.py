@@ -5,15 +5,15 @@ from __future__ import annotations
 import fnmatch
 import importlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from convnn.attention import Attention
-from convnn.checks import check_operator, check_rule
+from convnn.base import NeighborLayer, Site
+from convnn.checks import check_operator, check_rule, own_operator, typed, typed_rule
 from convnn.config import CONV, ConfigError, OperatorConfig, SwapConfig, SwapRule
-from convnn.layers import NeighborLayer, Site
 
 _HEADS = ("pre_logits", "head", "head_dist", "fc", "classifier")
 
@@ -148,22 +148,26 @@ def resolve_target(path: str, key: str) -> Any:
     """
     module, _, name = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{key}={path} cannot be imported: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"{key}={path} is a {type(found).__name__}, neither a class nor a function")
+    return found
 
 
 Rules = SwapRule | SwapConfig | Mapping[str, Any] | Iterable[SwapRule | Mapping[str, Any]]
 
 
-def _named_rules(rules: Rules) -> dict[str, SwapRule]:
+def _named_rules(rules: Rules, operator: OperatorConfig) -> dict[str, SwapRule]:
     if isinstance(rules, SwapConfig):
         return {f"swap.rules.{n}" if rules.rules else n: rule for n, rule in rules.effective_rules().items()}
     if isinstance(rules, (SwapRule, Mapping)):
         rules = [rules]
     out = {}
     for i, rule in enumerate(rules):
-        out[f"rules[{i}]"] = rule if isinstance(rule, SwapRule) else SwapRule(**rule)
+        label = f"rules[{i}]"
+        out[label] = rule if isinstance(rule, SwapRule) else typed_rule(rule, operator, label)
     return out
 
 
@@ -190,17 +194,17 @@ def swap_layers(
         ConfigError: if a rule matches nothing, two rules claim one layer, or a layer cannot be replaced.
     """
     if operator is None or isinstance(operator, Mapping):
-        operator = OperatorConfig(**(operator or {}))
+        operator = typed(OperatorConfig, operator or {}, "operator.")
     if init is None:
         init = rules.init if isinstance(rules, SwapConfig) else "fresh"
     if init not in ("fresh", "transfer"):
         raise ConfigError(f"swap.init={init} is not one of fresh, transfer")
 
     claims: dict[str, tuple[str, nn.Module, OperatorConfig]] = {}
-    for label, rule in _named_rules(rules).items():
+    for label, rule in _named_rules(rules, operator).items():
         check_rule(rule, label)
-        own = OperatorConfig(**(asdict(operator) | rule.operator))
-        check_operator(own)
+        own = own_operator(rule, operator, label)
+        check_operator(own, f"{label}.operator" if rule.operator else "operator")
         kind = own.kind if rule.kind == "auto" else rule.kind
         if kind != own.kind:
             raise ConfigError(
@@ -214,15 +218,24 @@ def swap_layers(
 
     new_layers = {}
     for name, (_, layer, own) in claims.items():
-        build = resolve_target(own.target, "operator.target").from_layer
+        build = getattr(resolve_target(own.target, "operator.target"), "from_layer", None)
+        if not callable(build):
+            raise ConfigError(f"operator.target={own.target} is no operator: it has no from_layer")
         new_layers[name] = build(layer, own, init, _site(model, name)).train(layer.training)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     rows = []
     for name in sorted(new_layers, key=order.__getitem__):
         old, new = claims[name][1], new_layers[name]
-        model.set_submodule(name, new)
+        _replace(model, old, new)
         rows.append(Replacement(name, _describe(old), _describe(new), count_parameters(old), count_parameters(new)))
     return SwapReport(tuple(rows))
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` is registered; a shared layer stays shared."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            model.set_submodule(name, new)
 
 
 def _site(model: nn.Module, name: str) -> Site:
@@ -287,7 +300,7 @@ def export_layers(model: nn.Module) -> list[str]:
         except ValueError as error:
             raise ConfigError(f"'{name}' cannot be exported: {error}") from error
     for name, layer in plain.items():
-        model.set_submodule(name, layer)
+        _replace(model, model.get_submodule(name), layer)
     return names
 
 

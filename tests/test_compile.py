@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from convnn import ConfigError, ConvNN2d, ConvNNAttention, OperatorConfig, swap_layers
+from convnn.base import Site
 from convnn.cli import compose_config, config_groups
-from convnn.layers import Site
 
 PRESETS = {name: compose_config([f"operator={name}"]).operator for name in config_groups()["operator"]}
 

@@ -116,8 +116,8 @@ def test_experiment(experiment, tmp_path):
         ("experimnt=quickstart", "did you mean 'experiment'?"),
         ("sede=1", "did you mean 'seed'?"),
         ("operator.similarity=cosin", "did you mean 'cosine'?"),
-        ("+swap.rules.a.mach=x", "did you mean 'match'?"),
-        ("+swap.operator.kk=1", "did you mean 'k'?"),
+        ("+swap.rules.a.mach=x", "did you mean 'swap.rules.a.match'?"),
+        ("+swap.operator.kk=1", "did you mean 'swap.operator.k'?"),
         ("data=cifar1000", "did you mean 'cifar100'?"),
     ],
 )

@@ -49,7 +49,7 @@ def stop_after(monkeypatch, calls, signum=signal.SIGTERM):
         count = iter(range(10**9))
         yield lambda: signum if next(count) >= calls else None
 
-    monkeypatch.setattr(engine, "_stop_on_signal", fake)
+    monkeypatch.setattr(engine, "stop_on_signal", fake)
 
 
 def rows(folder):

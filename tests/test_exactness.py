@@ -11,7 +11,7 @@ from timm.layers.attention import Attention
 from torch import nn
 
 from convnn import ConvNN2d, ConvNNAttention, HybridConvNN2d, HybridConvNNAttention, OperatorConfig
-from convnn.layers import Site
+from convnn.base import Site
 
 TOLERANCE = 1e-10
 

@@ -7,7 +7,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from convnn import ConfigError, ConvNN2d, ConvNNAttention, HybridConvNN2d, OperatorConfig
-from convnn.layers import Site
+from convnn.base import Site
 
 
 def attention_config(**kwargs):

@@ -9,7 +9,7 @@ from timm.models.convit import GPSA
 from torch import nn
 
 from convnn import ConfigError, ConvNN2d, OperatorConfig
-from convnn.layers import Site
+from convnn.base import Site
 from convnn.peers import ACmix2d, GatedPositionalAttention
 
 

@@ -11,8 +11,8 @@ from timm.layers.attention import Attention
 from torch import nn
 
 from convnn import ConvNN2d, ConvNNAttention, OperatorConfig
+from convnn.base import Site
 from convnn.geometry import Geometry
-from convnn.layers import Site
 from convnn.selection import Selection, select_neighbors
 
 few = settings(max_examples=25, deadline=None)

@@ -9,8 +9,8 @@ from timm.layers.attention import Attention
 from torch import nn
 
 from convnn import ConfigError, HybridConvNN2d, OperatorConfig, export_layers, neighbor_layers, swap_layers
+from convnn.base import Site
 from convnn.cli import compose_config
-from convnn.layers import Site
 
 CONV = {"k": 9, "blend": 0.0}
 RESNET = [{"match": "conv1", "operator": {"k": 49}}, {"min_kernel": 3, "exclude": ["conv1"]}]

@@ -56,15 +56,19 @@ def rows(folder):
     return [without_times(row) for row in read_metrics(folder / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("stop", [0, 2, 4, 7])
-def test_resumed_run_equals_uninterrupted_run(stop, tmp_path, monkeypatch):
-    whole = run(tiny(*HARD, f"run.dir={tmp_path}/whole"))
+LEARNED = ["schedule=constant", "operator.blend=0.4", "operator.learn_blend=layer"]
+
+
+@pytest.mark.parametrize("stop, more", [(0, []), (2, []), (4, []), (7, []), (4, LEARNED)])
+def test_resumed_run_equals_uninterrupted_run(stop, more, tmp_path, monkeypatch):
+    overrides = [*HARD, *more]
+    whole = run(tiny(*overrides, f"run.dir={tmp_path}/whole"))
     with monkeypatch.context() as patch:
         stop_after(patch, stop)
-        partial = run(tiny(*HARD, f"run.dir={tmp_path}/parts"))
+        partial = run(tiny(*overrides, f"run.dir={tmp_path}/parts"))
     assert partial["status"] == "interrupted" and partial["exit_code"] == 128 + signal.SIGTERM
     torch.manual_seed(99)  # nothing may depend on the generators of the resuming process
-    resumed = run(tiny(*HARD, f"run.dir={tmp_path}/parts", "run.if_exists=resume"))
+    resumed = run(tiny(*overrides, f"run.dir={tmp_path}/parts", "run.if_exists=resume"))
     assert resumed["status"] == "complete"
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     assert len(rows(tmp_path / "whole")) == 3

@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+
+from convnn.files import write_atomically
 
 FORMAT = 1
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used. The message is one line that names the file and the reason."""
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
-    """Call ``write(file)`` on a temporary file and put it in place in one step, so that readers see old or new.
-
-    Args:
-        path: the file.
-        write: writes the content.
-        keep: where what stood at ``path`` goes first, if given.
-
-    Raises:
-        OSError: if the disk refuses; what stood at ``path`` still does.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            path.replace(keep)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

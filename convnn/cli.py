@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,7 +47,7 @@ def compose_config(overrides: Sequence[str] = (), config_name: str = "config") -
             values = compose(config_name, list(overrides))
         return from_hydra(values)
     except (HydraException, OmegaConfBaseException) as error:
-        raise _translate(error, overrides) from error
+        raise translate(error, overrides) from error
 
 
 def from_hydra(values: DictConfig) -> Config:
@@ -52,7 +55,7 @@ def from_hydra(values: DictConfig) -> Config:
     return to_config(OmegaConf.to_container(values, resolve=True))
 
 
-def _translate(error: Exception, overrides: Sequence[str]) -> ConfigError:
+def translate(error: Exception, overrides: Sequence[str], schema: type = Config) -> ConfigError:
     """Say what Hydra means in one line."""
     text = str(error)
     groups = config_groups()
@@ -64,8 +67,8 @@ def _translate(error: Exception, overrides: Sequence[str]) -> ConfigError:
     if found:
         key = found.group(1).split("@")[0]
         if "." in key:
-            return unknown_key_error(key)
-        return ConfigError(f"unknown key '{key}'{nearest(key, [*all_keys(), *groups])}")
+            return unknown_key_error(key, schema)
+        return ConfigError(f"unknown key '{key}'{nearest(key, [*all_keys(schema), *groups])}")
     if "Ambiguous value for argument" in text or "sweep" in text.lower():
         given = next((o for o in overrides if "," in o or "(" in o), "")
         return ConfigError(f"{given} is a sweep over several values; train.py takes one (or add --multirun)")
@@ -120,11 +123,25 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> Any:
         fail(error, EXIT_FAILED)
 
 
+PARENT = "CONVNN_PARENT"
+"""Environment variable by which sweep.py tells a run its process number."""
+
+
+def follow_parent() -> None:
+    """End with the sweep that started this process, however that ends (Linux): TERM comes, and leaves a checkpoint."""
+    parent = os.environ.get(PARENT)
+    if parent and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(parent):
+            sys.exit(128 + signal.SIGTERM)
+
+
 def check_arguments(argv: Sequence[str]) -> None:
     """Compose and check a single run's command line before Hydra and torch start, and leave with one line if it fails.
 
     Flags such as --help, --cfg and --multirun are left to Hydra.
     """
+    follow_parent()
     if any(arg.startswith("-") for arg in argv):
         return
     guarded(lambda: compose_config(argv), debug="debug=true" in [a.lower() for a in argv])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import logging
 import os
 import platform
@@ -21,6 +19,7 @@ from omegaconf import OmegaConf
 
 from convnn.checks import check, typed, typed_rule
 from convnn.config import Config, ConfigError, differences, fingerprint, identity, run_name
+from convnn.files import lock, lock_owner, read_json, write_json
 
 _OWN = ("config.yaml", "env.json", "train.log", "metrics.jsonl", "swap.txt", "result.json", "wandb_id")
 _OWN_FOLDERS = ("checkpoints", "wandb")
@@ -62,10 +61,7 @@ def load_config(folder: Path) -> Config:
 
 def read_result(folder: Path) -> dict[str, Any] | None:
     """Return the content of result.json, or None if there is none or it is damaged."""
-    try:
-        return json.loads((folder / "result.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        return None
+    return read_json(folder / "result.json")
 
 
 @dataclass
@@ -89,10 +85,7 @@ class RunFolder:
 
     def write_json(self, name: str, values: Any) -> None:
         """Write a JSON file in one step."""
-        from convnn.checkpoint import write_atomically
-
-        text = json.dumps(values, indent=2) + "\n"
-        write_atomically(self.path / name, lambda file: file.write(text.encode()))
+        write_json(self.path / name, values)
 
     def discard(self) -> None:
         """Remove a folder in which nothing was begun."""
@@ -135,10 +128,10 @@ def open_run_folder(config: Config) -> RunFolder:
     created = sum(not parent.exists() for parent in path.parents)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = _lock(path)
+        own_lock = _lock(path)
     except OSError as error:
         raise ConfigError(f"run.dir={path} cannot be written: {error.strerror}") from error
-    folder = RunFolder(path, resume=False, _created=created, _lock=lock)
+    folder = RunFolder(path, resume=False, _created=created, _lock=own_lock)
     try:
         if used and policy == "overwrite":
             for name in _OWN:
@@ -169,17 +162,9 @@ def open_run_folder(config: Config) -> RunFolder:
 
 def _lock(path: Path) -> TextIO:
     """Lock the folder until this process ends, however it ends."""
-    file = (path / ".lock").open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.seek(0)
-        owner = file.read().strip() or "unknown"
-        file.close()
-        raise ConfigError(f"run.dir={path} is in use by another process ({owner})") from error
-    file.truncate(0)
-    file.write(f"pid {os.getpid()} on {platform.node()}\n")
-    file.flush()
+    file = lock(path / ".lock")
+    if file is None:
+        raise ConfigError(f"run.dir={path} is in use by another process ({lock_owner(path / '.lock')})")
     return file
 
 

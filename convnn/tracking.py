@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convnn.checkpoint import write_atomically
 from convnn.config import TrackerConfig
+from convnn.files import write_text
 
 log = logging.getLogger("convnn")
 
@@ -35,8 +35,7 @@ class Tracker:
         """Open the folder's metrics; rows of epochs that will be run again are dropped."""
         self.path = folder / "metrics.jsonl"
         rows = [row for row in read_metrics(self.path) if row["epoch"] < epochs_done]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomically(self.path, lambda file: file.write(text.encode()))
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self._wandb = _start_wandb(config, folder, run_config) if config.name == "wandb" else None
 
     def log(self, row: Mapping[str, Any]) -> None:

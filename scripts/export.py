@@ -46,9 +46,9 @@ def main(argv: list[str]) -> None:
         config.data.root = options.data_root
     import torch
 
-    from convnn.checkpoint import write_atomically
     from convnn.data import load_dataset
     from convnn.evaluation import load_run
+    from convnn.files import write_atomically
     from convnn.swap import export_layers
 
     model, _, _ = load_run(config, folder, options.checkpoint, load_dataset(config.data))

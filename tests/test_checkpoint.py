@@ -13,8 +13,8 @@ from convnn.checkpoint import (
     load_model_state,
     previous_of,
     save_checkpoint,
-    write_atomically,
 )
+from convnn.files import write_atomically
 
 
 class Hostile:

@@ -252,5 +252,6 @@ def test_peers_keep_what_the_layer_has_or_refuse():
     config = OperatorConfig(name="convit", kind="attention", bias=False)
     site = Site("a", 0, (2, 2))
     assert GatedPositionalAttention.from_layer(Attention(8, 2), config, "fresh", site).proj.bias is None
+    normed = Attention(8, 2, qk_norm=True, norm_layer=nn.LayerNorm)
     with pytest.raises(ConfigError, match="'a' normalises its queries"):
-        GatedPositionalAttention.from_layer(Attention(8, 2, qk_norm=True, norm_layer=nn.LayerNorm), config, "fresh", site)
+        GatedPositionalAttention.from_layer(normed, config, "fresh", site)

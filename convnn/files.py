@@ -1,0 +1,80 @@
+"""Files that are there whole or not at all, and locks between processes. Imports no torch."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
+    """Call ``write(file)`` on a temporary file and put it in place in one step, so that readers see old or new.
+
+    Args:
+        path: the file.
+        write: writes the content.
+        keep: where what stood at ``path`` goes first, if given.
+
+    Raises:
+        OSError: if the disk refuses; what stood at ``path`` still does.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            path.replace(keep)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file in one step."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the mapping in a JSON file, or None if there is none or it is damaged."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def lock(path: Path, *, wait: bool = False) -> TextIO | None:
+    """Lock a file until it is closed or this process ends, however it ends; None if another process has it.
+
+    The file then says who has the lock.
+    """
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.close()
+        return None
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
+
+
+def lock_owner(path: Path) -> str:
+    """Return who holds, or last held, a lock."""
+    try:
+        return path.read_text().strip() or "unknown"
+    except OSError:
+        return "unknown"

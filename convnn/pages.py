@@ -30,12 +30,11 @@ pre { overflow-x: auto; background: #f5f5f5; padding: .7rem; font-size: .85rem; 
 }
 """
 
+NOTE = "Mean ± sample standard deviation over n seeds; only complete runs count."
+
 
 def _heading(report: Report) -> str:
     return f"{metric_title(report.metric)}: {METRICS[report.metric]}"
-
-
-NOTE = "Mean ± sample standard deviation over n seeds; only complete runs count."
 
 
 # ------------------------------------------------------------------------------------------------ Markdown
@@ -63,7 +62,7 @@ def _md_table(table: Table) -> str:
 
 
 def _md_cell(text: str) -> str:
-    for mark in ("\\", "|", "*", "`", "[", "]", "_") if text != "---" else ():
+    for mark in ("\\", "|", "*", "`", "[", "]") if text != "---" else ():
         text = text.replace(mark, f"\\{mark}")
     return escape(text, quote=False)
 
@@ -76,9 +75,9 @@ def html_page(report: Report) -> str:
     parts = [
         f"<h1>{escape(_heading(report))}</h1>",
         f"<p>{escape(report.counts())}. Made on {time.strftime('%Y-%m-%d %H:%M')}.</p>",
+        *(_html_picture(picture.title, picture.caption, picture.svg.read_bytes()) for picture in report.pictures),
         f"<h2>Summary</h2><p>{escape(NOTE)} {escape(report.follows())}</p>{_html_table(report.table())}",
     ]
-    parts += [_html_picture(picture.title, picture.caption, picture.svg.read_bytes()) for picture in report.pictures]
     for title, table in _lists(report):
         parts.append(f"<h2>{title}</h2>{_html_table(table)}")
     if report.commands:

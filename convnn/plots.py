@@ -2,15 +2,16 @@
 
 Which key goes where: x is the number plotted over (blend and branch ratio each get a picture; without them the number
 with the most values); lines are one further key, k before blend before other numbers before text, the one with the
-most values first and at most ``MAX_LINES``; every combination of the remaining keys gets a panel of its own. Where
-this leaves no line with two points, as in a random search, all points stand in one panel without lines. Keys that
-follow from others (``main_keys``) do not count.
+most values first; every combination of the remaining keys gets a panel of its own. Where this leaves no line with two
+points, as in a random search, all points stand in one panel without lines. Keys that follow from others
+(``main_keys``) do not count. What exceeds ``MAX_LINES`` or ``MAX_PANELS`` is left out, and the caption says so.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from convnn.plotting import (
     BLEND,
     COLOURS,
     DASHES,
+    MAX_CELLS,
     MAX_DOTS,
     MAX_LINES,
     MAX_PANELS,
@@ -30,6 +32,9 @@ from convnn.plotting import (
     Row,
     View,
     add_legend,
+    colour_scale,
+    evenly,
+    is_wide,
     new_figure,
     number_axis,
     plain,
@@ -74,7 +79,7 @@ def draw_all(
         drawn.append(("heatmap", "Accuracy over blend and k", heat_map(view)))
         drawn.append(("configurations", "Accuracy by configuration", dots(view)))
         drawn.append(
-            ("gflops", "Accuracy against the cost of a forward pass", against(view, "gflops", "GFLOPs an image"))
+            ("gflops", "Accuracy against computation", against(view, "gflops", "forward pass of one image (GFLOPs)"))
         )
         seconds = against(view, "seconds", "measured training time (s)")
         drawn.append(("seconds", "Accuracy against training time", seconds and _with_devices(seconds, frame)))
@@ -83,7 +88,7 @@ def draw_all(
 
 
 def _save(name: str, title: str, figure: Figure, caption: str, out: Path) -> Picture:
-    name = name.replace(".", "_")
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
     figure.suptitle(title, fontsize=17)
     paths = [out / f"{name}.png", out / f"{name}.svg"]
     figure.savefig(paths[0], dpi=150)
@@ -102,26 +107,31 @@ def over_number(view: View, x: str) -> tuple[Figure, str] | None:
     line = view.line_key(x)
     rest = [key for key in view.keys if key not in (x, line)]
     panels = split(rows, rest)
-    if not any(len({r[x] for r in g}) > 1 for p in panels.values() for g in split(p, [line] if line else []).values()):
+    lines = [group for panel in panels.values() for group in split(panel, [line] if line else []).values()]
+    joined = any(len({row[x] for row in group}) > 1 for group in lines)
+    if not joined:
         line, panels = None, {(): rows}
-    joined = len(panels) > 1 or line is not None or len({row[x] for row in rows}) == len(rows)
     shown = dict(list(panels.items())[:MAX_PANELS])
     figure, all_axes = new_figure(len(shown))
     values = [value for (value,) in split(rows, [line])] if line else [None]
-    style = styles(values)
+    style = styles(evenly(values, MAX_LINES))
     handles: dict[str, Any] = {}
     for axes, (given, panel) in zip(all_axes, shown.items(), strict=True):
         for (value,), points in (split(panel, [line]) if line else {(None,): panel}).items():
-            handles[show(value)] = _line(axes, view, sorted(points, key=lambda r: r[x]), x, style[value], joined)
+            if value in style:
+                points.sort(key=lambda row: row[x])
+                handles[show(value)] = _line(axes, view, points, x, style[value], joined)
         if given:
             axes.set_title(plain(describe(dict(zip(rest, given, strict=True)))))
         axes.set_xlabel(plain(short_name(x)))
-        axes.set_ylabel(plain(METRICS[view.metric], 30))
+        axes.set_ylabel(plain(METRICS[view.metric], 34))
         number_axis(axes, sorted({row[x] for row in panel}))
     if line:
-        ordered = {show(value): handles[show(value)] for value in values if show(value) in handles}
+        ordered = {show(value): handles[show(value)] for value in style if show(value) in handles}
         add_legend(figure, ordered, plain(short_name(line)))
     caption = view.seeds("band" if joined else "bar")
+    if len(values) > len(style):
+        caption += f" {len(style)} of {len(values)} values of {short_name(line or '')}."
     if len(panels) > 1:
         caption += " Each panel has a vertical scale of its own."
     if len(panels) > len(shown):
@@ -135,7 +145,7 @@ def _line(axes: Axes, view: View, points: list[Row], x: str, style: dict[str, An
     if not joined:
         axes.errorbar(xs, ys, stds, fmt="none", ecolor="#999999", elinewidth=1)
         return axes.scatter(xs, ys, color=style["color"], marker=style["marker"], zorder=3)
-    if any(stds):
+    if any(std > 0 for std in stds):
         low, high = ([y + sign * s for y, s in zip(ys, stds, strict=True)] for sign in (-1, 1))
         axes.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
     return axes.plot(xs, ys, markersize=7, **style)[0]
@@ -143,12 +153,12 @@ def _line(axes: Axes, view: View, points: list[Row], x: str, style: dict[str, An
 
 def heat_map(view: View) -> tuple[Figure, str] | None:
     """Draw accuracy over blend and k; None unless both vary."""
-    if BLEND not in view.numbers or K not in view.numbers or len(view.rows) < 2:
+    if BLEND not in view.numbers or K not in view.numbers:
         return None
     rows = [row for row in view.rows if not is_missing(row[BLEND]) and not is_missing(row[K])]
     rest = [key for key in view.keys if key not in (BLEND, K)]
     blends, ks = ([value for (value,) in split(rows, [key])] for key in (BLEND, K))
-    if len(blends) < 2 or len(ks) < 2:
+    if not (2 <= len(blends) <= MAX_CELLS and 2 <= len(ks) <= MAX_CELLS):
         return None
     panels = split(rows, rest)
     shown = dict(list(panels.items())[:MAX_PANELS])
@@ -214,6 +224,8 @@ def dots(view: View) -> tuple[Figure, str] | None:
 
 def against(view: View, cost: str, label: str) -> tuple[Figure, str] | None:
     """Draw accuracy against a cost: colour by a numeric key, marker by the other keys where they are few."""
+    from matplotlib.cm import ScalarMappable
+
     rows = [row for row in view.rows if row[cost] > 0]
     if len({row[cost] for row in rows}) < 2:
         return None
@@ -223,31 +235,36 @@ def against(view: View, cost: str, label: str) -> tuple[Figure, str] | None:
         others = [key for key in others if key not in view.numbers]
     groups = split(rows, others)
     if len(groups) > MAX_LINES:
-        groups = {(): rows}
-    style = styles([describe(dict(zip(others, given, strict=False))) for given in groups])
+        others, groups = [], {(): rows}
+    names = [describe(dict(zip(others, given, strict=True))) for given in groups]
+    style = styles(names)
     figure, (axes,) = new_figure(1)
-    limits = [row[colour] for row in rows if not is_missing(row[colour])] if colour else []
-    handles: dict[str, Any] = {}
-    image = None
-    for name, points in zip(style, groups.values(), strict=True):
+    norm = colour_scale([row[colour] for row in rows if not is_missing(row[colour])]) if colour else None
+    for name, points in zip(names, groups.values(), strict=True):
+        look: dict[str, Any] = {"color": style[name]["color"]}
+        if colour:
+            shades = [math.nan if is_missing(row[colour]) else float(row[colour]) for row in points]
+            look = {"c": shades, "cmap": SCALE, "norm": norm, "plotnonfinite": True}
         xs, ys = [row[cost] for row in points], [view.score(row) for row in points]
         axes.errorbar(xs, ys, [view.spread(row) for row in points], fmt="none", ecolor="#999999", elinewidth=1)
-        if limits:
-            shades = [math.nan if is_missing(row[colour]) else float(row[colour]) for row in points]
-            extra: dict[str, Any] = {"c": shades, "cmap": SCALE, "vmin": min(limits), "vmax": max(limits)}
-        else:
-            extra = {"color": style[name]["color"]}
-        image = axes.scatter(xs, ys, s=70, marker=style[name]["marker"], zorder=3, plotnonfinite=True, **extra)
-        handles[name] = image
+        axes.scatter(xs, ys, s=70, zorder=3, marker=style[name]["marker"], **look)
     axes.set_xlabel(label)
-    axes.set_ylabel(plain(METRICS[view.metric], 30))
-    if max(row[cost] for row in rows) / min(row[cost] for row in rows) >= 20:
+    axes.set_ylabel(plain(METRICS[view.metric], 34))
+    if is_wide([row[cost] for row in rows]):
         axes.set_xscale("log")
-    if limits and image is not None and colour:
-        figure.colorbar(image, ax=axes, label=plain(short_name(colour)))
+    if colour:
+        figure.colorbar(ScalarMappable(norm, SCALE), ax=axes, label=plain(short_name(colour)))
     if len(groups) > 1:
-        add_legend(figure, handles, None)
+        add_legend(figure, {name: _mark(style[name], colour is None) for name in names}, None)
     return figure, view.seeds("bar")
+
+
+def _mark(style: dict[str, Any], coloured: bool) -> Any:
+    """Return a legend's marker, grey where colour means something else."""
+    from matplotlib.lines import Line2D
+
+    colour = style["color"] if coloured else "#444444"
+    return Line2D([], [], linestyle="", markersize=8, marker=style["marker"], color=colour)
 
 
 def _with_devices(made: tuple[Figure, str], frame: pd.DataFrame) -> tuple[Figure, str]:
@@ -263,15 +280,16 @@ def _with_devices(made: tuple[Figure, str], frame: pd.DataFrame) -> tuple[Figure
 
 def curves(frame: pd.DataFrame, summary: pd.DataFrame, folders: Sequence[Path]) -> tuple[Figure, str] | None:
     """Draw test top-1 and training loss over epochs for at most ``MAX_LINES`` configurations."""
-    keys = [key for key in main_keys(summary) if key in varying_keys(frame)]
+    from matplotlib.ticker import MaxNLocator
+
+    keys = main_keys(summary)
     status = list(frame["status"])
     groups = []
     for values, positions in grouped(frame):
         done = [folders[i] for i in positions if status[i] == COMPLETE]
         if done:
             groups.append((dict(zip(varying_keys(frame), values, strict=True)), done))
-    count = min(len(groups), MAX_LINES)
-    picked = [groups[round(i * (len(groups) - 1) / max(count - 1, 1))] for i in range(count)]
+    picked = evenly(groups, MAX_LINES)
     histories = [(row, [history for run in runs if (history := _history(run))]) for row, runs in picked]
     histories = [(row, found) for row, found in histories if found]
     if not any(len(history) > 1 for _, found in histories for history in found):
@@ -291,15 +309,15 @@ def curves(frame: pd.DataFrame, summary: pd.DataFrame, folders: Sequence[Path]) 
     for axes, label in zip(all_axes, ("test top-1 (%)", "training loss"), strict=True):
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(handles) > 1:
         add_legend(figure, handles, None)
     several = any(len(found) > 1 for _, found in histories)
     caption = "Mean over seeds." if several else "Each line is one run."
     if banded:
         caption = "Mean over seeds; band: ± one sample standard deviation."
-    if len(groups) > count:
-        caption += f" {count} of {len(groups)} configurations, evenly spread over the table."
+    if len(groups) > len(picked):
+        caption += f" {len(picked)} of {len(groups)} configurations, evenly spread over the table."
     return figure, caption
 
 

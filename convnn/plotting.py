@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAX_LINES, MAX_PANELS, MAX_DOTS = 12, 6, 40
+MAX_LINES, MAX_PANELS, MAX_DOTS, MAX_CELLS = 12, 6, 40, 30
 BLEND, RATIO, K = "operator.blend", "operator.branch_ratio", "operator.k"
 
 # Okabe and Ito's colours, which differ for colour-blind eyes too, without the yellow that is pale on white.
@@ -23,7 +22,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX<>h*p"
 DASHES = ("-", "--", ":", "-.")
 SCALE = "viridis"
-STYLE = {
+STYLE: Any = {
     "font.size": 14,
     "axes.titlesize": 15,
     "axes.grid": True,
@@ -59,7 +58,7 @@ class View:
     def line_key(self, x: str) -> str | None:
         """Return the key that tells lines apart when ``x`` is drawn over."""
         counts = {key: len(split(self.rows, [key])) for key in self.keys if key != x}
-        fit = [key for key, count in counts.items() if 1 < count <= MAX_LINES]
+        fit = [key for key, count in counts.items() if count > 1]
         order = sorted(fit, key=lambda key: (key != K, key != BLEND, key not in self.numbers, -counts[key]))
         return order[0] if order else None
 
@@ -68,9 +67,8 @@ class View:
         return row[f"{self.metric}_mean"]
 
     def spread(self, row: Row) -> float:
-        """Return a row's standard deviation, 0 for a single run."""
-        std = row[f"{self.metric}_std"]
-        return 0.0 if math.isnan(std) else std
+        """Return a row's standard deviation, NaN for a single run."""
+        return row[f"{self.metric}_std"]
 
     def seeds(self, mark: str) -> str:
         """Say what a point is."""
@@ -78,7 +76,8 @@ class View:
         if counts[-1:] == [1]:
             return "Each point is one run."
         span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        return f"Mean over seeds ({span} a point); {mark}: ± one sample standard deviation."
+        none = f", no {mark} where there is one run" if counts[0] == 1 else ""
+        return f"Mean over seeds ({span} a point); {mark}: ± one sample standard deviation{none}."
 
 
 def split(rows: Iterable[Row], keys: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
@@ -87,6 +86,12 @@ def split(rows: Iterable[Row], keys: Sequence[str]) -> dict[tuple[Any, ...], lis
     for row in rows:
         groups.setdefault(tuple(None if is_missing(row[k]) else row[k] for k in keys), []).append(row)
     return dict(sorted(groups.items(), key=lambda item: [sort_key(value) for value in item[0]]))
+
+
+def evenly(items: Sequence[Any], most: int) -> list[Any]:
+    """Return at most this many items, evenly spread, the first and the last among them."""
+    count = min(len(items), most)
+    return [items[round(i * (len(items) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
 def plain(text: str, width: int = 44) -> str:
@@ -123,16 +128,29 @@ def new_figure(panels: int, width: float = 9.6, height: float = 5.4) -> tuple[Fi
 
 
 def add_legend(figure: Figure, entries: dict[str, Any], title: str | None) -> None:
-    """Put a legend below all panels."""
+    """Put a legend below all panels, and make the figure higher by as much."""
     labels = [plain(label, 60) for label in entries]
-    longest = max(max(len(line) for line in label.split("\n")) for label in labels)
-    columns = max(1, min(len(labels), int(figure.get_figwidth() * 9) // (longest + 6)))
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    columns = max(1, min(len(labels), int(figure.get_figwidth() * 10.5) // (longest + 6)))
+    figure.set_figheight(figure.get_figheight() + 0.27 * (-(-len(labels) // columns) + (title is not None)))
     figure.legend(entries.values(), labels, title=title, loc="outside lower center", ncols=columns)
 
 
+def is_wide(values: Sequence[float]) -> bool:
+    """Return whether numbers span so much that they need a logarithmic scale."""
+    return min(values) > 0 and max(values) / min(values) >= 30
+
+
+def colour_scale(values: Sequence[float]) -> Any:
+    """Return matplotlib's norm for numbers shown as colours."""
+    from matplotlib.colors import LogNorm, Normalize
+
+    return (LogNorm if is_wide(values) else Normalize)(min(values), max(values))
+
+
 def number_axis(axes: Axes, values: Sequence[float]) -> None:
-    """Use a logarithmic axis for numbers over two decades, and ticks at the values where they are few."""
-    if min(values) > 0 and max(values) / min(values) >= 100:
+    """Use a logarithmic axis for numbers that span much, and ticks at the values where they are few."""
+    if is_wide(values):
         axes.set_xscale("log")
     elif len(values) <= 11:
         gap = min((b - a for a, b in itertools.pairwise(values)), default=0)

@@ -135,7 +135,8 @@ def _read_run(folder: Path) -> Run:
         run.keys, run.whole = dict(_leaves(identity)), True
         run.fingerprint = fingerprint_of(identity)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        run.status, run.reason = DAMAGED, f"config.yaml is damaged: {tidy(str(error))[:120]}"
+        problem = getattr(error, "problem", None) or error
+        run.status, run.reason = DAMAGED, f"config.yaml is damaged: {tidy(str(problem))[:120]}"
     except (TypeError, KeyError, AttributeError, RecursionError):
         run.status, run.reason = DAMAGED, "config.yaml is damaged: it is not the configuration of a run"
     environment, _ = _read_json(folder / "env.json")
@@ -192,7 +193,8 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", json.dumps(value) if isinstance(value, list) else value
+            plain = isinstance(value, (bool, float, str)) or value is None or integer_of(value) is not None
+            yield f"{prefix}{key}", value if plain else json.dumps(value)
 
 
 def text_of(value: Any) -> str | None:

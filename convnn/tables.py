@@ -74,7 +74,8 @@ def runs_frame(findings: Findings) -> pd.DataFrame:
 
 
 def _row(run: Run, findings: Findings, keys: Sequence[str]) -> dict[str, Any]:
-    row: dict[str, Any] = {key: run.keys.get(key) for key in keys}
+    values = {key: run.keys.get(key) for key in keys}
+    row: dict[str, Any] = {key: tidy(value) if isinstance(value, str) else value for key, value in values.items()}
     row |= {"name": tidy(run.name), "folder": findings.shown(run.folder), "log": findings.shown(run.log)}
     row |= {"status": run.status, "reason": run.reason, "exit_code": run.exit_code, "fingerprint": run.fingerprint}
     row["seed"] = integer_of(run.keys.get("seed"))
@@ -179,8 +180,8 @@ def sort_key(value: Any) -> tuple[int, float, str]:
 
 def is_numeric(frame: pd.DataFrame, key: str) -> bool:
     """Return whether a key has numbers alone, two or more."""
-    values = set(values_of(frame, key))
-    return len(values) > 1 and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    values = values_of(frame, key)
+    return len(values) > 1 and all(type(value) in (int, float) and math.isfinite(value) for value in values)
 
 
 def values_of(frame: pd.DataFrame, key: str) -> list[Any]:

@@ -42,7 +42,8 @@ def _heading(report: Report) -> str:
 
 def markdown(report: Report) -> str:
     """Return the summary table, and the failed, open and invalid points."""
-    parts = [f"# {_heading(report)}", f"{NOTE} {report.counts()}.", _md_table(report.table()), report.follows()]
+    parts = [f"# {_heading(report)}", f"{NOTE} {_md_cell(report.counts())}.", _md_table(report.table())]
+    parts.append(_md_cell(report.follows()))
     for title, table in _lists(report):
         parts += [f"## {title}", _md_table(table)]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -115,12 +115,13 @@ def over_number(view: View, x: str) -> tuple[Figure, str] | None:
     figure, all_axes = new_figure(len(shown))
     values = [value for (value,) in split(rows, [line])] if line else [None]
     style = styles(evenly(values, MAX_LINES))
+    alpha = min(0.15, 0.6 / len(style)) if joined else 0.0
     handles: dict[str, Any] = {}
     for axes, (given, panel) in zip(all_axes, shown.items(), strict=True):
         for (value,), points in (split(panel, [line]) if line else {(None,): panel}).items():
             if value in style:
                 points.sort(key=lambda row: row[x])
-                handles[show(value)] = _line(axes, view, points, x, style[value], joined)
+                handles[show(value)] = _line(axes, view, points, x, style[value], alpha)
         if given:
             axes.set_title(plain(describe(dict(zip(rest, given, strict=True)))))
         axes.set_xlabel(plain(short_name(x)))
@@ -139,15 +140,16 @@ def over_number(view: View, x: str) -> tuple[Figure, str] | None:
     return figure, caption
 
 
-def _line(axes: Axes, view: View, points: list[Row], x: str, style: dict[str, Any], joined: bool) -> Any:
+def _line(axes: Axes, view: View, points: list[Row], x: str, style: dict[str, Any], alpha: float) -> Any:
+    """Draw points, joined and with a band unless ``alpha`` is 0; return the legend's entry."""
     xs, ys = [row[x] for row in points], [view.score(row) for row in points]
     stds = [view.spread(row) for row in points]
-    if not joined:
+    if not alpha:
         axes.errorbar(xs, ys, stds, fmt="none", ecolor="#999999", elinewidth=1)
         return axes.scatter(xs, ys, color=style["color"], marker=style["marker"], zorder=3)
     if any(std > 0 for std in stds):
         low, high = ([y + sign * s for y, s in zip(ys, stds, strict=True)] for sign in (-1, 1))
-        axes.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        axes.fill_between(xs, low, high, color=style["color"], alpha=alpha, linewidth=0)
     return axes.plot(xs, ys, markersize=7, **style)[0]
 
 
@@ -223,11 +225,15 @@ def dots(view: View) -> tuple[Figure, str] | None:
 
 
 def against(view: View, cost: str, label: str) -> tuple[Figure, str] | None:
-    """Draw accuracy against a cost: colour by a numeric key, marker by the other keys where they are few."""
+    """Draw accuracy against a cost: colour by a numeric key, marker by the other keys where they are few.
+
+    None if the costs differ by less than a hundredth.
+    """
     from matplotlib.cm import ScalarMappable
 
     rows = [row for row in view.rows if row[cost] > 0]
-    if len({row[cost] for row in rows}) < 2:
+    costs = [row[cost] for row in rows]
+    if not costs or max(costs) < 1.01 * min(costs):
         return None
     colour = next((key for key in (BLEND, K, *view.numbers) if key in view.numbers), None)
     others = [key for key in view.keys if key != colour]
@@ -250,7 +256,7 @@ def against(view: View, cost: str, label: str) -> tuple[Figure, str] | None:
         axes.scatter(xs, ys, s=70, zorder=3, marker=style[name]["marker"], **look)
     axes.set_xlabel(label)
     axes.set_ylabel(plain(METRICS[view.metric], 34))
-    if is_wide([row[cost] for row in rows]):
+    if is_wide(costs):
         axes.set_xscale("log")
     if colour:
         figure.colorbar(ScalarMappable(norm, SCALE), ax=axes, label=plain(short_name(colour)))
@@ -344,4 +350,4 @@ def _curve(axes: Axes, histories: list[list[Row]], name: str, look: dict[str, An
         stds = [statistics.stdev(values[e]) if len(values[e]) > 1 else 0.0 for e in epochs]
         low, high = ([m + sign * s for m, s in zip(means, stds, strict=True)] for sign in (-1, 1))
         axes.fill_between(epochs, low, high, color=look["color"], alpha=0.15, linewidth=0)
-    return axes.plot(epochs, means, **look)[0]
+    return axes.plot(epochs, means, marker="o" if len(epochs) == 1 else None, **look)[0]

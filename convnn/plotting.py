@@ -131,7 +131,7 @@ def add_legend(figure: Figure, entries: dict[str, Any], title: str | None) -> No
     """Put a legend below all panels, and make the figure higher by as much."""
     labels = [plain(label, 60) for label in entries]
     longest = max(len(line) for label in labels for line in label.split("\n"))
-    columns = max(1, min(len(labels), int(figure.get_figwidth() * 10.5) // (longest + 6)))
+    columns = max(1, min(len(labels), int(figure.get_figwidth() * 10.5) // (longest + 10)))
     figure.set_figheight(figure.get_figheight() + 0.27 * (-(-len(labels) // columns) + (title is not None)))
     figure.legend(entries.values(), labels, title=title, loc="outside lower center", ncols=columns)
 

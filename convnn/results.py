@@ -67,11 +67,11 @@ class Findings:
 
 
 def tidy(text: str) -> str:
-    """Return text on one line, with ``~`` for the home directory."""
+    """Return text on one line, encodable, with ``~`` for the home directory."""
     home = str(Path.home())
     if len(home) > 1:
         text = re.sub(re.escape(home) + r"(?![\w.-])", "~", text)
-    return " ".join(text.split())
+    return " ".join(text.encode(errors="replace").decode().split())
 
 
 # ------------------------------------------------------------------------------------------------- finding
@@ -156,7 +156,7 @@ def _read_result(run: Run) -> None:
     elif result is None:
         run.result = {"epochs": _epochs_done(run.folder / "metrics.jsonl")}
     elif run.status != DAMAGED:
-        run.result, run.status = result, result["status"]
+        run.result, run.status = result, tidy(result["status"])
         run.reason, run.exit_code = text_of(result.get("reason")), integer_of(result.get("exit_code"))
         run.fingerprint = text_of(result.get("fingerprint")) or run.fingerprint
 
@@ -274,7 +274,7 @@ def _shape(overrides: list[str]) -> frozenset[str]:
 
 def _keys_of(overrides: list[str]) -> dict[str, Any]:
     """Return the leaves that overrides set; ``group=option`` counts as ``group.name``."""
-    pairs = (override.partition("=")[::2] for override in overrides)
+    pairs = (override.partition("=")[::2] for override in overrides if "=" in override)
     return {key if _is_leaf(key) else f"{key}.name": _value(text) for key, text in pairs}
 
 

@@ -89,7 +89,7 @@ def _row(run: Run, findings: Findings, keys: Sequence[str]) -> dict[str, Any]:
             row[name] = value
     versions = run.result.get("versions")
     for name, value in versions.items() if isinstance(versions, dict) else ():
-        row[f"version_{name}".replace(".", "_")] = str(value)
+        row[f"version_{name}".replace(".", "_")] = tidy(str(value))
     return row
 
 
@@ -222,6 +222,8 @@ def show(value: Any) -> str:
     """Return a cell as text."""
     if is_missing(value):
         return "–"
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

@@ -179,7 +179,7 @@ def test_damaged_configurations_are_listed_with_a_reason(tmp_path, text):
 
 def test_numbers_of_the_wrong_type_are_left_out(tmp_path):
     write_run(tmp_path / "good", top1=80.0)
-    write_run(tmp_path / "odd", seed=1, top1_last="99", seconds=float("nan"), params=1.5, versions=[1], reason=3)
+    write_run(tmp_path / "odd", seed=1, top1_last="99", seconds=float("inf"), params=1.5, versions=[1], reason=3)
     (row,) = summarize(read_runs([tmp_path])).to_dict("records")
     assert (row["n"], row["top1_last_n"], row["top1_last_mean"], row["seconds"]) == (2, 1, 80.0, 5.0)
 
@@ -335,9 +335,10 @@ def test_table_says_what_the_metric_is(tmp_path):
 def test_page_escapes_what_runs_are_called_and_needs_nothing_else(tmp_path):
     evil = "<script>alert(1)<"
     for seed, k in ((0, 4), (1, 4), (0, 9)):
-        keys = {"operator.name": f"{evil}$_{k}|", "operator.blend": k / 10, "operator.k": k}
+        keys = {"operator.name": f"{evil}$\\frac_{k}$|", "operator.blend": k / 10, "operator.k": k}
         write_run(tmp_path / f"{evil}{seed}{k}", keys, seed=seed, gflops=float(k))
     write_run(tmp_path / "failed<img src=x>", seed=7, status="diverged", reason="</table><script src=//evil>|x")
+    write_run(tmp_path / "\udcff", {"backbone.kwargs": {evil: evil}}, seed=9, status=evil, reason="\ud800")
     write_sweep(tmp_path, [(evil, ["seed=8"], {"status": "failed"})], [{"overrides": [evil], "reason": evil}])
     make_report([tmp_path], tmp_path / "out")
     page = (tmp_path / "out" / "index.html").read_text()
@@ -382,13 +383,13 @@ def script(*args):
 
 
 def test_script_writes_and_prints(tmp_path):
-    grid(tmp_path / "a=b", ks=(4,))
+    grid(tmp_path / "a=b", blends=(0.5,), ks=(4,))
     done = script(tmp_path / "a=b")
     assert done.returncode == 0, done.stderr
     assert "84.50 ± 0.71 (n=2)" in done.stdout and "index.html" in done.stdout
     with (tmp_path / "a=b" / "report" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 6
+    assert len(rows) == 2
     assert rows[0]["version_hydra-core"] == "1.3" and rows[0]["params"] == "11000000" and rows[0]["val_top1_best"] == ""
 
 

@@ -58,8 +58,8 @@ class Report:
 
     def counts(self) -> str:
         """Say how many runs there are of each status."""
-        counts = Counter(self.runs["status"])
-        text = f"{len(self.runs)} runs: " + ", ".join(f"{n} {status}" for status, n in counts.most_common())
+        counts = ", ".join(f"{n} {status}" for status, n in Counter(self.runs["status"]).most_common())
+        text = f"{len(self.runs)} runs" + (f": {counts}" if counts else "")
         if self.duplicates:
             text += f"; {self.duplicates} more of the same configurations left out"
         return text

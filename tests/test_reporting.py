@@ -6,15 +6,14 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-import yaml
+from fake_runs import by_name, grid, write_run, write_sweep
 
-from convnn.config import Config, ConfigError, fingerprint, fingerprint_of, identity_of
+from convnn.config import ConfigError, fingerprint
 from convnn.reporting import make_report, read_runs, summarize
 from convnn.tables import main_keys, varying_keys
 
@@ -23,90 +22,6 @@ pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = os.environ | {"PYTHONPATH": str(ROOT)}
-
-
-def set_key(values, key, value):
-    *path, leaf = key.split(".")
-    for part in path:
-        values = values.setdefault(part, {})
-    values[leaf] = value
-
-
-def write_run(folder, keys=None, top1=80.0, epochs=3, seed=0, status="complete", **result):
-    """Write a run folder in the engine's format; ``status=None`` leaves out result.json."""
-    config = asdict(Config())
-    config["seed"] = seed
-    for key, value in (keys or {}).items():
-        set_key(config, key, value)
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.dump(config, Dumper=yaml.CSafeDumper, sort_keys=False))
-    rows = [
-        {
-            "epoch": e,
-            "step": e + 1,
-            "train_loss": 2.3 / (e + 1),
-            "test_top1": top1 - 30 / (e + 1) + 30 / epochs,
-            "layers": [{"name": "conv1", "blend": 1.0, "k": 9}],
-        }
-        for e in range(epochs)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    environment = {"versions": {"torch": "2.11"}, "gpu": None, "command": [f"seed={seed}"], "started": "2026"}
-    (folder / "env.json").write_text(json.dumps(environment))
-    values = {
-        "status": status,
-        "fingerprint": fingerprint_of(identity_of(config)),
-        "top1_last": top1,
-        "top5_last": 99.0,
-        "top1_best_on_test": top1 + 1,
-        "top1_at_best_val": None,
-        "val_top1_best": None,
-        "best_epoch": 1,
-        "epochs": epochs,
-        "steps": 10,
-        "seconds": 5.0,
-        "params": 11_000_000,
-        "gflops": 1.5,
-        "images_per_second": 100.0,
-        "peak_memory_bytes": 10**9,
-        "device": "cpu",
-        "versions": {"python": "3.11", "hydra-core": "1.3"},
-        "exit_code": 0,
-    } | result
-    if status is not None:
-        (folder / "result.json").write_text(json.dumps(values))
-    return folder
-
-
-def grid(root, blends=(0.0, 0.5, 1.0), ks=(4, 9, 16), seeds=(0, 1)):
-    """Write blends x ks x seeds; top-1 is 80 + k, and a point more for each seed."""
-    for blend in blends:
-        for k in ks:
-            for seed in seeds:
-                keys = {"operator.blend": blend, "operator.k": k}
-                write_run(
-                    root / f"b{blend}-k{k}-s{seed}", keys, 80.0 + k + seed, seed=seed, gflops=k / 4, seconds=float(k)
-                )
-    return root
-
-
-def write_sweep(root, points, invalid=()):
-    """Write plan.json and status files; each point is (name, overrides, status or None)."""
-    (root / "status").mkdir(parents=True, exist_ok=True)
-    planned = []
-    for i, (name, overrides, status) in enumerate(points):
-        print_ = f"{i:016x}"
-        planned.append({"name": name, "fingerprint": print_, "folder": f"points/{name}", "overrides": overrides})
-        if status is not None:
-            values = {"exit_code": 1, "reason": None, "log": f"logs/{name}.log", "attempts": 1} | status
-            (root / "status" / f"{print_}.json").write_text(json.dumps(values))
-    plan = {"command": ["sweep.py", "grid=spectrum"], "axes": {}, "points": planned, "invalid": list(invalid)}
-    (root / "plan.json").write_text(json.dumps(plan))
-    return root
-
-
-def by_name(frame):
-    return {row["name"]: row for row in frame.to_dict("records")}
 
 
 # -------------------------------------------------------------------------------------------------- tables
@@ -281,6 +196,14 @@ def test_damaged_plans_leave_the_runs_readable(tmp_path, plan):
     assert summarize(read_runs([tmp_path]))["n"].sum() == 18
 
 
+def test_a_sweep_without_a_valid_point_is_reported(tmp_path):
+    write_sweep(tmp_path, [], [{"overrides": ["operator.k=0"], "reason": "too small"}])
+    report = make_report([tmp_path], tmp_path / "out")
+    assert len(report.runs) == len(report.summary) == 0
+    assert "too small" in (tmp_path / "out" / "table.md").read_text()
+    assert report.text().startswith("0 runs")
+
+
 # ------------------------------------------------------------------------------------- pictures and pages
 
 
@@ -406,6 +329,12 @@ def test_mistakes_are_named(tmp_path):
         with pytest.raises(ConfigError, match=word):
             make_report([folder], tmp_path / "out", metric)
     assert not (tmp_path / "out").exists()
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ConfigError, match="uv sync --extra report"):
+        make_report([tmp_path], tmp_path / "out")
 
 
 def test_hundreds_of_runs_take_seconds_and_no_torch(tmp_path):

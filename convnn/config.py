@@ -334,19 +334,24 @@ _NOT_IDENTITY = ("run", "tracker", "device", "debug")
 
 def identity(config: Config) -> dict[str, Any]:
     """Return what decides the outcome of a run: all but where it is kept, tracked and computed."""
-    values = asdict(config)
-    for key in _NOT_IDENTITY:
-        values.pop(key)
-    for key in ("root", "download"):
-        values["data"].pop(key)
-    if config.data.name == "imagefolder":
-        values["data"]["root"] = config.data.root
-    return values
+    return identity_of(asdict(config))
+
+
+def identity_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``identity`` from the plain values of a whole configuration, as a run folder's config.yaml has them."""
+    kept = {key: value for key, value in values.items() if key not in _NOT_IDENTITY}
+    unused = {"download"} if values["data"]["name"] == "imagefolder" else {"download", "root"}
+    return kept | {"data": {key: value for key, value in values["data"].items() if key not in unused}}
 
 
 def fingerprint(config: Config) -> str:
     """Return a hash of ``identity(config)``, 16 hexadecimal digits."""
-    text = json.dumps(identity(config), sort_keys=True)
+    return fingerprint_of(identity(config))
+
+
+def fingerprint_of(identity: Mapping[str, Any]) -> str:
+    """Return the hash of what ``identity`` or ``identity_of`` returned, 16 hexadecimal digits."""
+    text = json.dumps(identity, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

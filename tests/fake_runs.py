@@ -1,0 +1,92 @@
+"""Run folders and sweep folders as the engine and the sweeps write them, without training."""
+
+import json
+from dataclasses import asdict
+
+import yaml
+
+from convnn.config import Config, fingerprint_of, identity_of
+
+
+def set_key(values, key, value):
+    *path, leaf = key.split(".")
+    for part in path:
+        values = values.setdefault(part, {})
+    values[leaf] = value
+
+
+def write_run(folder, keys=None, top1=80.0, epochs=3, seed=0, status="complete", **result):
+    """Write a run folder in the engine's format; ``status=None`` leaves out result.json."""
+    config = asdict(Config())
+    config["seed"] = seed
+    for key, value in (keys or {}).items():
+        set_key(config, key, value)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.dump(config, Dumper=yaml.CSafeDumper, sort_keys=False))
+    rows = [
+        {
+            "epoch": e,
+            "step": e + 1,
+            "train_loss": 2.3 / (e + 1),
+            "test_top1": top1 - 30 / (e + 1) + 30 / epochs,
+            "layers": [{"name": "conv1", "blend": 1.0, "k": 9}],
+        }
+        for e in range(epochs)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    environment = {"versions": {"torch": "2.11"}, "gpu": None, "command": [f"seed={seed}"], "started": "2026"}
+    (folder / "env.json").write_text(json.dumps(environment))
+    values = {
+        "status": status,
+        "fingerprint": fingerprint_of(identity_of(config)),
+        "top1_last": top1,
+        "top5_last": 99.0,
+        "top1_best_on_test": top1 + 1,
+        "top1_at_best_val": None,
+        "val_top1_best": None,
+        "best_epoch": 1,
+        "epochs": epochs,
+        "steps": 10,
+        "seconds": 5.0,
+        "params": 11_000_000,
+        "gflops": 1.5,
+        "images_per_second": 100.0,
+        "peak_memory_bytes": 10**9,
+        "device": "cpu",
+        "versions": {"python": "3.11", "hydra-core": "1.3"},
+        "exit_code": 0,
+    } | result
+    if status is not None:
+        (folder / "result.json").write_text(json.dumps(values))
+    return folder
+
+
+def grid(root, blends=(0.0, 0.5, 1.0), ks=(4, 9, 16), seeds=(0, 1)):
+    """Write blends x ks x seeds; top-1 is 80 + k, and a point more for each seed."""
+    for blend in blends:
+        for k in ks:
+            for seed in seeds:
+                keys = {"operator.blend": blend, "operator.k": k}
+                write_run(
+                    root / f"b{blend}-k{k}-s{seed}", keys, 80.0 + k + seed, seed=seed, gflops=k / 4, seconds=float(k)
+                )
+    return root
+
+
+def write_sweep(root, points, invalid=()):
+    """Write plan.json and status files; each point is (name, overrides, status or None)."""
+    (root / "status").mkdir(parents=True, exist_ok=True)
+    planned = []
+    for i, (name, overrides, status) in enumerate(points):
+        print_ = f"{i:016x}"
+        planned.append({"name": name, "fingerprint": print_, "folder": f"points/{name}", "overrides": overrides})
+        if status is not None:
+            values = {"exit_code": 1, "reason": None, "log": f"logs/{name}.log", "attempts": 1} | status
+            (root / "status" / f"{print_}.json").write_text(json.dumps(values))
+    plan = {"command": ["sweep.py", "grid=spectrum"], "axes": {}, "points": planned, "invalid": list(invalid)}
+    (root / "plan.json").write_text(json.dumps(plan))
+    return root
+
+
+def by_name(frame):
+    return {row["name"]: row for row in frame.to_dict("records")}

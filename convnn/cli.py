@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -72,6 +72,8 @@ def translate(error: Exception, overrides: Sequence[str], schema: type = Config)
     if "Ambiguous value for argument" in text or "sweep" in text.lower():
         given = next((o for o in overrides if "," in o or "(" in o), "")
         return ConfigError(f"{given} is a sweep over several values; train.py takes one (or add --multirun)")
+    if isinstance(error, OverrideParseException):
+        return ConfigError(f"{error.override}: Hydra cannot read this override: {text.splitlines()[0]}")
     key = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if key and error.__cause__ is not None:

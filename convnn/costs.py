@@ -13,6 +13,7 @@ import torch
 from convnn.config import Config, ConfigError
 from convnn.data import Dataset, load_dataset
 from convnn.evaluation import build_model, count_gflops
+from convnn.progress import duration
 from convnn.rundir import read_result
 
 
@@ -56,9 +57,7 @@ def estimate(configs: Sequence[Config], folders: Sequence[Path]) -> str:
     ]
     if rates:
         rate = statistics.median(rates)
-        lines.append(
-            f"at the {_operations(rate)}/s of the {len(rates)} finished runs: about {total / rate / 3600:.2f} h"
-        )
+        lines.append(f"at the {_operations(rate)}/s of the {len(rates)} finished runs: about {duration(total / rate)}")
     if unknown:
         lines.append(f"{len(unknown)} of them could not be counted: {unknown[0]}")
     return "\n".join(lines)

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,7 +211,7 @@ def _own_signals() -> Iterator[StopSignals]:
     """Catch signals in a worker process. Where the sweep itself runs the point, its own handlers stay in place."""
     handler = signal.getsignal(signal.SIGTERM)
     if isinstance(getattr(handler, "__self__", None), StopSignals):
-        yield handler.__self__  # type: ignore[union-attr, misc]
+        yield handler.__self__  # type: ignore[union-attr]
     else:
         with StopSignals() as signals:
             yield signals
@@ -242,10 +242,8 @@ def _run(
                 child.kill()
             time.sleep(0.1)
         if child.returncode < 0:  # nobody is left to end what it had started
-            try:
+            with suppress(OSError):
                 os.killpg(child.pid, signal.SIGKILL)
-            except OSError:
-                pass
         output.seek(0, os.SEEK_END)
         output.seek(max(start, output.tell() - 4000))
         return child.returncode, output.read().decode(errors="replace")
@@ -258,11 +256,12 @@ def _outcome(folder: Path, point: Point, code: int, output: str) -> tuple[str, s
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     told = [line for line in lines if line.startswith(("error:", "diverged:"))]
     last = (told or lines or ["no output"])[-1][:500]
+    stopped = -code if code < 0 else code - 128  # by the signal itself, where it came before the handlers
+    if stopped in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        return "interrupted", f"stopped by {signal.Signals(stopped).name}"
     if code < 0:
         name = signal.Signals(-code).name
         return "killed", f"killed by {name}" + (" (often: out of memory)" if name == "SIGKILL" else "")
     if code == EXIT_DIVERGED:
         return "diverged", last
-    if code - 128 in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-        return "interrupted", f"stopped by {signal.Signals(code - 128).name}"
     return "failed", last if code else f"exit code 0 without a complete result: {last}"

@@ -68,11 +68,12 @@ class Progress:
             text += f"  {state.reason}"
         left = len(self.todo) - len(self._done)
         if self._done and left and state.status != "running":
-            text += f"  (about {_duration((time.monotonic() - self._start) / len(self._done) * left)} left)"
+            text += f"  (about {duration((time.monotonic() - self._start) / len(self._done) * left)} left)"
         return text
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time in words: seconds, minutes or hours."""
     minutes = round(seconds / 60)
     if minutes < 1:
         return f"{seconds:.0f} s"

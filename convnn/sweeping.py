@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import platform
 import shlex
@@ -14,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -36,6 +36,7 @@ from convnn.grid import (
 )
 from convnn.points import FAILED, PointState, StopSignals, lock_file, point_state, run_point, stop_file
 from convnn.progress import Progress
+from convnn.reporting import Report, make_report
 
 _PLUGINS = {"joblib": ("hydra_joblib_launcher", "parallel"), "submitit": ("hydra_submitit_launcher", "slurm")}
 
@@ -282,25 +283,22 @@ class Sweep:
         if not self.options.report:
             return
         try:
-            from convnn.reporting import make_report
-        except ImportError:
-            print("no report: it needs pandas and matplotlib (uv sync --extra report)")
-            return
-        try:
             report = make_report([self.folder], self.folder / "report")
-        except ConfigError as error:  # nothing complete, or a package missing
+        except ConfigError as error:  # nothing to report, or a package is missing
             print(f"no report: {error}")
             return
-        print(report)
+        print(report.text())
         self._publish(report)
 
-    def _publish(self, report: Any) -> None:
+    def _publish(self, report: Report) -> None:
         """Give the group's report run in W&B the table and the plots."""
         configs = [c for c in self.plan.configs.values() if c.tracker.name == "wandb" and c.tracker.mode != "disabled"]
         if configs:
             from convnn.tracking import publish_report
 
-            publish_report(configs[0].tracker, self.folder, self.options.name, report)
+            rows = json.loads(report.summary.to_json(orient="records"))
+            images = {p.png.stem: p.png for p in report.pictures}
+            publish_report(configs[0].tracker, self.folder, self.options.name, rows, images)
             print(f"upload all runs with: wandb sync {self.folder}/points/*/wandb/offline-run-* "
                   f"{self.folder}/wandb/offline-run-*")  # fmt: skip
 
@@ -319,19 +317,32 @@ class Sweep:
         return "\n".join(lines)
 
 
+def _shared(plan: Plan) -> set[str]:
+    """Return the overrides that all points have, if there are several points."""
+    every = [set(p.overrides) for p in plan.points] + [set(overrides) for overrides, _ in plan.invalid]
+    return set.intersection(*every) if len(every) > 1 else set()
+
+
 def _invalid_lines(plan: Plan) -> str:
-    return "\n".join(f"invalid  {' '.join(overrides)}: {reason}" for overrides, reason in plan.invalid)
+    shared = _shared(plan)
+    return "\n".join(
+        f"invalid  {' '.join(o for o in overrides if o not in shared)}: {reason}" for overrides, reason in plan.invalid
+    )
 
 
 def describe(plan: Plan, folder: Path, options: SweepConfig) -> str:
     """Return what a sweep would do, one line a point: done, failed, partial, todo, invalid."""
     lines = []
     counts: Counter[str] = Counter()
+    shared = _shared(plan)
+    if shared and plan.points:
+        lines.append("all points: " + " ".join(o for o in plan.points[0].overrides if o in shared))
     for point in plan.points:
         state = point_state(folder, point)
         word = "done" if state.status == "complete" else "partial" if state.status == "interrupted" else state.status
         counts[word] += 1
-        text = f"{word:<8} {point.name}  {' '.join(point.overrides)}"
+        own = " ".join(o for o in point.overrides if o not in shared)
+        text = f"{word:<8} {point.name}  {own}"
         lines.append(text + (f"  ({state.reason})" if state.reason and word in FAILED else ""))
     counts["invalid"] = len(plan.invalid)
     if plan.invalid:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,33 @@ class Tracker:
             self._wandb = None
 
 
+def publish_report(
+    config: TrackerConfig, folder: Path, group: str, rows: Sequence[Mapping[str, Any]], images: Mapping[str, Path]
+) -> None:
+    """Give a sweep's W&B group a run of its own that holds the summary table and the plots.
+
+    Args:
+        config: of the sweep's runs.
+        folder: of the sweep.
+        group: of the sweep's runs.
+        rows: of the table, with the same keys.
+        images: files of the plots, by name.
+    """
+    run = _start_wandb(config, folder, {}, group=group, job_type="report")
+    if run is None:
+        return
+    try:
+        import wandb
+
+        columns: list[Any] = list(rows[0]) if rows else []
+        cells = [[row[c] for c in columns] for row in rows]
+        run.log({"summary": wandb.Table(columns=columns, data=cells)})
+        run.log({name: wandb.Image(str(path)) for name, path in images.items()})
+        run.finish()
+    except Exception as error:
+        log.warning("W&B failed (%s); the report in %s is complete without it", error, folder)
+
+
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, (int, float, str)) and not isinstance(value, bool)
 
@@ -87,7 +114,9 @@ def _has_key() -> bool:
         return False
 
 
-def _start_wandb(config: TrackerConfig, folder: Path, run_config: dict[str, Any]) -> Any:
+def _start_wandb(
+    config: TrackerConfig, folder: Path, run_config: dict[str, Any], group: str | None = None, job_type: str = "train"
+) -> Any:
     """Return a W&B run or None. ``online`` without a key or network goes on offline with one warning."""
     if config.mode == "disabled":
         return None
@@ -108,7 +137,8 @@ def _start_wandb(config: TrackerConfig, folder: Path, run_config: dict[str, Any]
             run = wandb.init(
                 project=config.project,
                 entity=config.entity,
-                group=config.group,
+                group=group or config.group,
+                job_type=job_type,
                 tags=config.tags,
                 name=folder.name,
                 id=id_file.read_text().strip(),

@@ -1,0 +1,44 @@
+"""Stands in for train.py in tests of sweeps: leaves what a run leaves, or fails in the way that ``data.name`` says."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from convnn.cli import compose_config, follow_parent
+from convnn.config import fingerprint
+
+follow_parent()
+config = compose_config(sys.argv[1:])
+folder = Path(config.run.dir)
+(folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+with (folder / "calls").open("a") as file:
+    file.write(f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {config.tracker.group}\n")
+mended = (folder / "mended").exists() or (folder.parent / "mended").exists()
+fault = "fine" if mended else config.data.name
+(folder / "mended").touch()
+print("a line of output")
+if fault == "raise":
+    raise RuntimeError("a fault of the test")
+if fault == "exit":
+    sys.exit(0)
+if fault == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+if fault == "diverge":
+    print("diverged: loss is not finite at step 3")
+    sys.exit(3)
+if fault in ("sleep", "deaf"):
+
+    def stop(signum, frame):
+        (folder / "checkpoints" / "last.pt").write_text(f"after {signum}")
+        sys.exit(128 + signum)
+
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(signum, stop if fault == "sleep" else signal.SIG_IGN)
+    (folder / "ready").touch()
+    time.sleep(60)
+time.sleep(float(config.data.options.get("seconds", 0)))
+result = {"status": "complete", "fingerprint": fingerprint(config), "top1_last": 50.0 + config.seed, "exit_code": 0}
+(folder / "result.json").write_text(json.dumps(result))

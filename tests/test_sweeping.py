@@ -1,0 +1,369 @@
+"""Sweeps survive everything: faults of points, signals, kills, two sweeps at once; each launcher in turn."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from convnn import lease, points
+from convnn.cli import CONF_DIR
+from convnn.config import ConfigError
+from convnn.files import lock
+from convnn.grid import SweepConfig, make_plan
+from convnn.points import PointState, StopSignals, lock_file, point_state, run_point, status_file
+from convnn.sweeping import run_sweep
+
+ROOT = CONF_DIR.parent
+FAKE = Path(__file__).with_name("fake_train.py")
+
+
+@pytest.fixture
+def driver(tmp_path):
+    """A folder for PYTHONPATH that puts the stand-in for train.py in place, in workers too."""
+    path = tmp_path / "path"
+    path.mkdir()
+    (path / "sitecustomize.py").write_text(
+        f"from pathlib import Path\nfrom convnn import points\npoints.TRAIN = Path({str(FAKE)!r})\n"
+    )
+    return path
+
+
+def sweep(driver, tmp_path, *overrides, wait=True):
+    command = [
+        sys.executable,
+        str(ROOT / "sweep.py"),
+        f"sweep.dir={tmp_path}/sweep",
+        "tracker=jsonl",
+        "sweep.report=false",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{driver}:{ROOT}"}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([*command, *overrides], env=environment, cwd=tmp_path, **output)
+    if not wait:
+        return process
+    text, _ = process.communicate(timeout=120)
+    return process.returncode, text
+
+
+def statuses(tmp_path, by="label"):
+    found = {}
+    for path in (tmp_path / "sweep" / "status").glob("*.json"):
+        record = json.loads(path.read_text())
+        found[record["name"].split("-")[0] if by == "label" else record["name"]] = record
+    return found
+
+
+def point_of(*overrides):
+    (point,) = make_plan(SweepConfig(), ["tracker=jsonl", *overrides]).points
+    return point
+
+
+FAULTS = (
+    "+sweep.points={good:['seed=1'],raise:['data.name=raise'],exit:['data.name=exit'],kill:['data.name=kill'],"
+    "diverge:['data.name=diverge'],last:['seed=2']}"
+)
+
+
+def check_faults(tmp_path, run):
+    """Run a sweep with four kinds of faults twice: the second call, where all is mended, runs only those."""
+    code, text = run(FAULTS)
+    assert code == 1
+    records = statuses(tmp_path)
+    assert {name: r["status"] for name, r in records.items()} == {
+        "good": "complete",
+        "last": "complete",
+        "raise": "failed",
+        "exit": "failed",
+        "kill": "killed",
+        "diverge": "diverged",
+    }
+    reasons = {
+        "raise": "RuntimeError: a fault of the test",
+        "exit": "exit code 0 without a complete result",
+        "kill": "killed by SIGKILL",
+        "diverge": "diverged: loss is not finite at step 3",
+    }
+    for name, reason in reasons.items():
+        assert reason in records[name]["reason"] and reason in text
+        assert "a line of output" in (tmp_path / "sweep" / records[name]["log"]).read_text()
+        assert records[name]["log"] in text
+    code, text = run(FAULTS)
+    assert code == 0 and "6 points (2 complete, 1 diverged, 2 failed, 1 killed), 4 to run" in text
+    calls = {
+        p.parent.name.split("-")[0]: len(p.read_text().splitlines()) for p in tmp_path.glob("sweep/points/*/calls")
+    }
+    assert calls == {"good": 1, "last": 1, "raise": 2, "exit": 2, "kill": 2, "diverge": 2}
+    assert run(FAULTS)[0] == 0  # nothing is left
+
+
+def test_faults_do_not_sink_the_sweep_and_are_run_again(driver, tmp_path):
+    check_faults(tmp_path, lambda *o: sweep(driver, tmp_path, *o))
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_faults_with_parallel_launchers(launcher, driver, tmp_path):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
+    more = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
+    check_faults(tmp_path, lambda *o: sweep(driver, tmp_path, f"hydra/launcher={launcher}", *more, *o))
+
+
+def test_failed_points_can_be_left_alone(driver, tmp_path):
+    overrides = ["+sweep.points={raise:['data.name=raise'],good:['seed=1']}"]
+    assert sweep(driver, tmp_path, *overrides)[0] == 1
+    code, text = sweep(driver, tmp_path, *overrides, "sweep.retry_failed=false")
+    assert code == 1 and "0 to run" in text and "a fault of the test" in text
+    assert statuses(tmp_path)["raise"]["attempts"] == 1
+
+
+def wait_for(pattern, tmp_path, seconds=60):
+    end = time.monotonic() + seconds
+    while not list(tmp_path.glob(pattern)):
+        assert time.monotonic() < end, f"no {pattern}"
+        time.sleep(0.1)
+
+
+def alive(tmp_path):
+    """Processes whose command line names the test's folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(tmp_path).encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                found.append(path.parent.name)
+    return found
+
+
+@pytest.mark.parametrize(
+    "signum, launcher",
+    [(signal.SIGTERM, "basic"), (signal.SIGINT, "basic"), (signal.SIGUSR2, "basic"), (signal.SIGTERM, "joblib"),
+     (signal.SIGINT, "submitit_local")],
+)  # fmt: skip
+def test_signals_leave_checkpoints_and_no_process(signum, launcher, driver, tmp_path):
+    if launcher != "basic":
+        pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
+    more = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
+    overrides = ["data.name=sleep", "seed=0,1,2", f"hydra/launcher={launcher}", *more]
+    process = sweep(driver, tmp_path, *overrides, wait=False)
+    wait_for("sweep/points/*/ready", tmp_path)
+    process.send_signal(signum)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum and "interrupted" in text and "the same command goes on" in text
+    begun = len(list(tmp_path.glob("sweep/points/*/ready")))
+    assert len(list(tmp_path.glob("sweep/points/*/checkpoints/last.pt"))) == begun
+    found = [r["status"] for r in statuses(tmp_path, by="name").values()]
+    assert len(found) >= begun and set(found) == {"interrupted"}
+    time.sleep(1)
+    assert alive(tmp_path) == []
+    (tmp_path / "sweep" / "points" / "mended").touch()
+    code, text = sweep(driver, tmp_path, *overrides[:2])
+    assert code == 0 and "3 complete" in text
+
+
+def test_a_killed_sweep_takes_its_child_along(driver, tmp_path):
+    process = sweep(driver, tmp_path, "data.name=sleep", wait=False)
+    wait_for("sweep/points/*/ready", tmp_path)
+    process.kill()
+    process.wait()
+    wait_for("sweep/points/*/checkpoints/last.pt", tmp_path)
+    assert json.loads(next(tmp_path.glob("sweep/status/*.json")).read_text())["status"] == "running"
+    code, text = sweep(driver, tmp_path, "data.name=sleep")
+    assert code == 0 and "1 points (1 interrupted), 1 to run" in text
+
+
+def test_two_sweeps_at_once_run_no_point_twice(driver, tmp_path):
+    overrides = ["seed=0,1,2,3", "+data.options.seconds=0.5"]
+    both = [sweep(driver, tmp_path, *overrides, wait=False) for _ in range(2)]
+    texts = [p.communicate(timeout=120)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], texts
+    assert [len(p.read_text().splitlines()) for p in tmp_path.glob("sweep/points/*/calls")] == [1] * 4
+    assert all("4 complete" in text for text in texts)
+
+
+def test_invalid_points_stop_everything_or_are_left_out(driver, tmp_path):
+    code, text = sweep(driver, tmp_path, "operator.k=0,9")
+    assert code == 2 and "invalid  operator.k=0: operator.k=0 must lie in" in text
+    assert text.splitlines()[-1].startswith("error: 1 points cannot work") and not (tmp_path / "sweep").exists()
+    code, text = sweep(driver, tmp_path, "operator.k=0,9", "sweep.on_invalid=skip")
+    assert code == 0 and "1 complete" in text
+    (invalid,) = json.loads((tmp_path / "sweep" / "plan.json").read_text())["invalid"]
+    assert invalid["overrides"] == ["tracker=jsonl", "operator.k=0"]
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["grid=spectrm"], "error: grid=spectrm: no such option; did you mean 'spectrum'?"),
+        (["operator.kk=1,2"], "did you mean 'operator.k'"),
+        (["hydra/launcher=joblb"], "hydra/launcher=joblb is unknown; did you mean 'joblib'"),
+        (["hydra/launcher=submitit_slurm"], "there is no srun here"),
+        (["sweep.dir=/proc/nowhere"], "cannot be written"),
+    ],
+)
+def test_bad_commands_end_with_one_line(overrides, message, driver, tmp_path):
+    code, text = sweep(driver, tmp_path, *overrides)
+    assert code == 2 and message in text and "Traceback" not in text
+
+
+def test_a_missing_plugin_names_the_extra(monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for launcher, extra in (("joblib", "parallel"), ("submitit_slurm", "slurm")):
+        with pytest.raises(ConfigError, match=f"uv sync --extra {extra}"):
+            run_sweep(["seed=0,1", f"hydra/launcher={launcher}"], lambda argv: None)
+
+
+def test_dry_run_tells_and_does_nothing(driver, tmp_path):
+    assert sweep(driver, tmp_path, "seed=0,1")[0] == 0
+    code, text = sweep(
+        driver, tmp_path, "seed=0,1,2,2", "sweep.dry_run=true", "data=digits", "backbone.stem=small", "operator.k=4"
+    )
+    assert code == 0 and "3 points" in text and "3 todo; 1 duplicates merged" in text and "FLOP" in text
+    before = sorted(p.name for p in (tmp_path / "sweep" / "points").iterdir())
+    assert len(before) == 2
+
+
+def test_another_sweeper_uses_the_same_machinery(driver, tmp_path):
+    for _ in range(2):
+        code, text = sweep(driver, tmp_path, "seed=0,1", "hydra/sweeper=basic")
+        assert code == 0, text
+    assert [len(p.read_text().splitlines()) for p in tmp_path.glob("sweep/points/*/calls")] == [1, 1]
+
+
+# ------------------------------------------------------------------------------------------------ one point
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(points, "TRAIN", FAKE)
+
+
+def test_a_point_is_run_once_and_recorded(fake, tmp_path):
+    point = point_of("seed=3")
+    assert point_state(tmp_path, point) == PointState("todo")
+    assert run_point(tmp_path, point, more=("tracker.group=g",)) == "complete"
+    assert point_state(tmp_path, point) == PointState("complete", None, 1, 53.0)
+    assert run_point(tmp_path, point) == "complete"
+    assert (tmp_path / point.folder / "calls").read_text() in ("None g\n", "0 g\n")
+
+
+def test_a_locked_point_is_left_alone(fake, tmp_path):
+    point = point_of()
+    (tmp_path / "status").mkdir()
+    with lock(lock_file(tmp_path, point)):
+        assert run_point(tmp_path, point) == "running"
+    assert not status_file(tmp_path, point).exists()
+
+
+def test_another_configurations_result_does_not_count(fake, tmp_path):
+    point = point_of()
+    run_point(tmp_path, point)
+    result = tmp_path / point.folder / "result.json"
+    result.write_text(result.read_text().replace(point.fingerprint, "0" * 16))
+    assert point_state(tmp_path, point).status == "partial"
+
+
+def test_a_deaf_process_is_killed_after_its_grace(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(points, "GRACE_SECONDS", 1.0)
+    point = point_of("data.name=deaf")
+    stop = points.stop_file(tmp_path, "t")
+    import threading
+
+    def ask():
+        wait_for("points/*/ready", tmp_path)
+        stop.touch()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert run_point(tmp_path, point, token="t") == "killed"
+    thread.join()
+    assert run_point(tmp_path, point, token="t") == "killed"  # the sweep is still asked to stop: nothing begins
+    assert point_state(tmp_path, point).attempts == 1
+
+
+def test_a_workers_signal_reaches_the_run_and_then_its_launcher(fake, tmp_path):
+    """As SLURM does before the time limit: USR2, to which submitit's handler answers by requeueing the job."""
+    requeued = []
+    old = signal.signal(signal.SIGUSR2, lambda signum, frame: requeued.append(status()))
+    point = point_of("data.name=sleep")
+
+    def status():
+        return json.loads(status_file(tmp_path, point).read_text())["status"]
+
+    import threading
+
+    def ask():
+        wait_for("points/*/ready", tmp_path)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        assert run_point(tmp_path, point) == "interrupted"
+    finally:
+        signal.signal(signal.SIGUSR2, old)
+    thread.join()
+    assert requeued == ["interrupted"]  # after the checkpoint, not before
+    assert (tmp_path / point.folder / "checkpoints" / "last.pt").read_text() == f"after {signal.SIGUSR2}"
+
+
+def test_slurm_scripts_ask_for_the_signal_and_may_be_requeued():
+    slurm = pytest.importorskip("submitit.slurm.slurm")
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        overrides = ["hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=90", "hydra.launcher.gpus_per_node=1"]
+        launcher = compose("sweep", overrides, return_hydra_config=True).hydra.launcher
+    text = slurm._make_sbatch_string(
+        "python job",
+        "logs",
+        time=launcher.timeout_min,
+        gpus_per_node=launcher.gpus_per_node,
+        signal_delay_s=launcher.signal_delay_s,
+    )
+    for option in ("--signal=USR2@", "--time=90", "--gpus-per-node=1", "--open-mode=append"):
+        assert option in text
+
+
+def test_signals_of_the_sweep_are_seen_once_and_restored():
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+    with StopSignals(seen.append) as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # at once: launchers pass on what the whole group has had already
+    assert seen == [signal.SIGTERM] and signals.seen == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# ------------------------------------------------------------------------------------------- device leases
+
+
+def test_no_two_jobs_share_a_gpu_unasked(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5a")
+    monkeypatch.setattr(lease.tempfile, "gettempdir", lambda: str(tmp_path))
+    with lease.device_lease("auto", 1, lambda: False) as a, lease.device_lease("cuda", 1, lambda: False) as b:
+        assert [a, b] == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "GPU-5a"}]
+        polls = iter([False, False, True])
+        with lease.device_lease("auto", 1, lambda: next(polls)) as c:
+            assert c is None  # waited in vain until it was asked to stop
+        with lease.device_lease("auto", 2, lambda: False) as d, lease.device_lease("cpu", 1, lambda: True) as e:
+            assert d == {"CUDA_VISIBLE_DEVICES": "3"} and e == {}
+    with lease.device_lease("cuda:1", 1, lambda: False) as f:
+        assert f == {}
+        assert lock(tmp_path / f"convnn-devices-{os.getuid()}" / "GPU-5a.0") is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with lease.device_lease("auto", 1, lambda: True) as g:
+        assert g == {}
+
+
+def test_the_run_sees_the_leased_gpu(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    monkeypatch.setattr(lease.tempfile, "gettempdir", lambda: str(tmp_path))
+    point = point_of()
+    assert run_point(tmp_path, point) == "complete"
+    assert (tmp_path / point.folder / "calls").read_text().startswith("7 ")

@@ -241,9 +241,8 @@ class Sweep:
                     todo = self._left_by_others(signals)
         finally:
             stop.unlink(missing_ok=True)
-        if signals.seen is None:
-            self._report()
-        print(self._closing())
+        reported = signals.seen is None and self._report()
+        print(self._closing(failures=not reported))
         if signals.seen is not None:
             return 128 + signals.seen
         return EXIT_FAILED if any(s.status != "complete" for s in self.states().values()) else 0
@@ -278,17 +277,18 @@ class Sweep:
         extra = f", {self.plan.duplicates} duplicates merged" if self.plan.duplicates else ""
         return f"sweep {self.folder}: {len(self.plan.points)} points ({', '.join(parts)}{extra}), {len(todo)} to run"
 
-    def _report(self) -> None:
-        """Write tables and plots, and show the table."""
+    def _report(self) -> bool:
+        """Write tables and plots, and show the table; return whether that was done."""
         if not self.options.report:
-            return
+            return False
         try:
             report = make_report([self.folder], self.folder / "report")
         except ConfigError as error:  # nothing to report, or a package is missing
             print(f"no report: {error}")
-            return
+            return False
         print(report.text())
         self._publish(report)
+        return True
 
     def _publish(self, report: Report) -> None:
         """Give the group's report run in W&B the table and the plots."""
@@ -302,12 +302,12 @@ class Sweep:
             print(f"upload all runs with: wandb sync {self.folder}/points/*/wandb/offline-run-* "
                   f"{self.folder}/wandb/offline-run-*")  # fmt: skip
 
-    def _closing(self) -> str:
+    def _closing(self, failures: bool) -> str:
         states = self.states()
         lines = []
         for point in self.plan.points:
             state = states[point.fingerprint]
-            if state.status in FAILED:
+            if failures and state.status in FAILED:
                 lines.append(f"{state.status}: {point.name}: {state.reason}; log {self.folder / point.log}")
         counts = Counter(s.status for s in states.values())
         summary = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))

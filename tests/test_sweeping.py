@@ -113,6 +113,36 @@ def test_faults_with_parallel_launchers(launcher, driver, tmp_path):
     check_faults(tmp_path, lambda *o: sweep(driver, tmp_path, f"hydra/launcher={launcher}", *more, *o))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
+def test_faults_of_real_runs(launcher, tmp_path):
+    """The same with train.py itself: raises, exits, is killed, diverges; the others finish, and the report says so."""
+    from helpers import TINY
+
+    options = ["data.target=faulty.load", f"+data.options.once={tmp_path}/once"]
+    points = [f"{fault}:['+data.options.fault={fault}']" for fault in ("raise", "exit", "kill")]
+    points += ["diverge:['optim=sgd','optim.lr=1e30']", "good:['seed=1']", "last:['seed=2']"]
+    own = [o for o in TINY if not o.startswith("tracker")]
+    command = [sys.executable, str(ROOT / "sweep.py"), f"sweep.dir={tmp_path}/sweep", "tracker=jsonl", *own, *options]
+    command += [f"+sweep.points={{{','.join(points)}}}", f"hydra/launcher={launcher}", "operator.k=9"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+    expected = [
+        (1, {"raise": "failed", "exit": "failed", "kill": "killed", "diverge": "diverged", "good": "complete"}),
+        (1, {"raise": "complete", "exit": "complete", "kill": "complete", "diverge": "diverged", "good": "complete"}),
+    ]
+    for code, found in expected:
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+        records = statuses(tmp_path)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert {name: records[name]["status"] for name in found} == found
+        text = (tmp_path / "sweep" / "report" / "table.md").read_text()
+        for name, status in found.items():
+            if status != "complete":
+                assert records[name]["name"] in text and records[name]["log"] in text
+    assert records["good"]["attempts"] == 1 and records["kill"]["attempts"] == 2
+    assert "loss is not finite" in records["diverge"]["reason"]
+
+
 def test_failed_points_can_be_left_alone(driver, tmp_path):
     overrides = ["+sweep.points={raise:['data.name=raise'],good:['seed=1']}"]
     assert sweep(driver, tmp_path, *overrides)[0] == 1

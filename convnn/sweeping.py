@@ -12,14 +12,15 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from convnn.checks import nearest
-from convnn.cli import EXIT_CONFIG, EXIT_FAILED, from_hydra
+from convnn.cli import CONF_DIR, EXIT_CONFIG, EXIT_FAILED, from_hydra
 from convnn.config import ConfigError, fingerprint, run_name
 from convnn.files import lock
 from convnn.grid import (
@@ -44,7 +45,8 @@ _PLUGINS = {"joblib": ("hydra_joblib_launcher", "parallel"), "submitit": ("hydra
 # ---------------------------------------------------------------------------------------------- one job
 
 
-def sweep_job(values: DictConfig) -> float | str | None:
+@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="sweep")
+def main(values: DictConfig) -> float | str | None:
     """Run the point that Hydra composed in a process of its own; return top-1 in percent, else the status.
 
     It never raises: a launcher would give up the other jobs.
@@ -97,54 +99,57 @@ def _is_hydra(override: str) -> bool:
     return key_of(override).startswith(("hydra.", "hydra/"))
 
 
+def launch(argv: list[str]) -> None:
+    """Hand a command line to Hydra, which calls ``main`` for every job through its launcher."""
+    sys.argv[1:] = argv
+    main()
+
+
 # -------------------------------------------------------------------------------------------- the sweep
 
 
-def run_sweep(argv: Sequence[str], launch: Callable[[list[str]], None]) -> int:
+def run_sweep(argv: Sequence[str]) -> int:
     """Carry out the sweep of a command line and return its exit code.
 
     Args:
         argv: command line of sweep.py.
-        launch: calls Hydra's main with a command line, which runs ``sweep_job`` through a launcher.
 
     Raises:
         ConfigError: one line, naming the key and the way out; nothing has run then.
     """
     own: list[str] = []
-    hydra: list[str] = []
+    launcher: list[str] = []
     given: list[str] = []
     for arg in argv:
-        (own if _is_sweep(arg) else hydra if _is_hydra(arg) else given).append(arg)
+        (own if _is_sweep(arg) else launcher if _is_hydra(arg) else given).append(arg)
     options = sweep_options(own)
-    if any(key_of(o) == "hydra/sweeper" for o in hydra):
-        return _foreign_sweep(options, given, hydra, launch)
-    return carry_out(options, given, hydra, ["sweep.py", *argv], launch)
+    if any(key_of(o) == "hydra/sweeper" for o in launcher):
+        return _foreign_sweep(options, given, launcher)
+    return carry_out(options, given, launcher, ["sweep.py", *argv])
 
 
 def carry_out(
     options: SweepConfig,
     given: Sequence[str],
-    hydra: Sequence[str],
+    launcher: Sequence[str],
     command: Sequence[str],
-    launch: Callable[[list[str]], None],
 ) -> int:
     """Carry out a sweep and return its exit code: 0 all complete, 1 some failed, 128 + signal stopped by a signal.
 
     Args:
         options: what to run.
         given: overrides of the points, which count more than the options'.
-        hydra: overrides for Hydra, such as the launcher.
+        launcher: overrides for Hydra, such as the launcher.
         command: what the user called, for the records.
-        launch: see ``run_sweep``.
 
     Raises:
         ConfigError: one line, naming the key and the way out; nothing has run then.
     """
-    hydra = [*hydra, *_check_launcher(hydra)]
+    launcher = [*launcher, *_check_launcher(launcher)]
     folder = Path(options.dir)
-    plan = make_plan(options, given)
-    if not plan.points and not plan.invalid:
+    if not (given or options.axes or options.points):
         raise ConfigError("the sweep has no points; give it values (operator.k=1,4,9) or a grid (grid=spectrum)")
+    plan = make_plan(options, given)
     if options.dry_run:
         print(describe(plan, folder, options))
         print(_cost(plan, folder))
@@ -154,7 +159,7 @@ def carry_out(
         if options.on_invalid == "fail":
             raise ConfigError(f"{len(plan.invalid)} points cannot work; change them, or set sweep.on_invalid=skip")
     sweep = Sweep(plan, folder, options, f"{platform.node()}-{os.getpid()}", list(command))
-    return sweep.run(list(hydra), launch)
+    return sweep.run(list(launcher))
 
 
 def _job_options(options: SweepConfig, token: str) -> list[str]:
@@ -171,9 +176,9 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def _check_launcher(hydra: Sequence[str]) -> list[str]:
+def _check_launcher(launcher: Sequence[str]) -> list[str]:
     """Return more overrides that a launcher needs; raise ConfigError for one that is not installed."""
-    chosen = next((o.split("=", 1)[1] for o in hydra if key_of(o) == "hydra/launcher"), "basic")
+    chosen = next((o.split("=", 1)[1] for o in launcher if key_of(o) == "hydra/launcher"), "basic")
     known = ["basic", "joblib", "submitit_local", "submitit_slurm"]
     package, extra = next((v for k, v in _PLUGINS.items() if chosen.startswith(k)), ("", ""))
     if (package and importlib.util.find_spec("hydra_plugins") is None) or (
@@ -188,20 +193,20 @@ def _check_launcher(hydra: Sequence[str]) -> list[str]:
                 "hydra/launcher=submitit_slurm: there is no srun here; run it on a machine of the cluster, or use "
                 "hydra/launcher=submitit_local"
             )
-        if not any(key_of(o) == "hydra.launcher.max_num_timeout" for o in hydra):
+        if not any(key_of(o) == "hydra.launcher.max_num_timeout" for o in launcher):
             return ["hydra.launcher.max_num_timeout=100"]  # a job at its time limit is requeued, and resumes
     return []
 
 
-def _foreign_sweep(
-    options: SweepConfig, given: Sequence[str], hydra: Sequence[str], launch: Callable[[list[str]], None]
-) -> int:
+def _foreign_sweep(options: SweepConfig, given: Sequence[str], launcher: Sequence[str]) -> int:
     """Let another sweeper choose the points one by one; each is still skipped, resumed and recorded as ever."""
     if options.points:
         raise ConfigError("hydra/sweeper: sweep.points belong to the default sweeper; give keys instead")
     axes = [f"{key}={sweep_text(values)}" for key, values in options.axes.items()]
     overrides = merge_overrides(options.base, axes, given)
-    launch([*overrides, *_job_options(options, f"{platform.node()}-{os.getpid()}"), *hydra, *_check_launcher(hydra)])
+    launch(
+        [*overrides, *_job_options(options, f"{platform.node()}-{os.getpid()}"), *launcher, *_check_launcher(launcher)]
+    )
     return 0
 
 
@@ -225,10 +230,10 @@ class Sweep:
         skip = ("complete", *(FAILED if not self.options.retry_failed else ()))
         return [p for p in self.plan.points if states[p.fingerprint].status not in skip]
 
-    def run(self, hydra: list[str], launch: Callable[[list[str]], None]) -> int:
+    def run(self, launcher: list[str]) -> int:
         """Run what is to be run, and sum up; return the exit code."""
         self._prepare()
-        own = [*_job_options(self.options, self.token), *hydra]
+        own = [*_job_options(self.options, self.token), *launcher]
         stop = stop_file(self.folder, self.token)
         stop.unlink(missing_ok=True)
         todo = self.todo()

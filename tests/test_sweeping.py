@@ -245,7 +245,7 @@ def test_a_missing_plugin_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for launcher, extra in (("joblib", "parallel"), ("submitit_slurm", "slurm")):
         with pytest.raises(ConfigError, match=f"uv sync --extra {extra}"):
-            run_sweep(["seed=0,1", f"hydra/launcher={launcher}"], lambda argv: None)
+            run_sweep(["seed=0,1", f"hydra/launcher={launcher}"])
 
 
 def test_dry_run_tells_and_does_nothing(driver, tmp_path):

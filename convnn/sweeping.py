@@ -204,9 +204,8 @@ def _foreign_sweep(options: SweepConfig, given: Sequence[str], launcher: Sequenc
         raise ConfigError("hydra/sweeper: sweep.points belong to the default sweeper; give keys instead")
     axes = [f"{key}={sweep_text(values)}" for key, values in options.axes.items()]
     overrides = merge_overrides(options.base, axes, given)
-    launch(
-        [*overrides, *_job_options(options, f"{platform.node()}-{os.getpid()}"), *launcher, *_check_launcher(launcher)]
-    )
+    own = _job_options(options, f"{platform.node()}-{os.getpid()}")
+    launch([*overrides, *own, *launcher, *_check_launcher(launcher)])
     return 0
 
 

@@ -3,11 +3,12 @@
 import sys
 
 from convnn.cli import guarded
-from convnn.sweeping import main, run_sweep
+from convnn.jobs import main
+from convnn.sweeping import run_sweep
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
+    arguments = [arg for arg in sys.argv[1:] if arg not in ("-m", "--multirun")]  # a sweep always is one
     if any(arg.startswith("-") for arg in arguments):  # --help, --cfg, --info
         main()
     else:
-        sys.exit(guarded(lambda: run_sweep(arguments), debug="debug=true" in arguments))
+        sys.exit(guarded(lambda: run_sweep(arguments), debug="debug=true" in [arg.lower() for arg in arguments]))

@@ -47,7 +47,15 @@ def all_keys(schema: type = Config, prefix: str = "") -> list[str]:
     return keys
 
 
-_FREE = ("backbone.kwargs", "operator.options", "data.options", "swap.operator", "swap.rules")
+_FREE = (
+    "backbone.kwargs",
+    "operator.options",
+    "data.options",
+    "swap.operator",
+    "swap.rules",
+    "sweep.axes",
+    "sweep.points",
+)
 
 
 def unknown_key_error(key: str, schema: type = Config) -> ConfigError:

@@ -63,6 +63,8 @@ def translate(error: Exception, overrides: Sequence[str], schema: type = Config)
         group, _, option = error.missing_cfg_file.rpartition("/")
         if group in groups:
             return ConfigError(f"{group}={option}: no such option{nearest(option, groups[group])}")
+        if error.options:
+            return ConfigError(f"{group}={option}: no such option{nearest(option, error.options)}")
     found = re.search(r"Could not override '([^']+)'", text)
     if found:
         key = found.group(1).split("@")[0]
@@ -71,9 +73,9 @@ def translate(error: Exception, overrides: Sequence[str], schema: type = Config)
         if "." in key:
             return unknown_key_error(key, schema)
         return ConfigError(f"unknown key '{key}'{nearest(key, [*all_keys(schema), *groups])}")
-    if "Ambiguous value for argument" in text or "sweep" in text.lower():
+    if "Ambiguous value for argument" in text or "requires --multirun" in text:
         given = next((o for o in overrides if "," in o or "(" in o), "")
-        return ConfigError(f"{given} is a sweep over several values; train.py takes one (or add --multirun)")
+        return ConfigError(f"{given} is a sweep over several values, where one is needed; sweep.py takes several")
     if isinstance(error, OverrideParseException):
         return ConfigError(f"{error.override}: Hydra cannot read this override: {text.splitlines()[0]}")
     key = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
@@ -116,6 +118,8 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> Any:
     """Call, and turn the errors that a user can mend into one line and an exit code (``debug`` shows the traceback)."""
     try:
         return call()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except ConfigError as error:
         if debug:
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ def estimate(configs: Sequence[Config], folders: Sequence[Path]) -> str:
         data = json.dumps(asdict(config.data), sort_keys=True)
         try:
             if data not in datasets:
-                datasets[data] = load_dataset(config.data)
+                datasets[data] = load_dataset(replace(config.data, download=False))
             dataset = datasets[data]
             if dataset is None:
                 continue
@@ -49,7 +49,7 @@ def estimate(configs: Sequence[Config], folders: Sequence[Path]) -> str:
         steps = size // config.train.batch_size * config.train.epochs
         images = min(steps, config.train.max_steps or steps) * config.train.batch_size
         total += 3 * gflops[model_key] * images
-    lines = [f"{len(configs)} runs to compute: about {_operations(total)} ({len(gflops)} distinct models)"]
+    lines = [f"to compute: {len(configs)} runs, " + (f"about {_operations(total)}" if gflops else "cost unknown")]
     rates = [
         3 * r["gflops"] * r["images_per_second"]
         for r in map(read_result, folders)

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -55,21 +56,42 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
-def lock(path: Path, *, wait: bool = False) -> TextIO | None:
+def lock(path: Path, *, wait: float = 0.0) -> TextIO | None:
     """Lock a file until it is closed or this process ends, however it ends; None if another process has it.
 
     The file then says who has the lock.
+
+    Args:
+        path: of the file; made if missing.
+        wait: seconds to try for; ``is_locked`` holds it for a moment too.
     """
     file = path.open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        file.close()
-        return None
+    end = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                file.close()
+                return None
+            time.sleep(0.05)
     file.truncate(0)
     file.write(f"pid {os.getpid()} on {platform.node()}\n")
     file.flush()
     return file
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether some process has locked a file at this moment."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def lock_owner(path: Path) -> str:

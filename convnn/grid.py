@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,18 +113,20 @@ def _hydra() -> Iterator[None]:
         yield
 
 
-def sweep_options(overrides: Sequence[str]) -> SweepConfig:
-    """Compose the ``sweep`` part of conf/sweep.yaml.
+def sweep_options(overrides: Sequence[str], launcher: Sequence[str] = ()) -> SweepConfig:
+    """Compose the ``sweep`` part of conf/sweep.yaml, and check Hydra's own overrides with it.
 
     Raises:
         ConfigError: one line, naming the key and the way out.
     """
     try:
         with _hydra():
-            values = compose("sweep", list(overrides))
+            values = compose("sweep", [*overrides, *launcher])
         options: SweepConfig = OmegaConf.to_object(values.sweep)  # type: ignore[assignment]
-    except (HydraException, OmegaConfBaseException) as error:
-        raise translate(error, overrides, SweepRun) from error
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise translate(error, [*overrides, *launcher], SweepRun) from error
+    if not options.dir.strip():
+        raise ConfigError("sweep.dir is empty; name a folder")
     if options.on_invalid not in ("fail", "skip"):
         raise ConfigError(f"sweep.on_invalid={options.on_invalid} is not one of fail, skip")
     if options.jobs_per_device < 1:
@@ -133,6 +135,12 @@ def sweep_options(overrides: Sequence[str]) -> SweepConfig:
         if isinstance(values, list) and not values:
             raise ConfigError(f"sweep.axes.{name} is empty; give it values, or leave it out")
     return options
+
+
+def quoted(text: str) -> str:
+    """Return a text as a value that Hydra reads back as it is."""
+    text = re.sub(r"(\\+)(?='|$)", r"\1\1", text)  # backslashes count only before a quote
+    return "'" + text.replace("'", "\\'") + "'"
 
 
 def key_of(override: str) -> str:
@@ -165,15 +173,20 @@ def expand(options: SweepConfig, given: Sequence[str]) -> tuple[list[tuple[str, 
     for label, own in names.items():
         merged = merge_overrides(options.base, axes, own, given)
         try:
-            parsed = OverridesParser.create().parse_overrides(merged)
-            deleted = [str(o.input_line) for o in parsed if o.is_delete()]
-            batch = BasicSweeper.split_arguments([o for o in parsed if not o.is_delete()], None)[0]
+            with _hydra():
+                parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+                parsed = parser.parse_overrides(merged)
+                deleted = [str(o.input_line) for o in parsed if o.is_delete()]
+                batch = BasicSweeper.split_arguments([o for o in parsed if not o.is_delete()], None)[0]
+                for override in parsed:
+                    if override.is_sweep_override():
+                        values = [str(v) for v in override.sweep_string_iterator()]
+                        swept.setdefault(override.key_or_group, values)
+        except ValueError as error:
+            swept_over = " ".join(o for o in merged if "(" in o)
+            raise ConfigError(f"{swept_over}: {error}") from error
         except HydraException as error:
             raise translate(error, merged, SweepRun) from error
-        for override in parsed:
-            if override.is_sweep_override():
-                values = [str(v) for v in override.sweep_string_iterator()]
-                swept.setdefault(override.key_or_group, values)
         points += [(label, [*overrides, *deleted]) for overrides in batch]
     return points, swept
 
@@ -195,7 +208,7 @@ def _value_text(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{k}:{_value_text(v)}" for k, v in value.items()) + "}"
     if isinstance(value, str) and not re.fullmatch(r"[\w./*-]+", value):
-        return "'" + value.replace("'", "\\'") + "'"
+        return quoted(value)
     return str(value)
 
 
@@ -219,7 +232,7 @@ class Composer:
         Raises:
             ConfigError: one line, naming the key and the way out.
         """
-        plain = [o for o in overrides if key_of(o) in self._leaves and not o.startswith(("+", "~"))]
+        plain = [o for o in overrides if key_of(o) in self._leaves and o[0] not in "+~" and "$" not in o]
         rest = tuple(o for o in overrides if o not in plain)
         if rest not in self._shared:
             try:
@@ -285,6 +298,12 @@ def _dict_fields(section: Any) -> list[Any]:
     return [f for f in fields(section.default_factory) if str(f.type).startswith("dict")]
 
 
+def point_name(config: Config, label: str = "") -> str:
+    """Return the name of a point's folder: readable, of harmless characters, and its own."""
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{label}-{run_name(config)}" if label else run_name(config))
+    return f"{readable[:80].lstrip('.')}-{fingerprint(config)[:8]}"
+
+
 def make_plan(options: SweepConfig, given: Sequence[str]) -> Plan:
     """Expand, compose, check and fingerprint all points.
 
@@ -305,18 +324,23 @@ def make_plan(options: SweepConfig, given: Sequence[str]) -> Plan:
             plan.duplicates += 1
             continue
         plan.configs[print_] = config
-        name = f"{label}-" if label else ""
-        plan.points.append(Point(f"{name}{run_name(config)}-{print_[:8]}", print_, tuple(overrides), label))
+        plan.points.append(Point(point_name(config, label), print_, tuple(overrides), label))
     return plan
 
 
 # ------------------------------------------------------------------------------------------------ on disk
 
 
+def adopt_names(plan: Plan, folder: Path) -> None:
+    """Let points that the folder knows keep the names, and so the run folders, that they have there."""
+    names = {p["fingerprint"]: p["name"] for p in read_plan(folder).get("points", [])}
+    plan.points = [replace(p, name=names.get(p.fingerprint, p.name)) for p in plan.points]
+
+
 def save_plan(plan: Plan, folder: Path, command: Sequence[str]) -> None:
     """Write plan.json; points that other commands made in the same folder stay listed."""
-    old = read_plan(folder)
-    points = {p["fingerprint"]: p for p in old.get("points", [])}
+    adopt_names(plan, folder)
+    points = {p["fingerprint"]: p for p in read_plan(folder).get("points", [])}
     for point in plan.points:
         points[point.fingerprint] = asdict(point) | {
             "overrides": list(point.overrides),
@@ -342,14 +366,20 @@ def read_plan(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     values = read_json(path)
-    if values is None or not isinstance(values.get("points"), list):
+    points = values.get("points") if values else None
+    keys = {"name", "fingerprint", "overrides", "label", "folder"}
+    if (
+        values is None
+        or not isinstance(points, list)
+        or not all(isinstance(p, dict) and keys <= set(p) for p in points)
+    ):
         raise ConfigError(f"{path} is damaged; remove it, the runs stay")
     return values
 
 
 def load_point(folder: Path, print_: str) -> Point:
     """Return a point of plan.json by its fingerprint."""
-    for p in read_plan(folder)["points"]:
+    for p in read_plan(folder).get("points", []):
         if p["fingerprint"] == print_:
             return Point(p["name"], p["fingerprint"], tuple(p["overrides"]), p["label"])
     raise ConfigError(f"{folder / 'plan.json'} has no point {print_}")

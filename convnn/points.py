@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from convnn.cli import CONF_DIR, EXIT_DIVERGED, PARENT
-from convnn.files import lock, read_json, write_json
-from convnn.grid import Point
+from convnn.files import is_locked, lock, read_json, write_json
+from convnn.grid import Point, quoted
 from convnn.lease import device_lease
 from convnn.rundir import read_result
 
@@ -49,38 +51,41 @@ def lock_file(folder: Path, point: Point) -> Path:
     return folder / "status" / f"{point.fingerprint}.lock"
 
 
-def is_locked(folder: Path, point: Point) -> bool:
-    """Return whether some process runs the point at this moment."""
-    path = lock_file(folder, point)
-    if not path.exists():
-        return False
-    held = lock(path)
-    if held is None:
-        return True
-    held.close()
-    return False
-
-
 def point_state(folder: Path, point: Point, *, mine: bool = False) -> PointState:
     """Return a point's state from what lies in the sweep's folder; a complete result counts more than all else.
 
     ``mine`` says that this process holds the point's lock, so that nobody runs it.
     """
     record = read_json(status_file(folder, point)) or {}
-    attempts = record.get("attempts", 0)
+    attempts = record.get("attempts")
+    attempts = attempts if isinstance(attempts, int) else 0
     result = read_result(folder / point.folder)
     if result and result.get("status") == "complete" and result.get("fingerprint") == point.fingerprint:
         return PointState("complete", None, attempts, result.get("top1_last"))
     status = record.get("status")
-    if status == "running" and (mine or not is_locked(folder, point)):
+    if status == "running" and (mine or not is_locked(lock_file(folder, point))):
         return PointState("interrupted", "its process ended without a word", attempts)
-    if status not in (None, "complete"):
+    if status in ("running", "interrupted", *FAILED):
         return PointState(status, record.get("reason"), attempts)
     begun = (folder / point.folder / "checkpoints").is_dir()
     return PointState("partial" if begun else "todo", None, attempts)
 
 
 # ---------------------------------------------------------------------------------------------- stopping
+
+
+def sweep_is_gone(token: str | None) -> bool:
+    """Return whether the sweep that a token names ran on this machine and has ended, however it ended."""
+    host, _, pid = (token or "").rpartition("-")
+    if host != platform.node() or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def stop_file(folder: Path, token: str | None) -> Path:
@@ -156,12 +161,12 @@ def run_point(
     with ExitStack() as stack:
         (folder / "status").mkdir(parents=True, exist_ok=True)
         (folder / "logs").mkdir(exist_ok=True)
-        held = lock(lock_file(folder, point))
+        held = lock(lock_file(folder, point), wait=1.0)
         if held is None:
             return "running"
         stack.enter_context(held)
         before = point_state(folder, point, mine=True)
-        if before.status == "complete" or stop.exists():
+        if before.status == "complete" or stop.exists() or sweep_is_gone(token):
             return before.status
         signals = stack.enter_context(_own_signals())
         record: dict[str, Any] = {
@@ -170,24 +175,31 @@ def run_point(
             "exit_code": None,
             "name": point.name,
             "log": point.log,
+            "token": token,
             "attempts": before.attempts + 1,
             "started": _now(),
             "finished": None,
         }
 
-        def stopped() -> bool:
-            return stop.exists() or signals.seen is not None
+        def stopped() -> int | None:
+            """Return the signal for the run, if it is to stop: TERM, which ends it at once while it still imports."""
+            if signals.seen == signal.SIGUSR2:
+                return signal.SIGUSR2
+            return signal.SIGTERM if signals.seen or stop.exists() or sweep_is_gone(token) else None
 
-        with device_lease(device, jobs_per_device, stopped) as lease:
+        with device_lease(device, jobs_per_device, lambda: stopped() is not None) as lease:
             if lease is None:
                 return before.status
             environment = os.environ | lease | _threads(parallel) | {PARENT: str(os.getpid())}
             write_json(status_file(folder, point), record)
             command = [sys.executable, str(TRAIN), *point.overrides]
-            command += [*more, f"run.dir={folder / point.folder}", "run.if_exists=resume"]
-            code, output = _run(command, folder / point.log, environment, lambda: signals.seen, stop)
+            command += [*more, f"run.dir={quoted(str(folder / point.folder))}", "run.if_exists=resume"]
+            try:
+                code, output, asked = _run(command, folder / point.log, environment, stopped)
+            except OSError as error:
+                code, output, asked = 1, f"error: {error}", None
         record |= {"exit_code": code, "finished": _now()}
-        record["status"], record["reason"] = _outcome(folder, point, code, output)
+        record["status"], record["reason"] = _outcome(folder, point, code, output, asked)
         write_json(status_file(folder, point), record)
     signals.pass_on()
     return record["status"]
@@ -218,11 +230,11 @@ def _own_signals() -> Iterator[StopSignals]:
 
 
 def _run(
-    command: list[str], log: Path, environment: dict[str, str], seen: Callable[[], int | None], stop: Path
-) -> tuple[int, str]:
-    """Run a command to its end, passing signals on; return its exit code and the end of its output."""
+    command: list[str], log: Path, environment: dict[str, str], stopped: Callable[[], int | None]
+) -> tuple[int, str, int | None]:
+    """Run a command to its end, or until it has to stop; return exit code, end of output, and the signal sent."""
     with log.open("a+b") as output:
-        output.write(f"$ {' '.join(command)}\n".encode())
+        output.write(f"$ {shlex.join(command)}\n".encode())
         output.flush()
         start = output.tell()
         child = subprocess.Popen(
@@ -233,12 +245,13 @@ def _run(
             env=environment,
             start_new_session=True,
         )
-        asked = 0.0
+        sent, since = None, 0.0
         while child.poll() is None:
-            if asked == 0 and (seen() is not None or stop.exists()):
-                child.send_signal(seen() or signal.SIGTERM)
-                asked = time.monotonic()
-            elif asked and time.monotonic() - asked > GRACE_SECONDS:
+            if sent is None:
+                sent, since = stopped(), time.monotonic()
+                if sent is not None:
+                    child.send_signal(sent)
+            elif time.monotonic() - since > GRACE_SECONDS:
                 child.kill()
             time.sleep(0.1)
         if child.returncode < 0:  # nobody is left to end what it had started
@@ -246,17 +259,19 @@ def _run(
                 os.killpg(child.pid, signal.SIGKILL)
         output.seek(0, os.SEEK_END)
         output.seek(max(start, output.tell() - 4000))
-        return child.returncode, output.read().decode(errors="replace")
+        return child.returncode, output.read().decode(errors="replace"), sent
 
 
-def _outcome(folder: Path, point: Point, code: int, output: str) -> tuple[str, str | None]:
-    """Return status and reason of an ended process."""
+def _outcome(folder: Path, point: Point, code: int, output: str, asked: int | None) -> tuple[str, str | None]:
+    """Return status and reason of an ended process, which was ``asked`` to stop by a signal or not."""
     if code == 0 and point_state(folder, point, mine=True).status == "complete":
         return "complete", None
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    lines = [line.strip() for line in output.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
     told = [line for line in lines if line.startswith(("error:", "diverged:"))]
     last = (told or lines or ["no output"])[-1][:500]
     stopped = -code if code < 0 else code - 128  # by the signal itself, where it came before the handlers
+    if asked is not None and code != -signal.SIGKILL:
+        stopped = asked
     if stopped in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         return "interrupted", f"stopped by {signal.Signals(stopped).name}"
     if code < 0:

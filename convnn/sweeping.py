@@ -9,103 +9,41 @@ import os
 import platform
 import shlex
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
-
-from convnn.checks import nearest
-from convnn.cli import CONF_DIR, EXIT_CONFIG, EXIT_FAILED, from_hydra
-from convnn.config import ConfigError, fingerprint, run_name
-from convnn.files import lock
+from convnn.cli import EXIT_CONFIG, EXIT_FAILED
+from convnn.config import ConfigError
+from convnn.files import is_locked, lock, read_json
 from convnn.grid import (
     Plan,
     Point,
     SweepConfig,
+    adopt_names,
     key_of,
-    load_point,
     make_plan,
     merge_overrides,
     save_plan,
     sweep_options,
     sweep_text,
 )
-from convnn.points import FAILED, PointState, StopSignals, lock_file, point_state, run_point, stop_file
+from convnn.jobs import is_hydra, is_sweep, job_options, launch
+from convnn.points import FAILED, PointState, StopSignals, lock_file, point_state, stop_file
 from convnn.progress import Progress
 from convnn.reporting import Report, make_report
 
+_REFUSED = {
+    "run.dir": "the points' folders are made by sweep.py; set sweep.dir",
+    "run.if_exists": "points are always continued; remove a point's folder to run it anew",
+    "sweep.point": "it is set by sweep.py",
+    "sweep.token": "it is set by sweep.py",
+    "hydra.mode": "sweep.py is always a multirun",
+    "hydra.job.chdir": "jobs stay in the folder where sweep.py was called",
+}
 _PLUGINS = {"joblib": ("hydra_joblib_launcher", "parallel"), "submitit": ("hydra_submitit_launcher", "slurm")}
-
-
-# ---------------------------------------------------------------------------------------------- one job
-
-
-@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="sweep")
-def main(values: DictConfig) -> float | str | None:
-    """Run the point that Hydra composed in a process of its own; return top-1 in percent, else the status.
-
-    It never raises: a launcher would give up the other jobs.
-    """
-    from hydra.core.hydra_config import HydraConfig
-
-    sweep = values.sweep
-    folder = Path(sweep.dir)
-    try:
-        point = load_point(folder, sweep.point[1:]) if sweep.point else _free_point(values)
-    except ConfigError as error:  # only where another sweeper than ours chose the point
-        print(f"error: {error}", file=sys.stderr)
-        return "invalid"
-    more = tuple(o for o in (f"tracker.group={sweep.name}",) if "tracker.group" not in map(key_of, point.overrides))
-    parallel = int(HydraConfig.get().launcher.get("n_jobs") or 1)
-    status = run_point(
-        folder,
-        point,
-        token=sweep.token,
-        more=more,
-        device=values.device if not sweep.point else _device(point),
-        jobs_per_device=sweep.jobs_per_device,
-        parallel=parallel,
-    )
-    return point_state(folder, point).top1 if status == "complete" else status
-
-
-def _device(point: Point) -> str:
-    return next((o.split("=", 1)[1] for o in point.overrides if key_of(o) == "device"), "auto")
-
-
-def _free_point(values: DictConfig) -> Point:
-    """Return the point that a sweeper other than ours asked for."""
-    from hydra.core.hydra_config import HydraConfig
-
-    plain = OmegaConf.to_container(values, resolve=True)
-    assert isinstance(plain, dict)
-    plain.pop("sweep")
-    config = from_hydra(OmegaConf.create(plain))
-    overrides = tuple(o for o in HydraConfig.get().overrides.task if not _is_sweep(o))
-    print_ = fingerprint(config)
-    return Point(f"{run_name(config)}-{print_[:8]}", print_, overrides)
-
-
-def _is_sweep(override: str) -> bool:
-    return key_of(override) == "grid" or key_of(override).startswith("sweep.")
-
-
-def _is_hydra(override: str) -> bool:
-    return key_of(override).startswith(("hydra.", "hydra/"))
-
-
-def launch(argv: list[str]) -> None:
-    """Hand a command line to Hydra, which calls ``main`` for every job through its launcher."""
-    sys.argv[1:] = argv
-    main()
-
-
-# -------------------------------------------------------------------------------------------- the sweep
 
 
 def run_sweep(argv: Sequence[str]) -> int:
@@ -121,8 +59,12 @@ def run_sweep(argv: Sequence[str]) -> int:
     launcher: list[str] = []
     given: list[str] = []
     for arg in argv:
-        (own if _is_sweep(arg) else launcher if _is_hydra(arg) else given).append(arg)
-    options = sweep_options(own)
+        (own if is_sweep(arg) else launcher if is_hydra(arg) else given).append(arg)
+    for arg in argv:
+        if key_of(arg) in _REFUSED:
+            raise ConfigError(f"{arg}: {_REFUSED[key_of(arg)]}")
+    _check_launcher(launcher)
+    options = sweep_options(own, launcher)
     if any(key_of(o) == "hydra/sweeper" for o in launcher):
         return _foreign_sweep(options, given, launcher)
     return carry_out(options, given, launcher, ["sweep.py", *argv])
@@ -147,9 +89,13 @@ def carry_out(
     """
     launcher = [*launcher, *_check_launcher(launcher)]
     folder = Path(options.dir)
+    token = f"{platform.node()}-{os.getpid()}"
     if not (given or options.axes or options.points):
         raise ConfigError("the sweep has no points; give it values (operator.k=1,4,9) or a grid (grid=spectrum)")
     plan = make_plan(options, given)
+    adopt_names(plan, folder)
+    for axis in moved_axes(plan):
+        print(f"warning: {axis} is an axis, but a schedule moves it: points that differ in it alone are equal runs")
     if options.dry_run:
         print(describe(plan, folder, options))
         print(_cost(plan, folder))
@@ -158,35 +104,18 @@ def carry_out(
         print(_invalid_lines(plan))
         if options.on_invalid == "fail":
             raise ConfigError(f"{len(plan.invalid)} points cannot work; change them, or set sweep.on_invalid=skip")
-    sweep = Sweep(plan, folder, options, f"{platform.node()}-{os.getpid()}", list(command))
+    sweep = Sweep(plan, folder, options, token, list(command))
     return sweep.run(list(launcher))
-
-
-def _job_options(options: SweepConfig, token: str) -> list[str]:
-    """Return what a job has to know of the sweep."""
-    return [
-        f"sweep.dir={_quoted(options.dir)}",
-        f"sweep.name={_quoted(options.name)}",
-        f"sweep.jobs_per_device={options.jobs_per_device}",
-        f"sweep.token={_quoted(token)}",
-    ]
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _check_launcher(launcher: Sequence[str]) -> list[str]:
     """Return more overrides that a launcher needs; raise ConfigError for one that is not installed."""
     chosen = next((o.split("=", 1)[1] for o in launcher if key_of(o) == "hydra/launcher"), "basic")
-    known = ["basic", "joblib", "submitit_local", "submitit_slurm"]
     package, extra = next((v for k, v in _PLUGINS.items() if chosen.startswith(k)), ("", ""))
     if (package and importlib.util.find_spec("hydra_plugins") is None) or (
         package and importlib.util.find_spec(f"hydra_plugins.{package}") is None
     ):
         raise ConfigError(f"hydra/launcher={chosen} needs a plugin; install it with: uv sync --extra {extra}")
-    if not package and chosen not in known and chosen.startswith(("job", "sub", "bas")):
-        raise ConfigError(f"hydra/launcher={chosen} is unknown{nearest(chosen, known)}")
     if chosen == "submitit_slurm":
         if shutil.which("srun") is None:
             raise ConfigError(
@@ -200,13 +129,25 @@ def _check_launcher(launcher: Sequence[str]) -> list[str]:
 
 def _foreign_sweep(options: SweepConfig, given: Sequence[str], launcher: Sequence[str]) -> int:
     """Let another sweeper choose the points one by one; each is still skipped, resumed and recorded as ever."""
-    if options.points:
-        raise ConfigError("hydra/sweeper: sweep.points belong to the default sweeper; give keys instead")
+    if options.points or options.dry_run:
+        raise ConfigError("hydra/sweeper: sweep.points and sweep.dry_run need the default sweeper")
     axes = [f"{key}={sweep_text(values)}" for key, values in options.axes.items()]
     overrides = merge_overrides(options.base, axes, given)
-    own = _job_options(options, f"{platform.node()}-{os.getpid()}")
-    launch([*overrides, *own, *launcher, *_check_launcher(launcher)])
-    return 0
+    token = f"{platform.node()}-{os.getpid()}"
+    stop = stop_file(Path(options.dir), token)
+    Path(options.dir).mkdir(parents=True, exist_ok=True)
+    try:
+        with StopSignals(lambda _: stop.touch()) as signals, contextlib.suppress(SystemExit):
+            launch([*overrides, *job_options(options, token), *launcher, *_check_launcher(launcher)])
+    finally:
+        stop.unlink(missing_ok=True)
+    records = [r for path in Path(options.dir).glob("status/*.json") if (r := read_json(path))]
+    bad = [r for r in records if r.get("token") == token and r["status"] != "complete"]
+    for record in bad:
+        print(f"{record['status']}: {record['name']}: {record['reason']}; log {record['log']}")
+    if signals.seen is not None:
+        return 128 + signals.seen
+    return EXIT_FAILED if bad else 0
 
 
 @dataclass
@@ -232,7 +173,7 @@ class Sweep:
     def run(self, launcher: list[str]) -> int:
         """Run what is to be run, and sum up; return the exit code."""
         self._prepare()
-        own = [*_job_options(self.options, self.token), *launcher]
+        own = [*job_options(self.options, self.token), *launcher]
         stop = stop_file(self.folder, self.token)
         stop.unlink(missing_ok=True)
         todo = self.todo()
@@ -254,24 +195,21 @@ class Sweep:
     def _prepare(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.closing(lock(self.folder / ".plan.lock", wait=True)):  # type: ignore[type-var]
+            with contextlib.closing(lock(self.folder / ".plan.lock", wait=60.0)):  # type: ignore[type-var]
                 save_plan(self.plan, self.folder, self.command)
         except OSError as error:
             raise ConfigError(f"sweep.dir={self.folder} cannot be written: {error.strerror}") from error
 
     def _left_by_others(self, signals: StopSignals) -> list[Point]:
-        """Wait for the points that another sweep runs at this moment; return those that it did not complete."""
+        """Wait for the points that another sweep holds at this moment; return those that it did not get to an end."""
         left = []
         for point in self.plan.points:
-            if point_state(self.folder, point).status != "running":
+            path = lock_file(self.folder, point)
+            if not is_locked(path):
                 continue
-            while signals.seen is None:
-                held = lock(lock_file(self.folder, point))
-                if held is not None:
-                    held.close()
-                    break
+            while signals.seen is None and is_locked(path):
                 time.sleep(0.5)
-            if point_state(self.folder, point).status == "interrupted":
+            if point_state(self.folder, point).status in ("todo", "partial", "interrupted"):
                 left.append(point)
         return left
 
@@ -287,7 +225,7 @@ class Sweep:
             return False
         try:
             report = make_report([self.folder], self.folder / "report")
-        except ConfigError as error:  # nothing to report, or a package is missing
+        except (ConfigError, OSError) as error:  # nothing to report, a package is missing, the disk refuses
             print(f"no report: {error}")
             return False
         print(report.text())
@@ -316,8 +254,8 @@ class Sweep:
         counts = Counter(s.status for s in states.values())
         summary = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
         lines.append(f"sweep {self.folder}: {summary}")
-        if any(s.status != "complete" for s in states.values()):
-            lines.append("the same command goes on from here: " + shlex.join(self.command))
+        if self.todo():
+            lines.append("the same command goes on from here: uv run " + shlex.join(self.command))
         return "\n".join(lines)
 
 
@@ -325,6 +263,16 @@ def _shared(plan: Plan) -> set[str]:
     """Return the overrides that all points have, if there are several points."""
     every = [set(p.overrides) for p in plan.points] + [set(overrides) for overrides, _ in plan.invalid]
     return set.intersection(*every) if len(every) > 1 else set()
+
+
+def moved_axes(plan: Plan) -> list[str]:
+    """Return the axes that have no effect, since a schedule moves what they set."""
+    return [
+        f"operator.{name}"
+        for name in ("blend", "temperature")
+        if f"operator.{name}" in plan.axes
+        and any(getattr(c.schedule, name).shape != "constant" for c in plan.configs.values())
+    ]
 
 
 def _invalid_lines(plan: Plan) -> str:

@@ -8,7 +8,16 @@ import pytest
 
 from convnn.cli import CONF_DIR, compose_config
 from convnn.config import ConfigError, fingerprint, identity
-from convnn.grid import SweepConfig, load_point, make_plan, merge_overrides, read_plan, save_plan, sweep_options
+from convnn.grid import (
+    SweepConfig,
+    load_point,
+    make_plan,
+    merge_overrides,
+    quoted,
+    read_plan,
+    save_plan,
+    sweep_options,
+)
 
 GRIDS = sorted(p.stem for p in (CONF_DIR / "grid").glob("*.yaml"))
 
@@ -73,6 +82,20 @@ def test_invalid_points_have_their_reason_and_the_others_stay():
     assert len(found.points) == 1 and len(found.invalid) == 7
     reasons = [reason for _, reason in found.invalid]
     assert any("operator.k=0 must lie" in r for r in reasons) and any("did you mean 'convnn'" in r for r in reasons)
+
+
+def test_names_are_harmless_and_values_may_refer():
+    (point,) = plan("run.name='../../x y'", "train.epochs=${seed}", "seed=4", "optim.warmup_epochs=0").points
+    assert point.name.startswith("_.._x_y-") and "/" not in point.name
+    found = plan("operator=glob(conv2*)")
+    assert [c.operator.name for c in found.configs.values()] == ["conv2d"]
+
+
+def test_quoted_texts_are_read_back():
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for text in ("a b", "it's", "a,b", "x=y", "[1]", "b\\c", "end\\", "q\\'", "${x}", " lead", "#", "{a:1}"):
+        assert OverridesParser.create().parse_override(f"k={quoted(text)}").value() == text
 
 
 def test_a_value_that_others_refer_to():

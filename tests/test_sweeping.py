@@ -15,7 +15,7 @@ from convnn import lease, points
 from convnn.cli import CONF_DIR
 from convnn.config import ConfigError
 from convnn.files import lock
-from convnn.grid import SweepConfig, make_plan
+from convnn.grid import SweepConfig, make_plan, quoted
 from convnn.points import PointState, StopSignals, lock_file, point_state, run_point, status_file
 from convnn.sweeping import run_sweep
 
@@ -229,7 +229,13 @@ def test_invalid_points_stop_everything_or_are_left_out(driver, tmp_path):
     [
         (["grid=spectrm"], "error: grid=spectrm: no such option; did you mean 'spectrum'?"),
         (["operator.kk=1,2"], "did you mean 'operator.k'"),
-        (["hydra/launcher=joblb"], "hydra/launcher=joblb is unknown; did you mean 'joblib'"),
+        (["hydra/launcher=joblb"], "hydra/launcher=joblb: no such option; did you mean 'joblib'"),
+        (["hydra.launcher.n_jobs=2", "seed=0,1"], "n_jobs"),
+        (["hydra.job.chdir=true", "seed=0,1"], "jobs stay in the folder"),
+        (["run.dir=x", "seed=0,1"], "set sweep.dir"),
+        (["sweep.retry_failed=maybe", "seed=0,1"], "sweep.retry_failed"),
+        (["operator.k=range(0,4,0)"], "operator.k"),
+        (["hydra/sweeper=basic", "seed=0,1", "sweep.dry_run=true"], "need the default sweeper"),
         (["hydra/launcher=submitit_slurm"], "there is no srun here"),
         (["sweep.dir=/proc/nowhere"], "cannot be written"),
     ],
@@ -263,6 +269,50 @@ def test_another_sweeper_uses_the_same_machinery(driver, tmp_path):
         code, text = sweep(driver, tmp_path, "seed=0,1", "hydra/sweeper=basic")
         assert code == 0, text
     assert [len(p.read_text().splitlines()) for p in tmp_path.glob("sweep/points/*/calls")] == [1, 1]
+    code, text = sweep(driver, tmp_path, "data.name=raise", "seed=0,1", "optim.lr=0.1,-1", "hydra/sweeper=basic")
+    assert code == 1 and "a fault of the test" in text and "optim.lr=-1.0 must lie" in text
+
+
+def test_a_known_configuration_keeps_its_folder_under_any_name(driver, tmp_path):
+    assert sweep(driver, tmp_path, "seed=1,2")[0] == 0
+    code, text = sweep(driver, tmp_path, "seed=1,2", "run.name='../../a b'")
+    assert code == 0 and "2 points (2 complete), 0 to run" in text
+    code, text = sweep(driver, tmp_path, "seed=3", "run.name='../../a b'")
+    assert code == 0 and not list(tmp_path.parent.glob("*a*b-*"))
+    assert len(list((tmp_path / "sweep" / "points").iterdir())) == 3
+
+
+def test_odd_folder_names(driver, tmp_path):
+    for name in ("com,ma", "it's", "[x]=y#", " lead", "back\\slash"):
+        place = tmp_path / "odd" / name
+        code, text = sweep(driver, tmp_path, f"sweep.dir={quoted(str(place))}", "seed=1", "sweep.name='a b,c'")
+        assert code == 0 and "1 complete" in text and (place / "points").is_dir(), (name, text)
+
+
+def test_a_point_that_waits_for_its_gpu_is_waited_for(driver, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with lease.device_lease("auto", 1, lambda: False) as held:
+        assert held
+        both = [sweep(driver, tmp_path, "seed=1", wait=False) for _ in range(2)]
+        time.sleep(4)
+    texts = [p.communicate(timeout=60)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], texts
+    assert [len(p.read_text().splitlines()) for p in tmp_path.glob("sweep/points/*/calls")] == [1]
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_a_killed_sweep_takes_its_workers_along(launcher, driver, tmp_path):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
+    process = sweep(driver, tmp_path, "data.name=sleep", "seed=1,2", f"hydra/launcher={launcher}", wait=False)
+    wait_for("sweep/points/*/ready", tmp_path)
+    process.kill()
+    process.wait()
+    wait_for("sweep/points/*/checkpoints/last.pt", tmp_path)
+    end = time.monotonic() + 30
+    while alive(tmp_path):
+        assert time.monotonic() < end, alive(tmp_path)
+        time.sleep(0.5)
 
 
 # ------------------------------------------------------------------------------------------------ one point

@@ -1,0 +1,152 @@
+"""Time operators and training steps side by side: naive references, the limits, and ours.
+
+usage: uv run scripts/benchmark.py [quick=true] [device=auto|cpu|cuda] [out=DIR] [threads=N] [compile=true]
+                                   [groups=GLOB,...] [repeats=N] [seconds=S]
+
+  quick=true      small shapes and few repeats: under a minute on two CPU cores
+  out=DIR         benchmark.csv and benchmark.png go here; default: benchmarks
+  threads=N       CPU threads; default: torch's
+  compile=true    compiled layers too (minutes of compilation on a CPU)
+  groups=GLOB     conv*, attention*, tokens, neighbours, "training step"; default: all
+  repeats, seconds   rounds of a group: at most so many, and no new one after so many seconds
+
+Times are medians over interleaved rounds, with quartiles; ratios are to the first case of each group. Peak memory is
+what one call needs above what was there before it.
+"""
+
+import csv
+import fnmatch
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from convnn.cli import guarded, script_options
+from convnn.config import ConfigError
+
+
+@dataclass
+class Options:
+    """The script's keys."""
+
+    quick: bool = False
+    device: str = "auto"
+    out: str = "benchmarks"
+    threads: int | None = None
+    compile: bool = False
+    groups: str = "*"
+    repeats: int = 30
+    seconds: float = 30.0
+
+
+def main() -> None:
+    """Run the script."""
+    options: Options = script_options(Options, sys.argv[1:], __doc__ or "")
+    import torch
+
+    from convnn.benchmarking import operator_cases, scaling_cases, training_cases
+    from convnn.rundir import environment
+    from convnn.runtime import pick_device
+
+    device = pick_device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    cases = [*operator_cases(options.quick, options.compile), *scaling_cases(options.quick)]
+    cases += training_cases(options.quick)
+    patterns = options.groups.split(",")
+    cases = [c for c in cases if any(fnmatch.fnmatch(c.group, p) for p in patterns)]
+    if not cases:
+        raise ConfigError(f"groups={options.groups} matches no group; see --help")
+    facts = environment()
+    rows = run_all(cases, device, options, facts)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "benchmark.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(rows, out / "benchmark.png", f"{facts['gpu'] or facts['processor']}, torch {torch.__version__}")
+    print(f"written: {out / 'benchmark.csv'}, {out / 'benchmark.png'}")
+
+
+def run_all(cases: list, device: object, options: Options, facts: dict) -> list[dict]:
+    """Measure group by group, print as it goes, and return the rows of the CSV file."""
+    from convnn.benchmarking import measure, peak_memory
+
+    rows = []
+    for group in dict.fromkeys(c.group for c in cases):
+        own = [c for c in cases if c.group == group]
+        scaling = group in ("tokens", "neighbours")
+        peaks = [peak_memory(c, device) for c in own]  # type: ignore[arg-type]
+        timings = measure(own, device, 5 if options.quick else options.repeats, 3 if options.quick else options.seconds)  # type: ignore[arg-type]
+        print(f"\n{group}")
+        for timing, peak in zip(timings, peaks, strict=True):
+            ratio = timing.median / timings[0].median
+            low, high = timing.quartiles
+            text = f"  {timing.case.name:<36} {timing.median:>9.2f} ms  [{low:.2f}, {high:.2f}]"
+            text += f"  N={timing.case.tokens} k={timing.case.k}" if scaling else f"  x{ratio:.2f}"
+            if timing.case.images:
+                text += f"  {1000 * timing.case.images / timing.median:.0f} images/s"
+            print(f"{text}  {peak / 2**20:.1f} MiB", flush=True)
+            rows.append(
+                {
+                    "group": group,
+                    "case": timing.case.name,
+                    "tokens": timing.case.tokens,
+                    "k": timing.case.k,
+                    "ms_median": round(timing.median, 4),
+                    "ms_q1": round(low, 4),
+                    "ms_q3": round(high, 4),
+                    "rounds": len(timing.milliseconds),
+                    "ratio": round(ratio, 4),
+                    "images_per_second": round(1000 * timing.case.images / timing.median, 1) or "",
+                    "peak_mib": round(peak / 2**20, 2),
+                    "device": facts["gpu"] or facts["processor"],
+                    "threads": facts["threads"],
+                    "torch": facts["versions"]["torch"],
+                    "commit": facts["git_commit"],
+                    "quick": options.quick,
+                }
+            )
+    return rows
+
+
+def draw(rows: list[dict], path: Path, title: str) -> None:
+    """Draw one panel a group: bars of times, or curves over N and k."""
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")
+        from matplotlib import pyplot as plt
+    except ImportError as error:
+        raise ConfigError("the plot needs matplotlib: uv sync --extra report") from error
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    columns = min(3, len(groups))
+    height = -(-len(groups) // columns)
+    figure, axes = plt.subplots(height, columns, figsize=(6 * columns, 3.4 * height), squeeze=False)
+    for axis, group in zip(axes.flat, groups, strict=False):
+        own = [row for row in rows if row["group"] == group]
+        axis.set_title(group)
+        if group in ("tokens", "neighbours"):
+            key = "tokens" if group == "tokens" else "k"
+            for name in dict.fromkeys(row["case"] for row in own):
+                line = [row for row in own if row["case"] == name]
+                axis.plot([r[key] for r in line], [r["ms_median"] for r in line], marker="o", label=name)
+            axis.set(xscale="log", yscale="log", xlabel="tokens N" if group == "tokens" else "neighbours k")
+            axis.set_ylabel("forward + backward (ms)")
+            axis.legend(frameon=False)
+        else:
+            names = [row["case"] for row in own]
+            axis.barh(names[::-1], [row["ms_median"] for row in own][::-1], color="#4477aa")
+            for i, row in enumerate(own[::-1]):
+                axis.text(row["ms_median"], i, f" ×{row['ratio']:.1f}", va="center")
+            axis.set_xlabel("ms")
+            axis.margins(x=0.18)
+    for axis in list(axes.flat)[len(groups) :]:
+        axis.axis("off")
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,113 @@
+"""Run the rows of a paper table and print published and measured figures side by side.
+
+usage: uv run scripts/reproduce.py table=NAME [rows=GLOB,...] [careful=true] [seeds=0,1,...] [dry_run=true]
+                                   [dir=DIR] [key=value ...]
+
+  table=NAME     {tables}
+  rows=GLOB,...  only these rows; the names are in conf/table/NAME.csv and in dry_run=true
+  careful=true   the careful variant: augmentation, a validation split, three seeds
+  seeds=0,1,...  these seeds in place of the published one
+  dry_run=true   train nothing: list the rows with published figures and parameter counts, and check the counts
+  dir=DIR        default: reproductions/NAME
+  key=value      any override of train.py (train.epochs=3, device=cuda) or of Hydra (hydra/launcher=joblib); whatever
+                 changes the experiment is named in the table, and the row is then no comparison
+
+The same command again goes on where it stopped. Exit codes: as sweep.py; 1 too if a parameter count differs in dry_run.
+"""
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from convnn.published import PaperRow, PaperTable, load_table, table_names
+from omegaconf import MISSING
+
+from convnn.cli import EXIT_FAILED, guarded, script_options
+from convnn.reproduction import (
+    aligned,
+    check_seeds,
+    compare,
+    comparison_table,
+    explanation,
+    select_rows,
+    sweep_of,
+    write_comparison,
+)
+from convnn.sweeping import carry_out
+
+
+@dataclass
+class Options:
+    """The script's own keys."""
+
+    table: str = MISSING
+    rows: str | None = None
+    careful: bool = False
+    seeds: str | None = None
+    dry_run: bool = False
+    dir: str | None = None
+
+
+_OWN = tuple(f"{name}=" for name in ("table", "rows", "careful", "seeds", "dry_run", "dir"))
+
+
+def check_counts(table: PaperTable, rows: list[PaperRow], given: list[str], careful: bool) -> int:
+    """List the rows with published figures, and parameters and operations of both; return the exit code."""
+    from convnn.fidelity import facts
+
+    from convnn.grid import Composer
+
+    composer, lines, different = Composer(), [], 0
+    for row in rows:
+        found = facts(composer(table.overrides(row, careful=careful, extra=given)))
+        equal = row.params is None or found.params == row.params
+        different += not equal
+        lines.append(
+            [
+                row.row,
+                *("–" if v is None else f"{v:.2f}" for v in (row.top1_best, row.top1_last, row.top1_last5_mean)),
+                "–" if row.params is None else f"{row.params:,}",
+                f"{found.params:,}",
+                "–" if row.params is None else "equal" if equal else f"{found.params - row.params:+,}",
+                "–" if row.gflops is None else f"{row.gflops:.8g}",
+                "–" if found.gflops_profiler is None else f"{found.gflops_profiler:.8g}",
+                f"{found.gflops:.6g}",
+                row.note,
+            ]
+        )
+    header = ["row", "best", "last", "last five", "params published", "ours", "", "GFLOPs published"]
+    print(aligned([*header, "profiler's way", "honest", "note"], lines))
+    print(f"{len(rows)} rows; parameter counts: {len(rows) - different} equal or unpublished, {different} different.")
+    print(f"Published figures: the authors' result files, see the column source in {table.published}.")
+    if table.needs:
+        print(table.needs)
+    return EXIT_FAILED if different else 0
+
+
+def main(argv: list[str]) -> int:
+    """Run the script; return its exit code."""
+    own = [a for a in argv if a.startswith(_OWN) or a in ("-h", "--help")]
+    rest = [a for a in argv if a not in own]
+    options: Options = script_options(Options, own, (__doc__ or "").format(tables=", ".join(table_names())))
+    table = load_table(options.table)
+    rows = select_rows(table, options.rows)
+    launcher = [o for o in rest if o.startswith(("hydra/", "hydra."))]
+    given = [o for o in rest if o not in launcher]
+    if options.dry_run:
+        return check_counts(table, rows, given, options.careful)
+    seeds = check_seeds(options.seeds, options.careful)
+    folder = options.dir or f"reproductions/{table.name}{'-careful' if options.careful else ''}"
+    sweep = sweep_of(table, rows, folder, careful=options.careful, seeds=seeds)
+    command = ["scripts/reproduce.py", *argv]
+    code = carry_out(sweep, given, launcher, command)
+    found = compare(table, rows, sweep, given)
+    print(f"\n{table.title}\n\n{aligned(*comparison_table(table, found))}\n")
+    print("\n".join(explanation(table, "uv run " + shlex.join(command))))
+    paths = write_comparison(table, found, Path(folder), "uv run " + shlex.join(command))
+    print("written: " + ", ".join(map(str, paths)))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: main(sys.argv[1:]), debug="debug=true" in sys.argv[1:]))

@@ -172,36 +172,38 @@ class ConvNNAttention(NeighborLayer):
         margin = (radius,) * 2 if self.border == "shift" else (0, 0)
         return Geometry(height, width, prefix=self.num_prefix_tokens, margin=margin)
 
-    def _layout(self, num_tokens: int) -> Geometry:
+    def layout_of(self, num_tokens: int) -> Geometry:
+        """Return where the tokens of a sequence of this length lie, as far as this layer cares."""
         # Without positions or a grid of candidates a plain sequence of any length will do.
         whole = self.selection.candidates in ("all", "random") and self.border != "zeros"
         if self.layout == "grid" and self.blend_logit is None and self.blend == 1 and whole and self.grid_size is None:
             return Geometry(1, num_tokens - self.num_prefix_tokens, prefix=self.num_prefix_tokens)
         return self.geometry(num_tokens)
 
+    def _pads(self) -> bool:
+        blend = self.blend_value()
+        return self.selection.pad_candidates or not (isinstance(blend, float) and blend == 1)
+
+    def is_fused(self, geometry: Geometry) -> bool:
+        """Return whether fused attention computes this layer: if all candidates are neighbours and order is lost."""
+        settings = {"num": self.k, "weighting": self.weighting, "aggregation": self.aggregation, "pads": self._pads()}
+        every = attends_to_all(geometry, self.selection, **settings)  # type: ignore[arg-type]
+        return self.fast and every and not self.straight_through
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, N, C) -> (B, N, dim_out). A mask is refused rather than ignored."""
         refuse_mask(attn_mask, is_causal)
         b, n, _ = x.shape
-        geometry = self._layout(n)
+        geometry = self.layout_of(n)
         qkv = self.qkv(x).view(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (B, H, N, D)
         q, k = self.q_norm(q), self.k_norm(k)
         if any(geometry.padding):
             k, v = (add_ring(t, geometry) for t in (k, v))
-        blend = self.blend_value()
-        pads = self.selection.pad_candidates or not (isinstance(blend, float) and blend == 1)
         drop = self.attn_drop.p if self.training else 0.0
-        every = attends_to_all(
-            geometry,
-            self.selection,
-            num=self.k,
-            weighting=self.weighting,
-            aggregation=self.aggregation,
-            pads=pads,
-        )
-        if self.fast and every and not self.straight_through:
-            y = attend(q, k, v, geometry, self.selection, temperature=self.temperature, dropout=drop, pads=pads)
+        if self.is_fused(geometry):
+            pads, temperature = self._pads(), self.temperature
+            y = attend(q, k, v, geometry, self.selection, pads=pads, temperature=temperature, dropout=drop)
         else:
             y = neighbor_aggregate(
                 q,
@@ -210,7 +212,7 @@ class ConvNNAttention(NeighborLayer):
                 geometry,
                 self.selection,
                 num=self.k,
-                blend=blend,
+                blend=self.blend_value(),
                 weighting=self.weighting,
                 temperature=self.temperature,
                 dropout=drop,

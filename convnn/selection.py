@@ -6,6 +6,7 @@ Shapes: B batch, H heads, Q queries, N tokens, M candidates, K neighbours, D cha
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -189,7 +190,8 @@ def select_neighbors(
         num = min(num, most)
     queries = geometry.query_index(device)
     split = 0 if by_features else geometry.prefix
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    # The meta device, on which costs are counted, has no autocast.
+    with torch.no_grad(), nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False):
         q, k = (t if t.dtype == torch.float64 else t.float() for t in (q, k))
         found = []
         for part, share in ((slice(0, split), 1.0), (slice(split, None), blend)):

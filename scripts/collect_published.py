@@ -67,7 +67,8 @@ def _sampling(line: Line, layout: list[str]) -> tuple[list[str], str, list[str]]
 def _hybrid(line: Line) -> tuple[list[str], str, list[str]]:
     """Return the overrides of a branching layer, the name of its neighbours' kind, and notes."""
     ratio = float(line["branch_ratio"])
-    own, name, notes = [f"operator.branch_ratio={ratio:g}"], "features", []
+    own, name = [f"operator.branch_ratio={ratio:g}"], "features"
+    notes: list[str] = []
     if ratio == 0:
         return own, name, [FUSED]
     own.append(f"operator.k={line['k']}")
@@ -169,7 +170,8 @@ def vit_base(line: Line) -> tuple[str, list[str], list[str]]:
 
 def resnet(line: Line) -> tuple[str, list[str], list[str]]:
     """Describe a run of ResNet-50."""
-    kernel, notes = line["kernel_size"], []
+    kernel = line["kernel_size"]
+    notes: list[str] = []
     if line["layer"] == "Conv2d":
         own = ["operator=hybrid", "operator.branch_ratio=0", "operator.branch_fuse=false"]
         name = f"conv{kernel}"

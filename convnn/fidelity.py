@@ -14,6 +14,7 @@ elementwise products and sums written as such, but no Conv1d. The formulae at ``
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -27,14 +28,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from convnn.attention import ConvNNAttention
+from convnn.backbones import create_backbone
 from convnn.base import NeighborLayer
 from convnn.config import Config, ConfigError
-from convnn.data import Dataset, Split
-from convnn.evaluation import build_model
 from convnn.hybrid import HybridConvNN2d
 from convnn.layers import ConvNN2d
 from convnn.selection import most_candidates
-from convnn.swap import count_parameters
+from convnn.swap import count_parameters, swap_layers
 
 CLASSES = {"cifar10": 10, "cifar100": 100, "imagefolder": 1000, "digits": 10}
 """Classes of a data set, by ``data.name``; an image folder stands for ImageNet-1K."""
@@ -54,6 +54,7 @@ class Facts:
     """The same as the authors' profiler would count it; None where its rule is not known."""
 
 
+_BACKBONES: dict[str, nn.Module] = {}
 _SIZES: dict[str, int] = {}
 _COSTS: dict[str, tuple[int, int | None, int]] = {}
 
@@ -65,12 +66,15 @@ def build_meta(config: Config, num_classes: int | None = None) -> tuple[nn.Modul
         ConfigError: if the parts do not fit together.
     """
     channels, side = _image(config)
-    images = torch.empty(1, channels, side, side, dtype=torch.uint8, device="meta")
-    split = Split(images, torch.zeros(1, dtype=torch.int64, device="meta"))
-    classes = [str(i) for i in range(_classes(config, num_classes))]
+    side = config.data.image_size or config.backbone.image_size or side
+    classes = _classes(config, num_classes)
+    key = json.dumps([asdict(config.backbone), classes, channels, side])
     with torch.device("meta"):
-        model, _, image_size = build_model(config, Dataset(split, split, classes))
-    return model, torch.empty(1, channels, image_size, image_size, device="meta")
+        if key not in _BACKBONES:
+            _BACKBONES[key] = create_backbone(config.backbone, classes, channels, side)
+        model = copy.deepcopy(_BACKBONES[key])
+        swap_layers(model, config.swap, config.operator)
+    return model, torch.empty(1, channels, side, side, device="meta")
 
 
 def parameters(config: Config, num_classes: int | None = None) -> int:

@@ -55,6 +55,10 @@ def from_hydra(values: DictConfig) -> Config:
     return to_config(OmegaConf.to_container(values, resolve=True))
 
 
+_ELSEWHERE = {"grid": "sweep.py grid=NAME", "table": "scripts/reproduce.py table=NAME"}
+"""Folders of conf/ that are no groups of a run."""
+
+
 def translate(error: Exception, overrides: Sequence[str], schema: type = Config) -> ConfigError:
     """Say what Hydra means in one line."""
     text = str(error)
@@ -68,6 +72,8 @@ def translate(error: Exception, overrides: Sequence[str], schema: type = Config)
         key = found.group(1).split("@")[0]
         if "." in key:
             return unknown_key_error(key, schema)
+        if key in _ELSEWHERE:
+            return ConfigError(f"{key}= is no part of this command; use {_ELSEWHERE[key]}")
         return ConfigError(f"unknown key '{key}'{nearest(key, [*all_keys(schema), *groups])}")
     if "Ambiguous value for argument" in text or "sweep" in text.lower():
         given = next((o for o in overrides if "," in o or "(" in o), "")

@@ -275,7 +275,10 @@ def text_of(rows: list[PaperRow]) -> str:
 def main(argv: list[str]) -> None:
     """Read, write, and say how many rows each table has."""
     given = [f"from_{arg[4:]}" if arg.startswith("from=") else arg for arg in argv]
-    options: Options = script_options(Options, given, USAGE)
+    try:
+        options: Options = script_options(Options, given, USAGE)
+    except ConfigError as error:  # from is a word of Python's own, and so no name of a field
+        raise ConfigError(str(error).replace("from_", "from")) from error
     out = Path(options.out) if options.out else TABLE_DIR
     for name, rows in collect(Path(options.from_)).items():
         write_text(out / f"{name}.csv", text_of(rows))

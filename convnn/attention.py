@@ -70,6 +70,8 @@ class ConvNNAttention(NeighborLayer):
         weighting: ``softmax``, ``ones`` or ``score``.
         temperature: divides the similarity, on top of the 1/sqrt(D) of ``similarity="dot"``.
         border: of windows at the grid's edge: ``nearest``, ``zeros`` or ``shift``.
+        layout: ``grid``, or ``sequence``: prefix and grid tokens on one line.
+        head_dim: D, default C / H.
         learn_blend: ``no``, ``layer`` or ``head``.
         straight_through: see ``convnn.functional.selection_weights``.
         num_prefix_tokens: tokens before the grid.
@@ -103,6 +105,8 @@ class ConvNNAttention(NeighborLayer):
         weighting: str = "softmax",
         temperature: float = 1.0,
         border: str = "nearest",
+        layout: str = "grid",
+        head_dim: int | None = None,
         learn_blend: str = "no",
         straight_through: bool = False,
         num_prefix_tokens: int = 0,
@@ -111,24 +115,26 @@ class ConvNNAttention(NeighborLayer):
         **selection: Any,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
+        if head_dim is None and dim % num_heads:
             raise ValueError(f"num_heads={num_heads} must divide dim={dim}")
-        self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, head_dim or dim // num_heads
         self.num_prefix_tokens, self.grid_size, self.border, self.fast = num_prefix_tokens, grid_size, border, fast
+        self.layout = layout
         own = {"similarity": "dot", "self_first": False, "k": k, "blend": blend, "aggregation": aggregation}
         own |= {"weighting": weighting, "temperature": temperature, "border": border}
+        own |= {"layout": layout, "head_dim": head_dim}
         own |= {"learn_blend": learn_blend, "straight_through": straight_through}
         self._init_spectrum(ATTENTION, num_heads, own | selection)
 
         d = self.head_dim
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = nn.Linear(dim, 3 * num_heads * d, bias=qkv_bias)
         self.q_norm = norm_layer(d) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(d) if qk_norm else nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
         shape = {"depthwise": (d, k), "separable": (d, k), "conv": (d, d, k)}.get(aggregation)
         self.slot_weight = nn.Parameter(torch.empty(shape)) if shape else None
         self.pointwise = nn.Linear(d, d, bias=False) if aggregation == "separable" else None
-        self.proj = nn.Linear(dim, dim_out or dim, bias=proj_bias)
+        self.proj = nn.Linear(num_heads * d, dim_out or dim, bias=proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_slots()
 
@@ -156,6 +162,8 @@ class ConvNNAttention(NeighborLayer):
         Raises:
             ValueError: if the tokens after the prefix are neither ``grid_size`` nor a square.
         """
+        if self.layout == "sequence":
+            return Geometry(1, num_tokens)
         height, width = grid_of(num_tokens, self.num_prefix_tokens, self.grid_size)
         radius = math.isqrt(self.k_max) // 2
         if self.border == "zeros":
@@ -164,36 +172,38 @@ class ConvNNAttention(NeighborLayer):
         margin = (radius,) * 2 if self.border == "shift" else (0, 0)
         return Geometry(height, width, prefix=self.num_prefix_tokens, margin=margin)
 
-    def _layout(self, num_tokens: int) -> Geometry:
+    def layout_of(self, num_tokens: int) -> Geometry:
+        """Return where the tokens of a sequence of this length lie, as far as this layer cares."""
         # Without positions or a grid of candidates a plain sequence of any length will do.
         whole = self.selection.candidates in ("all", "random") and self.border != "zeros"
-        if self.blend_logit is None and self.blend == 1 and whole and self.grid_size is None:
+        if self.layout == "grid" and self.blend_logit is None and self.blend == 1 and whole and self.grid_size is None:
             return Geometry(1, num_tokens - self.num_prefix_tokens, prefix=self.num_prefix_tokens)
         return self.geometry(num_tokens)
+
+    def _pads(self) -> bool:
+        blend = self.blend_value()
+        return self.selection.pad_candidates or not (isinstance(blend, float) and blend == 1)
+
+    def is_fused(self, geometry: Geometry) -> bool:
+        """Return whether fused attention computes this layer: if all candidates are neighbours and order is lost."""
+        settings = {"num": self.k, "weighting": self.weighting, "aggregation": self.aggregation, "pads": self._pads()}
+        every = attends_to_all(geometry, self.selection, **settings)  # type: ignore[arg-type]
+        return self.fast and every and not self.straight_through
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, N, C) -> (B, N, dim_out). A mask is refused rather than ignored."""
         refuse_mask(attn_mask, is_causal)
-        b, n, c = x.shape
-        geometry = self._layout(n)
+        b, n, _ = x.shape
+        geometry = self.layout_of(n)
         qkv = self.qkv(x).view(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (B, H, N, D)
         q, k = self.q_norm(q), self.k_norm(k)
         if any(geometry.padding):
             k, v = (add_ring(t, geometry) for t in (k, v))
-        blend = self.blend_value()
-        pads = self.selection.pad_candidates or not (isinstance(blend, float) and blend == 1)
         drop = self.attn_drop.p if self.training else 0.0
-        every = attends_to_all(
-            geometry,
-            self.selection,
-            num=self.k,
-            weighting=self.weighting,
-            aggregation=self.aggregation,
-            pads=pads,
-        )
-        if self.fast and every and not self.straight_through:
-            y = attend(q, k, v, geometry, self.selection, temperature=self.temperature, dropout=drop, pads=pads)
+        if self.is_fused(geometry):
+            pads, temperature = self._pads(), self.temperature
+            y = attend(q, k, v, geometry, self.selection, pads=pads, temperature=temperature, dropout=drop)
         else:
             y = neighbor_aggregate(
                 q,
@@ -202,7 +212,7 @@ class ConvNNAttention(NeighborLayer):
                 geometry,
                 self.selection,
                 num=self.k,
-                blend=blend,
+                blend=self.blend_value(),
                 weighting=self.weighting,
                 temperature=self.temperature,
                 dropout=drop,
@@ -213,7 +223,7 @@ class ConvNNAttention(NeighborLayer):
             )
         if self.pointwise is not None:
             y = self.pointwise(y)
-        y = y.transpose(1, 2).reshape(b, n, c)
+        y = y.transpose(1, 2).reshape(b, n, self.num_heads * self.head_dim)
         return self.proj_drop(self.proj(y))
 
     def extra_repr(self) -> str:
@@ -237,6 +247,8 @@ class ConvNNAttention(NeighborLayer):
         scaled = self.temperature == 1 or isinstance(self.q_norm, nn.Identity)
         if not plain or s.candidates != "all" or self.aggregation in ("conv", "separable") or not scaled:
             raise ValueError(f"it is no self-attention: {self._spectrum_repr()}")
+        if self.num_heads * self.head_dim != self.dim:
+            raise ValueError(f"its heads have {self.head_dim} channels each, not {self.dim} / {self.num_heads}")
         tokens = self.num_prefix_tokens + math.prod(self.grid_size or (0, 0))
         if self.grid_size is None:
             raise ValueError("without grid_size it is not known how many tokens there are")
@@ -278,6 +290,9 @@ class ConvNNAttention(NeighborLayer):
         proj_bias = layer.proj.bias is not None if config.bias is None else config.bias
         if init == "transfer" and layer.proj.bias is not None and not proj_bias:
             raise ConfigError(f"swap.init=transfer: '{site.name}' has a bias; leave operator.bias at null")
+        own = layer.attn_dim // layer.num_heads
+        if init == "transfer" and config.head_dim not in (None, own):
+            raise ConfigError(f"swap.init=transfer: '{site.name}' has {own} channels per head; leave operator.head_dim")
         new = cls(
             layer.attn_dim,
             layer.num_heads,
@@ -290,7 +305,7 @@ class ConvNNAttention(NeighborLayer):
             proj_drop=layer.proj_drop.p,
             num_prefix_tokens=site.num_prefix_tokens,
             grid_size=site.grid_size,
-            **layer_settings(config, "border"),
+            **layer_settings(config, "border", "layout", "head_dim"),
         )
         new.q_norm, new.k_norm = copy_norm(layer.q_norm, init), copy_norm(layer.k_norm, init)
         new.reset_slots(preserve=init == "transfer")

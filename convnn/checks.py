@@ -166,10 +166,11 @@ CHOICES = {
     "similarity": ["cosine", "euclidean", "dot"],
     "mix": ["sum", "concat"],
     "distance": ["chebyshev", "euclidean"],
-    "candidates": ["all", "random", "grid", "window"],
+    "candidates": ["all", "random", "grid", "window", "stride"],
     "eval_candidates": ["same", "all", "resample"],
     "slots": ["rank", "raster", "window"],
     "border": ["nearest", "zeros", "shift"],
+    "layout": ["grid", "sequence"],
     "projection": ["identity", "linear"],
     "weighting": ["ones", "softmax", "score"],
     "aggregation": ["conv", "depthwise", "separable", "sum", "max_relative"],
@@ -191,6 +192,7 @@ def check_operator(operator: OperatorConfig, prefix: str = "operator") -> None:
     _range(f"{p}.branch_kernel", operator.branch_kernel, 1)
     _range(f"{p}.num_candidates", operator.num_candidates, 1)
     _range(f"{p}.shuffle", operator.shuffle, 1)
+    _range(f"{p}.head_dim", operator.head_dim, 1)
     reason = contradiction(asdict(operator))
     if reason:
         raise ConfigError(reason.replace("{p}", p))
@@ -198,12 +200,13 @@ def check_operator(operator: OperatorConfig, prefix: str = "operator") -> None:
 
 def contradiction(o: Mapping[str, Any]) -> str | None:
     """Return why operator settings cannot go together, ``{p}`` standing for the prefix of the keys, or None."""
-    foreign: dict[str, Any] = {"border": "nearest"}
+    foreign: dict[str, Any] = {"border": "nearest", "layout": "grid", "head_dim": None}
     if o["kind"] == ATTENTION:
         foreign = {"projection": "identity", "coordinates": False, "shuffle": 1}
     for key, neutral in foreign.items():
         if o[key] != neutral:
-            return f"{{p}}.{key}={o[key]} does not apply to operators of kind {o['kind']}; leave it at {neutral}"
+            default = "null" if neutral is None else neutral
+            return f"{{p}}.{key}={o[key]} does not apply to operators of kind {o['kind']}; leave it at {default}"
     if o["kind"] == ATTENTION and o["aggregation"] == "max_relative":
         return "{p}.aggregation=max_relative is for operators of kind conv; use conv, depthwise, separable or sum"
     if o["kind"] == ATTENTION and o["slots"] == "window" and o["border"] != "zeros":
@@ -214,6 +217,8 @@ def contradiction(o: Mapping[str, Any]) -> str | None:
         return f"{{p}}.coordinates=true needs {{p}}.aggregation=conv or separable, not {o['aggregation']}"
     if o["border"] != "nearest" and (math.isqrt(o["k"]) ** 2 != o["k"] or o["k"] % 2 == 0):
         return f"{{p}}.border={o['border']} needs {{p}}.k to be an odd square (1, 9, 25, 49, ...), not {o['k']}"
+    if o["border"] != "nearest" and o["layout"] == "sequence":
+        return f"{{p}}.border={o['border']} needs {{p}}.layout=grid: its window is square"
     if o["border"] == "shift" and o["distance"] != "chebyshev":
         return "{p}.border=shift needs {p}.distance=chebyshev: its window is square"
     if o["border"] == "shift" and o["candidates"] == "window" and o["num_candidates"] < math.isqrt(o["k"]) // 2:
@@ -221,7 +226,7 @@ def contradiction(o: Mapping[str, Any]) -> str | None:
     if o["learn_blend"] == "head" and o["kind"] == CONV:
         return "{p}.learn_blend=head needs heads; use layer for operators of kind conv"
     # Attention has prefix tokens besides, whose number the model knows.
-    if o["kind"] == CONV and o["k_policy"] == "error" and o["candidates"] != "all":
+    if o["kind"] == CONV and o["k_policy"] == "error" and o["candidates"] not in ("all", "stride"):
         power = 1 if o["candidates"] == "random" else 2
         side = 2 * o["num_candidates"] + 1 if o["candidates"] == "window" else o["num_candidates"]
         if o["k"] > side**power:

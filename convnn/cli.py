@@ -55,6 +55,10 @@ def from_hydra(values: DictConfig) -> Config:
     return to_config(OmegaConf.to_container(values, resolve=True))
 
 
+_ELSEWHERE = {"grid": "sweep.py grid=NAME", "table": "scripts/reproduce.py table=NAME"}
+"""Folders of conf/ that are no groups of a run."""
+
+
 def translate(error: Exception, overrides: Sequence[str], schema: type = Config) -> ConfigError:
     """Say what Hydra means in one line."""
     text = str(error)
@@ -72,6 +76,8 @@ def translate(error: Exception, overrides: Sequence[str], schema: type = Config)
             return ConfigError(f"'{key}' is a group of sweep.py")
         if "." in key:
             return unknown_key_error(key, schema)
+        if key in _ELSEWHERE:
+            return ConfigError(f"{key}= is no part of this command; use {_ELSEWHERE[key]}")
         return ConfigError(f"unknown key '{key}'{nearest(key, [*all_keys(schema), *groups])}")
     if "Ambiguous value for argument" in text or "requires --multirun" in text:
         given = next((o for o in overrides if "," in o or "(" in o), "")

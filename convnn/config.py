@@ -68,10 +68,10 @@ class OperatorConfig:
     distance: str = "chebyshev"
     """Of positions: ``chebyshev`` or ``euclidean``, in pixels or tokens."""
     candidates: str = "all"
-    """Tokens that may be chosen: ``all``, ``random`` (num_candidates of them), ``grid`` (num_candidates per side) or
-    ``window`` (at most num_candidates tokens away along each axis)."""
+    """Tokens that may be chosen: ``all``, ``random`` (num_candidates of them), ``grid`` (num_candidates per side),
+    ``window`` (at most num_candidates tokens away along each axis) or ``stride`` (a multiple of it away on each)."""
     num_candidates: int = 32
-    """Number of random candidates, side of the candidate grid, or radius of the window."""
+    """Number of random candidates, side of the candidate grid, radius of the window, or the stride."""
     eval_candidates: str = "same"
     """Random candidates at evaluation: ``same`` (one fixed seeded subset), ``all`` or ``resample`` (as the paper)."""
     candidate_seed: int = 0
@@ -86,6 +86,11 @@ class OperatorConfig:
     border: str = "nearest"
     """Attention only, where a window would leave the grid: ``nearest`` tokens inside, ``zeros`` (a ring of zero tokens)
     or ``shift`` (the window moves inside, as in NATTEN). The last two need k to be an odd square."""
+    layout: str = "grid"
+    """Attention only: tokens lie on the ``grid`` of patches, prefix tokens (CLS) apart, or all on one line in their
+    order (``sequence``): positions, windows and candidate grids then have one dimension."""
+    head_dim: int | None = None
+    """Attention only: channels per head of queries, keys and values; null: as the replaced layer."""
     projection: str = "identity"
     """Convolutions only: compare and mix the features themselves (``identity``), or their 1x1 projections to queries,
     keys and values (``linear``, the paper's learned variant). Attention always projects."""
@@ -111,6 +116,10 @@ class OperatorConfig:
     """Share of the output channels from the neighbour branch, the rest from the replaced kind of layer; null: none."""
     branch_kernel: int | None = None
     """Kernel side of the convolution branch of a hybrid; null keeps the replaced layer's."""
+    branch_bias: bool | None = None
+    """Bias of the convolution branch of a hybrid; null: as ``bias``."""
+    branch_fuse: bool = True
+    """End a convolutional hybrid with its 1x1 convolution; false only concatenates the branches."""
     options: dict[str, Any] = field(default_factory=dict)
     """Free settings for operators from other modules."""
 

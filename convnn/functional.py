@@ -18,7 +18,7 @@ from convnn.selection import (
     Selection,
     candidate_tokens,
     most_candidates,
-    outside_window,
+    out_of_reach,
     select_neighbors,
 )
 from convnn.similarity import blend_scores, deviation, pair_similarity, unit, with_positions
@@ -204,7 +204,7 @@ def attend(
     tokens = torch.arange(geometry.num_tokens, device=q.device) if candidates is None else candidates
     if candidates is not None:
         k, v = k[:, :, candidates], v[:, :, candidates]
-    outside = outside_window(geometry, selection, geometry.query_index(q.device), tokens)
+    outside = out_of_reach(geometry, selection, geometry.query_index(q.device), tokens)
     scale = 1 / temperature
     if selection.similarity == "cosine":
         q, k = unit(q), unit(k)

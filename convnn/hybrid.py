@@ -43,23 +43,25 @@ class HybridConvNN2d(nn.Module):
     Args:
         neighbors: the neighbour branch, or None.
         conv: the convolution branch, or None.
+        fuse: end with the 1x1 convolution.
 
     Shape:
         (B, C, h, w) -> (B, O, h', w'), O the sum of both branches' output channels.
     """
 
-    def __init__(self, neighbors: ConvNN2d | None, conv: nn.Conv2d | None) -> None:
+    def __init__(self, neighbors: ConvNN2d | None, conv: nn.Conv2d | None, fuse: bool = True) -> None:
         super().__init__()
         if neighbors is None and conv is None:
             raise ValueError("a hybrid layer needs at least one branch")
         self.neighbors, self.conv = neighbors, conv
         out = sum(branch.out_channels for branch in (neighbors, conv) if branch is not None)
-        self.pointwise = nn.Conv2d(out, out, 1)
+        self.pointwise = nn.Conv2d(out, out, 1) if fuse else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, O, h', w')."""
         branches = [branch(x) for branch in (self.neighbors, self.conv) if branch is not None]
-        return self.pointwise(torch.cat(branches, dim=1) if len(branches) > 1 else branches[0])
+        y = torch.cat(branches, dim=1) if len(branches) > 1 else branches[0]
+        return y if self.pointwise is None else self.pointwise(y)
 
     @torch.no_grad()
     def to_layer(self) -> nn.Conv2d:
@@ -75,13 +77,17 @@ class HybridConvNN2d(nn.Module):
         if len(windows) > 1:
             raise ValueError("its branches have different windows")
         kernel, stride, dilation = (pair(v) for v in (first.kernel_size, first.stride, first.dilation))
-        merged = nn.Conv2d(first.in_channels, self.pointwise.out_channels, kernel, stride, paddings[0], dilation)
-        merged.to(first.weight.device, first.weight.dtype)
-        mix = self.pointwise.weight[:, :, 0, 0]
-        merged.weight.copy_(torch.einsum("op,pchw->ochw", mix, torch.cat([_dense_kernel(p) for p in parts])))
+        weight = torch.cat([_dense_kernel(p) for p in parts])
         bias = torch.cat([p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in parts])
-        assert merged.bias is not None and self.pointwise.bias is not None
-        merged.bias.copy_(mix @ bias + self.pointwise.bias)
+        if self.pointwise is not None:
+            mix = self.pointwise.weight[:, :, 0, 0]
+            assert self.pointwise.bias is not None
+            weight, bias = torch.einsum("op,pchw->ochw", mix, weight), mix @ bias + self.pointwise.bias
+        merged = nn.Conv2d(first.in_channels, len(weight), kernel, stride, paddings[0], dilation)
+        merged.to(weight.device, weight.dtype)
+        assert merged.bias is not None
+        merged.weight.copy_(weight)
+        merged.bias.copy_(bias)
         return merged.train(self.training)
 
     @classmethod
@@ -107,6 +113,7 @@ class HybridConvNN2d(nn.Module):
         rest = layer.out_channels - own
         neighbors = ConvNN2d.from_layer(layer, config, init, site, out_channels=own) if own else None
         conv = None
+        bias = config.bias if config.branch_bias is None else config.branch_bias
         if rest:
             conv = nn.Conv2d(
                 layer.in_channels,
@@ -115,17 +122,18 @@ class HybridConvNN2d(nn.Module):
                 pair(layer.stride),
                 padding,
                 pair(layer.dilation),
-                bias=layer.bias is not None if config.bias is None else config.bias,
+                bias=layer.bias is not None if bias is None else bias,
             )
-        hybrid = cls(neighbors, conv).to(layer.weight.device, layer.weight.dtype)
+        hybrid = cls(neighbors, conv, config.branch_fuse).to(layer.weight.device, layer.weight.dtype)
         if init == "transfer":
             with torch.no_grad():
                 if hybrid.conv is not None:
                     hybrid.conv.weight.copy_(layer.weight[own:])
                     if hybrid.conv.bias is not None and layer.bias is not None:
                         hybrid.conv.bias.copy_(layer.bias[own:])
-                nn.init.dirac_(hybrid.pointwise.weight)
-                nn.init.zeros_(hybrid.pointwise.bias)  # type: ignore[arg-type]
+                if hybrid.pointwise is not None:
+                    nn.init.dirac_(hybrid.pointwise.weight)
+                    nn.init.zeros_(hybrid.pointwise.bias)  # type: ignore[arg-type]
         return hybrid
 
 

@@ -6,6 +6,7 @@ Shapes: B batch, H heads, Q queries, N tokens, M candidates, K neighbours, D cha
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,9 @@ from convnn.similarity import ALIKE, blend_scores, deviation, pair_similarity, s
 # than all at once for 4096 x 1156 scores), on a GPU it should only bound memory (64 Mi scores: 256 MiB in float32).
 CHUNK_SCORES = {"cpu": 1 << 18}
 CHUNK_SCORES_ELSEWHERE = 1 << 26
+
+_RELATIVE = ("window", "stride")
+"""Kinds of candidates that depend on the query."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,9 @@ def candidate_tokens(
 
     Prefix tokens are always candidates. ``grid`` spans the map without its padding ring. ``random`` draws anew
     from torch's global generator at each training step, one subset for the whole batch; ``eval_candidates`` says
-    what happens at evaluation. A sample as large as the map is the whole map. ``window`` further depends on the
-    query, see ``outside_window``.
+    what happens at evaluation. A sample as large as the map is the whole map, and so is a grid with more points per
+    side than the map has on either (as in the paper). ``window`` and ``stride`` further depend on the query, see
+    ``out_of_reach``.
 
     Args:
         geometry: of the map.
@@ -80,7 +85,7 @@ def candidate_tokens(
         device: of the result.
     """
     prefix = torch.arange(geometry.prefix, device=device)
-    if selection.candidates == "grid":
+    if selection.candidates == "grid" and selection.num_candidates <= max(geometry.height, geometry.width):
         columns = geometry.padded_shape[1]
         axes = []
         for side, pad in zip((geometry.height, geometry.width), geometry.padding, strict=True):
@@ -104,23 +109,32 @@ def candidate_tokens(
     return torch.cat([prefix, tokens])
 
 
-def outside_window(geometry: Geometry, selection: Selection, queries: Tensor, tokens: Tensor) -> Tensor | None:
-    """Return which tokens ``candidates=window`` keeps from a query, (Q, M) bool, or None where it keeps none."""
-    if selection.candidates != "window":
+def out_of_reach(geometry: Geometry, selection: Selection, queries: Tensor, tokens: Tensor) -> Tensor | None:
+    """Return which tokens ``candidates=window`` or ``stride`` keeps from a query, (Q, M) bool, or None: none."""
+    if selection.candidates not in _RELATIVE:
         return None
-    far = geometry.distance(queries[:, None], tokens) > selection.num_candidates
-    return far & (tokens >= geometry.prefix) & (queries >= geometry.prefix)[:, None]
+    if selection.candidates == "window":
+        away = geometry.distance(queries[:, None], tokens) > selection.num_candidates
+    else:
+        own, other = geometry.coordinates(queries[:, None]), geometry.coordinates(tokens)
+        steps = [(a - b) % selection.num_candidates for a, b in zip(own, other, strict=True)]
+        away = steps[0] + steps[1] > 0
+    return away & (tokens >= geometry.prefix) & (queries >= geometry.prefix)[:, None]
 
 
 def most_candidates(geometry: Geometry, selection: Selection, tokens: Tensor | None) -> tuple[int, int]:
     """Return how many of the candidate ``tokens`` a query can have at most: one on the grid, and any.
 
-    They differ for ``candidates=window``, which prefix queries are not bound to.
+    They differ for ``candidates=window`` and ``stride``, which prefix queries are not bound to.
     """
     every = geometry.num_tokens if tokens is None else len(tokens)
-    if selection.candidates != "window":
+    if selection.candidates not in _RELATIVE:
         return every, every
-    rows, cols = (min(2 * selection.num_candidates + 1, side) for side in geometry.padded_shape)
+    count = selection.num_candidates
+    if selection.candidates == "window":
+        rows, cols = (min(2 * count + 1, side) for side in geometry.padded_shape)
+    else:
+        rows, cols = (-(-side // count) for side in geometry.padded_shape)
     on_grid = min(geometry.prefix + rows * cols, every)
     return on_grid, every if geometry.prefix else on_grid
 
@@ -132,7 +146,7 @@ class Neighbors:
     index: Tensor
     """Token indices, (B, H, Q, K) int64."""
     valid: Tensor | None
-    """False where a query has fewer than K candidates (``candidates=window``), (B, H, Q, K); None: nowhere."""
+    """False where a query has fewer than K candidates (``window``, ``stride``), (B, H, Q, K); None: nowhere."""
     low: Tensor | None = None
     """Least and largest similarity among the candidates of each query, (B, H, Q, 1), where ``mix=sum`` needs them;
     ``high`` is infinite where all are alike."""
@@ -176,7 +190,8 @@ def select_neighbors(
         num = min(num, most)
     queries = geometry.query_index(device)
     split = 0 if by_features else geometry.prefix
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    # The meta device, on which costs are counted, has no autocast.
+    with torch.no_grad(), nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False):
         q, k = (t if t.dtype == torch.float64 else t.float() for t in (q, k))
         found = []
         for part, share in ((slice(0, split), 1.0), (slice(split, None), blend)):
@@ -282,12 +297,12 @@ def _best(
     batch_chunk = max(1, limit // (len(tokens) * query_chunk))
     first_slot = int(selection.self_first)
     best = torch.empty(b * h, len(queries), num, dtype=torch.int64, device=q.device)
-    valid = torch.ones_like(best, dtype=torch.bool) if selection.candidates == "window" else None
+    valid = torch.ones_like(best, dtype=torch.bool) if selection.candidates in _RELATIVE else None
     low, high = (q.new_empty(b * h, len(queries), 1) for _ in range(2)) if ranged else (None, None)
     for first in range(0, len(queries), query_chunk):
         part = slice(first, first + query_chunk)
         own = queries[part]
-        outside = outside_window(geometry, selection, own, tokens)
+        outside = out_of_reach(geometry, selection, own, tokens)
         taken = outside  # what may not be ranked: tokens out of reach, and the query itself where it has its place
         if selection.self_first:
             itself = own[:, None] == tokens

@@ -119,6 +119,8 @@ def test_experiment(experiment, tmp_path):
         ("+swap.rules.a.mach=x", "did you mean 'swap.rules.a.match'?"),
         ("+swap.operator.kk=1", "did you mean 'swap.operator.k'?"),
         ("data=cifar1000", "did you mean 'cifar100'?"),
+        ("table=vgg11_k", "use scripts/reproduce.py table=NAME"),
+        ("grid=spectrum", "use sweep.py grid=NAME"),
     ],
 )
 def test_misspelt_names_the_nearest(override, hint):

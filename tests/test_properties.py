@@ -13,7 +13,8 @@ from torch import nn
 from convnn import ConvNN2d, ConvNNAttention, OperatorConfig
 from convnn.base import Site
 from convnn.geometry import Geometry
-from convnn.selection import Selection, select_neighbors
+from convnn.hybrid import HybridConvNN2d
+from convnn.selection import Selection, candidate_tokens, select_neighbors
 
 few = settings(max_examples=25, deadline=None)
 sides = st.integers(3, 8)
@@ -174,9 +175,21 @@ def test_depthwise_convolution(kernel, stride, dilation, multiplier, fast):
     assert torch.equal(layer.to_layer().weight, conv.weight) and layer.to_layer().groups == 4
 
 
-@pytest.mark.parametrize("candidates, count", [("window", 1), ("window", 2), ("grid", 2), ("grid", 3)])
+def assert_masked_attention(layer, attention, allowed, x):
+    results = []
+    for module, mask in ((layer, None), (attention, allowed)):
+        leaf = x.clone().requires_grad_()
+        y = module(leaf) if mask is None else module(leaf, attn_mask=mask)
+        y.square().sum().backward()
+        results.append((y, leaf.grad, module.qkv.weight.grad, module.proj.weight.grad))
+    assert all((a - b).abs().max() < 1e-10 for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    "candidates, count", [("window", 1), ("window", 2), ("grid", 2), ("grid", 3), ("stride", 2), ("stride", 3)]
+)
 @pytest.mark.parametrize("fast", [True, False])
-def test_windows_and_grids_are_masked_attention(candidates, count, fast):
+def test_candidates_are_masked_attention(candidates, count, fast):
     torch.manual_seed(0)
     attention = Attention(12, 3, qkv_bias=True).double()
     config = OperatorConfig(
@@ -200,13 +213,60 @@ def test_windows_and_grids_are_masked_attention(candidates, count, fast):
     for i, (r, c) in enumerate(where):
         for j, (rr, cc) in enumerate(where):
             near = max(abs(r - rr), abs(c - cc)) <= count
-            allowed[i + 1, j + 1] = near if candidates == "window" else rr in rows and cc in columns
+            aligned = (r - rr) % count == 0 and (c - cc) % count == 0
+            on_grid = rr in rows and cc in columns
+            allowed[i + 1, j + 1] = {"window": near, "stride": aligned, "grid": on_grid}[candidates]
     allowed[0] = allowed[1:].any(0) if candidates == "grid" else True
     x = torch.randn(2, 21, 12, dtype=torch.float64)
-    results = []
-    for module, mask in ((layer, None), (attention, allowed)):
-        leaf = x.clone().requires_grad_()
-        y = module(leaf) if mask is None else module(leaf, attn_mask=mask)
-        y.square().sum().backward()
-        results.append((y, leaf.grad, module.qkv.weight.grad, module.proj.weight.grad))
-    assert all((a - b).abs().max() < 1e-10 for a, b in zip(*results, strict=True))
+    assert_masked_attention(layer, attention, allowed, x)
+
+
+@pytest.mark.parametrize("candidates, count", [("window", 3), ("stride", 5), ("grid", 6), ("all", 1)])
+@pytest.mark.parametrize("head_dim", [None, 5])
+def test_a_sequence_is_one_line_with_its_prefix(candidates, count, head_dim):
+    torch.manual_seed(0)
+    attention = Attention(12, 3, attn_head_dim=head_dim).double()
+    layer = ConvNNAttention(
+        *(12, 3, 99),
+        k_policy="clamp",
+        aggregation="sum",
+        candidates=candidates,
+        num_candidates=count,
+        layout="sequence",
+        head_dim=head_dim,
+        num_prefix_tokens=1,
+        grid_size=(4, 5),
+    ).double()
+    layer.load_state_dict(attention.state_dict())
+    i, j = torch.arange(21)[:, None], torch.arange(21)
+    points = torch.tensor([0, 4, 8, 12, 16, 20])
+    allowed = {
+        "window": (i - j).abs() <= count,
+        "stride": (i - j) % count == 0,
+        "grid": torch.isin(j, points).expand(21, 21),
+        "all": torch.ones(21, 21, dtype=torch.bool),
+    }[candidates]
+    assert_masked_attention(layer, attention, allowed, torch.randn(2, 21, 12, dtype=torch.float64))
+
+
+def test_a_grid_finer_than_the_map_is_the_whole_map():
+    geometry = Geometry(4, 3, kernel=(3, 3), padding=(1, 1))
+    for count, pads, tokens in ((4, True, 12), (5, True, 30), (5, False, 12)):
+        found = candidate_tokens(
+            geometry, Selection(candidates="grid", num_candidates=count), pads=pads, training=False
+        )
+        assert (geometry.num_tokens if found is None else len(found)) == tokens
+
+
+def test_parts_of_a_hybrid_can_be_left_out():
+    conv = nn.Conv2d(4, 6, 3, padding=1, bias=False).double()
+    settings = {"target": "convnn.hybrid.HybridConvNN2d", "blend": 0.0, "branch_ratio": 0.5, "branch_fuse": False}
+    hybrid = HybridConvNN2d.from_layer(conv, OperatorConfig(**settings), "transfer", Site("a"))
+    x = torch.randn(2, 4, 5, 7, dtype=torch.float64)
+    assert (hybrid(x) - conv(x)).abs().max() < 1e-12 and (hybrid.to_layer()(x) - conv(x)).abs().max() < 1e-12
+    biased = HybridConvNN2d.from_layer(
+        conv, OperatorConfig(**settings, bias=True, branch_bias=False), "fresh", Site("a")
+    )
+    assert biased.neighbors.bias is not None and biased.conv.bias is None and biased.pointwise is None
+    alone = OperatorConfig(**settings | {"branch_ratio": 0.0}, branch_kernel=5)
+    assert [*HybridConvNN2d.from_layer(conv, alone, "fresh", Site("a")).state_dict()] == ["conv.weight"]

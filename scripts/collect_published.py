@@ -1,0 +1,289 @@
+"""Write the published figures of the paper's tables as conf/table/*.csv, from the collected result files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from convnn.cli import guarded, script_options
+from convnn.config import ConfigError
+from convnn.files import write_text
+from convnn.published import TABLE_DIR, PaperRow
+
+USAGE = """
+usage: uv run scripts/collect_published.py from=DIR [out=FOLDER]
+
+Reads the figures of the authors' runs and writes the rows of each table, with the overrides of train.py that describe
+the run. The same input gives the same files.
+  from  folder of vgg11_branching.csv, vgg11_k.csv, ... with a line per run
+  out   default conf/table
+"""
+
+Line = dict[str, str]
+DATA = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100", "ImageNet-1K": "imagenet"}
+
+RANDOM = "candidates drawn anew at evaluation too, as published"
+REPEAT = "at ratio 0 the three kinds of similarity are one configuration: repeats with the same seed"
+GRID_2D = "grid spans the map evenly; the authors' was sheared on padded maps"
+GRID_1D = "grid of tokens on one line, CLS included, as published; rounded to the nearest token, the authors' down"
+OWN_FIRST = "own token first with its own score; the authors gave it the score 1"
+FUSED = "published convolution baseline: with the 1x1 convolution of the hybrid"
+
+
+@dataclass
+class Options:
+    """Arguments of this script."""
+
+    from_: str = MISSING
+    out: str | None = None
+
+
+# ------------------------------------------------------------------------------------------- from a run to a row
+
+
+def _dataset(line: Line) -> list[str]:
+    name = DATA[line["dataset"]]
+    return [] if name == "imagenet" else [f"data={name}"]
+
+
+def _sampling(line: Line, layout: list[str]) -> tuple[list[str], str, list[str]]:
+    """Return the overrides of a run's candidates, their part of the row's name, and notes."""
+    count = line["num_samples"]
+    if line["sampling"] == "random":
+        own = ["operator.candidates=random", f"operator.num_candidates={count}", "operator.eval_candidates=resample"]
+        return own + layout, f"random{count}", [RANDOM]
+    if line["sampling"] == "spatial":
+        own = ["operator.candidates=grid", f"operator.num_candidates={count}", *layout]
+        return own, f"grid{count}", [GRID_1D if layout else GRID_2D]
+    return [], "all", []
+
+
+def _hybrid(line: Line) -> tuple[list[str], str, list[str]]:
+    """Return the overrides of a branching layer, the name of its neighbours' kind, and notes."""
+    ratio = float(line["branch_ratio"])
+    own, name = [f"operator.branch_ratio={ratio:g}"], "features"
+    notes: list[str] = []
+    if ratio == 0:
+        return own, name, [FUSED]
+    own.append(f"operator.k={line['k']}")
+    if line["similarity"] == "Loc_Col":
+        own += ["operator.blend=0.5", "operator.mix=concat"]
+        name = "coordinates"
+    if line["aggregation"] == "Loc_Col":
+        own.append("operator.coordinates=true")
+        name = "coordinates-both"
+    return own, name, notes
+
+
+def branching(line: Line) -> tuple[str, list[str], list[str]]:
+    """Describe a run of the branch ratios."""
+    own, kind, notes = _hybrid(line)
+    ratio = float(line["branch_ratio"])
+    if ratio == 0:  # the columns are empty, the folder's name tells the table's column
+        folder = line["source"].rsplit("/", 1)[-1]
+        kinds = {"_Loc_Col_Loc_Col_": "coordinates-both", "_Loc_Col_Col_": "coordinates", "_Col_Col_": "features"}
+        kind = next(name for part, name in kinds.items() if part in folder)
+        notes.append(REPEAT)
+    return f"{kind}-r{ratio:g}", own, notes
+
+
+def vgg_k(line: Line) -> tuple[str, list[str], list[str]]:
+    """Describe a run of the neighbour counts."""
+    own, _, notes = _hybrid(line)
+    kernel = line["kernel_size"]
+    if kernel != "3":
+        own.append(f"operator.branch_kernel={kernel}")
+    return (f"k{line['k']}-conv{kernel}" if line["k"] else f"conv{kernel}"), own, notes
+
+
+def _vgg_kind(line: Line) -> str:
+    return {0: "conv", 0.5: "hybrid", 1: "convnn"}[float(line["branch_ratio"])]
+
+
+def vgg_n(line: Line) -> tuple[str, list[str], list[str]]:
+    """Describe a run of the numbers of candidates."""
+    own, _, notes = _hybrid(line)
+    if not line["k"]:
+        return "conv", own, notes
+    sampled, name, more = _sampling(line, [])
+    return f"{_vgg_kind(line)}-{name}", own + sampled, notes + more
+
+
+def vgg_lr(line: Line) -> tuple[str, list[str], list[str]]:
+    """Describe a run of the learning rates."""
+    own, _, notes = _hybrid(line)
+    rate = f"{float(line['lr']):g}"
+    return f"{_vgg_kind(line)}-lr{rate}", [*own, f"optim.lr={rate}"], notes
+
+
+def vit(line: Line) -> tuple[str, list[str], list[str]]:
+    """Describe a run of an attention layer in a ViT."""
+    layer, k = line["layer"].removesuffix("-Triton"), line["k"]
+    sequence = ["operator.layout=sequence"]
+    if layer == "Attention":
+        return "attention", ["operator=mhsa"], []
+    if layer == "KvtAttention":
+        return f"kvt-k{k}", ["operator=kvt", f"operator.k={k}"], []
+    if layer == "LocalAttention":
+        own = ["operator=local_window", "operator.num_candidates=128", "operator.head_dim=64", *sequence]
+        note = "head 64 wide whatever the model's width, as published; without the rotary positions and the zero keys "
+        return "local", own, [note + "of the authors' library"]
+    if layer == "SparseAttention-local":
+        own = ["operator=local_window", "operator.num_candidates=24", *sequence]
+        return (
+            "sparse-local",
+            own,
+            ["24 tokens to either side on one line; the authors' dropout stays on at evaluation"],
+        )
+    if layer == "SparseAttention-strided":
+        own = ["operator=mhsa", "operator.candidates=stride", "operator.num_candidates=14", *sequence]
+        note = "every 14th token on one line, which is one column of patches; CLS sees the last column alone; "
+        return "sparse-strided", own, [note + "the authors' dropout stays on at evaluation"]
+    sampled, name, notes = _sampling(line, sequence)
+    if sampled:
+        sampled.append("operator.self_first=true")
+        notes.append(OWN_FIRST)
+    own = ["operator=convnn_attention", f"operator.k={k}", *sampled]
+    kind = {"standard": "conv", "depthwise-separable": "separable"}.get(line["conv_type"])
+    if kind:
+        own.append(f"operator.aggregation={kind}")
+    return f"convnn-{name}-k{k}" + (f"-{kind}" if kind else ""), own, notes
+
+
+def vit_base(line: Line) -> tuple[str, list[str], list[str]]:
+    """Describe a run of ViT-Base."""
+    name, own, notes = vit(line)
+    if line["source"].split("/")[-2].endswith("_DepthwiseConv"):
+        name += "-repeat"
+    if line["layer"].endswith("-Triton"):
+        notes.append("run with the authors' fused kernel, the same function")
+    if line["heads"] == "1":
+        own.append("+backbone.kwargs.num_heads=1")
+    return f"h{line['heads']}-{name}", own + _batch(line, "1280", notes), notes
+
+
+def resnet(line: Line) -> tuple[str, list[str], list[str]]:
+    """Describe a run of ResNet-50."""
+    kernel = line["kernel_size"]
+    notes: list[str] = []
+    if line["layer"] == "Conv2d":
+        own = ["operator=hybrid", "operator.branch_ratio=0", "operator.branch_fuse=false"]
+        name = f"conv{kernel}"
+        own += [] if kernel == "3" else [f"operator.branch_kernel={kernel}"]
+    elif line["layer"] == "ConvNN":
+        name, own = f"convnn-k{line['k']}", ["operator=convnn", f"operator.k={line['k']}"]
+    else:
+        sampled, kind, notes = _sampling(line, [])
+        name, own = f"hybrid-{kind}-k{line['k']}", ["operator=hybrid", f"operator.k={line['k']}", *sampled]
+        own += ["operator.bias=true", "operator.branch_bias=false"]
+    return name, own + _batch(line, "512", notes), notes
+
+
+def _batch(line: Line, usual: str, notes: list[str]) -> list[str]:
+    size = line["global_batch"]
+    if not size:
+        notes.append(f"batch size not known, {usual} taken")
+    return [] if size in ("", usual) else [f"train.batch_size={size}"]
+
+
+# ---------------------------------------------------------------------------------------------- tables and files
+
+Describe = Callable[[Line], tuple[str, list[str], list[str]]]
+
+
+def _final(lines: list[Line]) -> Iterator[Line]:
+    """Yield the runs in the authors' final tables."""
+    return (line for line in lines if line.get("in_final_csv", "yes") == "yes")
+
+
+def collect(source: Path) -> dict[str, list[PaperRow]]:
+    """Return the rows of every table.
+
+    Raises:
+        ConfigError: if a file is missing.
+    """
+    read = {name: _read(source / f"{name}.csv") for name in TABLES}
+    kvt = [line for line in read["vit_tiny_k"] if line["layer"] == "KvtAttention" and line["k"] == "9"]
+    read["vit_tiny_baselines"] += kvt
+    return {
+        name: [_row(line, describe, source / f"{name}.csv") for line in _final(read[name])]
+        for name, describe in TABLES.items()
+    }
+
+
+TABLES: dict[str, Describe] = {
+    "vgg11_branching": branching,
+    "vgg11_k": vgg_k,
+    "vgg11_n": vgg_n,
+    "vgg11_lr": vgg_lr,
+    "vit_tiny_baselines": vit,
+    "vit_tiny_k": vit,
+    "vit_tiny_n": vit,
+    "resnet50_imagenet": resnet,
+    "vit_base_imagenet": vit_base,
+}
+
+
+def _read(path: Path) -> list[Line]:
+    try:
+        with path.open(newline="") as file:
+            return list(csv.DictReader(file))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _row(line: Line, describe: Describe, path: Path) -> PaperRow:
+    name, own, notes = describe(line)
+
+    def figure(key: str) -> float | None:
+        return float(line[key]) if line[key] else None
+
+    return PaperRow(
+        row=f"{DATA[line['dataset']]}-{name}",
+        overrides=(*_dataset(line), *own),
+        params=int(line["params"]) if line["params"] else None,
+        gflops=figure("gflops"),
+        top1_best=figure("top1_best"),
+        top1_last=figure("top1_last"),
+        top1_last5_mean=figure("top1_last5_mean"),
+        top5_best=figure("top5_best"),
+        epochs=int(line["epochs"]),
+        seed=int(line["seed"]),
+        source=line["source"],
+        note="; ".join(notes),
+    )
+
+
+def text_of(rows: list[PaperRow]) -> str:
+    """Return rows as the text of a CSV file."""
+    out = io.StringIO()
+    columns = [f.name for f in fields(PaperRow)]
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        values = {name: getattr(row, name) for name in columns} | {"overrides": " ".join(row.overrides)}
+        writer.writerow(["" if values[name] is None else values[name] for name in columns])
+    return out.getvalue()
+
+
+def main(argv: list[str]) -> None:
+    """Read, write, and say how many rows each table has."""
+    given = [f"from_{arg[4:]}" if arg.startswith("from=") else arg for arg in argv]
+    try:
+        options: Options = script_options(Options, given, USAGE)
+    except ConfigError as error:  # from is a word of Python's own, and so no name of a field
+        raise ConfigError(str(error).replace("from_", "from")) from error
+    out = Path(options.out) if options.out else TABLE_DIR
+    for name, rows in collect(Path(options.from_)).items():
+        write_text(out / f"{name}.csv", text_of(rows))
+        print(f"{out / name}.csv: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    guarded(lambda: main(sys.argv[1:]))

@@ -13,6 +13,8 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -180,7 +182,7 @@ def operator_cases(quick: bool, compiled: bool) -> list[Case]:
         for heads in (1, 3):
             group, sequence = f"attention {heads} heads {what}", (batch, 197, dim)
             cases += [
-                Case(group, name, 197, 9, layer_step(lambda make=make, h=heads: make(h), sequence, backward))
+                Case(group, name, 197, 9, layer_step(partial(make, heads), sequence, backward))
                 for name, make in attention.items()
             ]
     return cases
@@ -191,15 +193,18 @@ def _compiled(layer: nn.Module) -> nn.Module:
     return layer
 
 
+_CANDIDATES: dict[str, dict[str, Any]] = {"all": {}, "random 32": {"candidates": "random", "num_candidates": 32}}
+
+
 def scaling_cases(quick: bool) -> list[Case]:
     """Return forward and backward passes over growing maps, and over k."""
     cases = []
     for side in (8, 16, 32) if quick else (8, 16, 32, 56, 80, 112):
-        for name, options in (("all", {}), ("random 32", {"candidates": "random", "num_candidates": 32})):
-            build = layer_step(lambda o=options: ConvNN2d(64, 64, 9, 1, 0, **o), (1, 64, side, side))
+        for name, options in _CANDIDATES.items():
+            build = layer_step(partial(ConvNN2d, 64, 64, 9, 1, 0, **options), (1, 64, side, side))
             cases.append(Case("tokens", f"{name} candidates", side * side, 9, build))
     for k in (1, 9) if quick else (1, 4, 9, 16, 25, 49):
-        build = layer_step(lambda k=k: ConvNN2d(64, 64, k), (2, 64, 16, 16))
+        build = layer_step(partial(ConvNN2d, 64, 64, k), (2, 64, 16, 16))
         cases.append(Case("neighbours", "ConvNN2d blend 1", 18 * 18, k, build))
     return cases
 
@@ -225,7 +230,7 @@ def training_cases(quick: bool) -> list[Case]:
         return model
 
     return [
-        Case("training step", name, 0, 9, training_step(lambda a=args: make(*a), (batch, 3, 32, 32)), batch)
+        Case("training step", name, 0, 9, training_step(partial(make, *args), (batch, 3, 32, 32)), batch)
         for name, args in makers.items()
     ]
 

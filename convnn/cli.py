@@ -72,8 +72,6 @@ def translate(error: Exception, overrides: Sequence[str], schema: type = Config)
     found = re.search(r"Could not override '([^']+)'", text)
     if found:
         key = found.group(1).split("@")[0]
-        if key in groups:
-            return ConfigError(f"'{key}' is a group of sweep.py")
         if "." in key:
             return unknown_key_error(key, schema)
         if key in _ELSEWHERE:

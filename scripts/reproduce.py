@@ -20,10 +20,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from convnn.published import PaperRow, PaperTable, load_table, table_names
 from omegaconf import MISSING
 
 from convnn.cli import EXIT_FAILED, guarded, script_options
+from convnn.published import PaperRow, PaperTable, load_table, table_names
 from convnn.reproduction import (
     aligned,
     check_seeds,
@@ -55,7 +55,6 @@ _OWN = tuple(f"{name}=" for name in ("table", "rows", "careful", "seeds", "dry_r
 def check_counts(table: PaperTable, rows: list[PaperRow], given: list[str], careful: bool) -> int:
     """List the rows with published figures, and parameters and operations of both; return the exit code."""
     from convnn.fidelity import facts
-
     from convnn.grid import Composer
 
     composer, lines, different = Composer(), [], 0
@@ -79,7 +78,7 @@ def check_counts(table: PaperTable, rows: list[PaperRow], given: list[str], care
     header = ["row", "best", "last", "last five", "params published", "ours", "", "GFLOPs published"]
     print(aligned([*header, "profiler's way", "honest", "note"], lines))
     print(f"{len(rows)} rows; parameter counts: {len(rows) - different} equal or unpublished, {different} different.")
-    print(f"Published figures: the authors' result files, see the column source in {table.published}.")
+    print(f"Published figures: the authors' result files, see the column source in conf/table/{table.published.name}.")
     if table.needs:
         print(table.needs)
     return EXIT_FAILED if different else 0

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from convnn.published import load_table
 from test_sweeping import ROOT, driver  # noqa: F401
 
 from convnn.config import ConfigError
+from convnn.published import load_table
 from convnn.reproduction import Comparison, Score, check_seeds, compare, select_rows, sweep_of
 
 TABLE = load_table("vgg11_branching")

@@ -93,7 +93,7 @@ class Comparison:
         parts = [] if self.runs == self.planned else [f"{self.runs} of {self.planned} runs"]
         if self.changed:
             shortened = any(c.startswith(("train.epochs", "train.max_steps", "data.limit")) for c in self.changed)
-            parts.append(("SHORTENED, not comparable: " if shortened else "not comparable: ") + "; ".join(self.changed))
+            parts.append("SHORTENED, not comparable" if shortened else "not comparable")
         return ", ".join(parts) or "whole"
 
     def difference(self, column: str) -> float | None:
@@ -211,7 +211,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def explanation(table: PaperTable, command: str) -> list[str]:
+def explanation(table: PaperTable, found: Sequence[Comparison], command: str) -> list[str]:
     """Return what a reader of the comparison has to know, one paragraph each."""
     lines = [
         "Published figures: the authors' result files, named in the column source of the CSV file. "
@@ -219,9 +219,13 @@ def explanation(table: PaperTable, command: str) -> list[str]:
         + ". Accuracies are top-1 on the test images in percent; ours are means over n seeds, ± the sample deviation.",
         "GFLOPs: published ones are what the authors' profiler counted, which leaves convolutions out; ours count the "
         "whole forward pass of one image, a multiplication and an addition as two.",
-        "Rows marked SHORTENED or not comparable were run with other settings than the published ones, which the "
-        "status names; they show that the machinery works, and are no comparison.",
     ]
+    for changed in dict.fromkeys(c.changed for c in found if c.changed):
+        rows = [c.row.row for c in found if c.changed == changed]
+        lines.append(
+            f"Not comparable, since run with other settings than the published ones ({', '.join(rows)}): "
+            f"{'; '.join(changed)}. Such rows show that the machinery works, and no more."
+        )
     if table.noise:
         known = ", ".join(f"{sd:g} points on {data}" for data, sd in table.noise.items())
         lines.append(
@@ -237,21 +241,32 @@ def write_comparison(table: PaperTable, found: Sequence[Comparison], folder: Pat
     """Write reproduction.md and reproduction.csv to the sweep's folder; return their paths."""
     header, rows = comparison_table(table, found)
     text = [f"# {table.title}: published and measured", "", *_markdown(header, rows), ""]
-    text += [line for paragraph in explanation(table, command) for line in (paragraph, "")]
+    text += [line for paragraph in explanation(table, found, command) for line in (paragraph, "")]
     paths = [folder / "reproduction.md", folder / "reproduction.csv"]
     write_text(paths[0], "\n".join(text))
     file = StringIO()
     writer = csv.writer(file)
     columns = [name for column in SCORES for name in (f"{column}_published", column, f"{column}_std")]
     writer.writerow(
-        ["row", *columns, "n", "params_published", "params", "gflops_published", "gflops", "status", "source"]
+        [
+            "row",
+            *columns,
+            "n",
+            "params_published",
+            "params",
+            "gflops_published",
+            "gflops",
+            "status",
+            "changed",
+            "source",
+        ]
     )
     for c in found:
         cells: list[object] = [c.row.row]
         for column in SCORES:
             score = c.scores.get(column)
             cells += [getattr(c.row, column), score and round(score.mean, 4), score and score.std]
-        cells += [c.runs, c.row.params, c.params, c.row.gflops, c.gflops, c.label, c.row.source]
+        cells += [c.runs, c.row.params, c.params, c.row.gflops, c.gflops, c.label, "; ".join(c.changed), c.row.source]
         writer.writerow(cells)
     write_text(paths[1], file.getvalue())
     return paths

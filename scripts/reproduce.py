@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
     code = carry_out(sweep, given, launcher, command)
     found = compare(table, rows, sweep, given)
     print(f"\n{table.title}\n\n{aligned(*comparison_table(table, found))}\n")
-    print("\n".join(explanation(table, "uv run " + shlex.join(command))))
+    print("\n".join(explanation(table, found, "uv run " + shlex.join(command))))
     paths = write_comparison(table, found, Path(folder), "uv run " + shlex.join(command))
     print("written: " + ", ".join(map(str, paths)))
     return code

@@ -3,7 +3,8 @@
 usage: uv run scripts/reproduce.py table=NAME [rows=GLOB,...] [careful=true] [seeds=0,1,...] [dry_run=true]
                                    [dir=DIR] [key=value ...]
 
-  table=NAME     {tables}
+  table=NAME     {tables};
+                 with dry_run=true also several: table='vgg11_*,vit_tiny_*'
   rows=GLOB,...  only these rows; the names are in conf/table/NAME.csv and in dry_run=true
   careful=true   the careful variant: augmentation, a validation split, three seeds
   seeds=0,1,...  these seeds in place of the published one
@@ -15,6 +16,7 @@ usage: uv run scripts/reproduce.py table=NAME [rows=GLOB,...] [careful=true] [se
 The same command again goes on where it stopped. Exit codes: as sweep.py; 1 too if a parameter count differs in dry_run.
 """
 
+import fnmatch
 import shlex
 import sys
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from convnn.cli import EXIT_FAILED, guarded, script_options
+from convnn.config import ConfigError
 from convnn.published import PaperRow, PaperTable, load_table, table_names
 from convnn.reproduction import (
     aligned,
@@ -77,7 +80,8 @@ def check_counts(table: PaperTable, rows: list[PaperRow], given: list[str], care
         )
     header = ["row", "best", "last", "last five", "params published", "ours", "", "GFLOPs published"]
     print(aligned([*header, "profiler's way", "honest", "note"], lines))
-    print(f"{len(rows)} rows; parameter counts: {len(rows) - different} equal or unpublished, {different} different.")
+    counts = f"{len(rows) - different} equal or unpublished, {different} different"
+    print(f"{table.name}: {len(rows)} rows; parameter counts: {counts}.")
     print(f"Published figures: the authors' result files, see the column source in conf/table/{table.published.name}.")
     if table.needs:
         print(table.needs)
@@ -89,12 +93,16 @@ def main(argv: list[str]) -> int:
     own = [a for a in argv if a.startswith(_OWN) or a in ("-h", "--help")]
     rest = [a for a in argv if a not in own]
     options: Options = script_options(Options, own, (__doc__ or "").format(tables=", ".join(table_names())))
-    table = load_table(options.table)
-    rows = select_rows(table, options.rows)
+    names = [n for p in options.table.split(",") for n in fnmatch.filter(table_names(), p) or [p]]
     launcher = [o for o in rest if o.startswith(("hydra/", "hydra."))]
     given = [o for o in rest if o not in launcher]
     if options.dry_run:
-        return check_counts(table, rows, given, options.careful)
+        tables = [load_table(name) for name in names]
+        return max([check_counts(t, select_rows(t, options.rows), given, options.careful) for t in tables])
+    if len(names) > 1:
+        raise ConfigError(f"table={options.table}: several tables only with dry_run=true")
+    table = load_table(options.table)
+    rows = select_rows(table, options.rows)
     seeds = check_seeds(options.seeds, options.careful)
     folder = options.dir or f"reproductions/{table.name}{'-careful' if options.careful else ''}"
     sweep = sweep_of(table, rows, folder, careful=options.careful, seeds=seeds)

@@ -86,6 +86,7 @@ def test_within_noise_counts_both_sides():
     [
         (["table=vgg11_branchin"], "did you mean 'vgg11_branching'"),
         (["rows=cifar10-feature-r0"], "did you mean 'cifar10-features-r0'"),
+        (["table=vgg11_*"], "several tables only with dry_run=true"),
         (["seeds=a"], "seeds=a is not a list of integers"),
         (["operator.kk=1"], "did you mean 'operator.k'"),
     ],

@@ -1,0 +1,49 @@
+"""The benchmark's references compute what ours compute, and its clock and memory counters count."""
+
+import csv
+import subprocess
+import sys
+import time
+
+import torch
+from torch import nn
+
+from convnn import ConvNN2d, ConvNNAttention
+from convnn.benchmarking import Case, NaiveConvNN2d, NaiveConvNNAttention, layer_step, measure, peak_memory
+from convnn.cli import CONF_DIR
+
+CPU = torch.device("cpu")
+
+
+def test_the_naive_layers_are_ours():
+    torch.manual_seed(0)
+    naive, ours = NaiveConvNN2d(4, 6, 5).double(), ConvNN2d(4, 6, 5).double()
+    ours.weight.data, ours.bias.data = naive.conv.weight.data, naive.conv.bias.data
+    x = torch.randn(2, 4, 7, 7, dtype=torch.float64)
+    assert (naive(x) - ours(x)).abs().max() < 1e-10
+    naive, ours = NaiveConvNNAttention(12, 3, 4).double(), ConvNNAttention(12, 3, 4, qkv_bias=True).double()
+    ours.qkv, ours.proj = naive.qkv, naive.proj
+    ours.slot_weight.data = naive.conv.weight.data.squeeze(1)
+    x = torch.randn(2, 9, 12, dtype=torch.float64)
+    assert (naive(x) - ours(x)).abs().max() < 1e-10
+
+
+def test_times_and_memory_are_of_what_is_measured():
+    cases = [Case("g", str(ms), 0, 0, lambda _, ms=ms: lambda: time.sleep(ms / 1000)) for ms in (2, 20)]
+    fast, slow = measure(cases, CPU, 4, 10)
+    assert 2 <= fast.median < slow.median and slow.median >= 20 and len(fast.milliseconds) == 4
+    assert fast.quartiles[0] <= fast.median <= fast.quartiles[1]
+    big = Case("g", "big", 0, 0, layer_step(lambda: nn.Conv2d(8, 64, 3), (4, 8, 256, 256), backward=False))
+    assert 60e6 < peak_memory(big, CPU) < 400e6  # its output alone is 66 MB
+
+
+def test_the_script_writes_its_table_and_picture(tmp_path):
+    command = [sys.executable, str(CONF_DIR.parent / "scripts" / "benchmark.py"), "quick=true", "groups=neighbours"]
+    done = subprocess.run([*command, f"out={tmp_path}"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "benchmark.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["k"] for row in rows] == ["1", "9"] and all(float(row["ms_median"]) > 0 for row in rows)
+    assert (tmp_path / "benchmark.png").stat().st_size > 5000
+    bad = subprocess.run([*command, "groups=x"], capture_output=True, text=True, timeout=120)
+    assert bad.returncode == 2 and "groups=x matches no group" in bad.stderr

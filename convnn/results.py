@@ -16,9 +16,10 @@ from typing import Any
 import yaml
 
 from convnn.config import ConfigError, fingerprint_of, identity_of
+from convnn.points import FAILED as FAILED_POINTS
 
 COMPLETE, DAMAGED, UNFINISHED, TODO = "complete", "damaged", "unfinished", "todo"
-FAILED = ("failed", "diverged", "killed", DAMAGED)
+FAILED = (*FAILED_POINTS, DAMAGED)
 
 
 @dataclass

@@ -285,6 +285,9 @@ class TrainConfig:
     """Train through ``torch.compile``."""
     deterministic: str = "false"
     """``false``, ``warn`` or ``true``: torch's deterministic algorithms."""
+    skip_nonfinite: int = 0
+    """Steps with an infinite or NaN loss or gradient to skip in all, such as spikes in bf16, before the run counts as
+    diverged. Above 0, every step waits for the device."""
 
 
 @dataclass

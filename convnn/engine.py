@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import resource
@@ -14,19 +15,28 @@ from typing import Any
 import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from convnn.checkpoint import CheckpointError, load_checkpoint, load_model_state, previous_of, save_checkpoint
-from convnn.checks import nearest
+from convnn.checkpoint import check_identity, load_latest, load_model_state, save_checkpoint
 from convnn.config import Config, ConfigError, fingerprint, identity
 from convnn.data import Batches, Dataset, Split, load_dataset
+from convnn.drift import record_environment
 from convnn.evaluation import Meter, build_model, count_gflops, evaluate
-from convnn.rundir import RunFolder, environment, open_run_folder, versions
-from convnn.runtime import make_autocast, pick_device, rng_state, set_determinism, set_rng_state, stop_on_signal
+from convnn.guard import DivergedError, StepGuard
+from convnn.optimizing import make_optimizer, make_scheduler
+from convnn.rundir import RunFolder, open_run_folder, versions
+from convnn.runtime import (
+    StoppedError,
+    explain_memory,
+    make_autocast,
+    pick_device,
+    rng_state,
+    set_determinism,
+    set_rng_state,
+    stop_on_signal,
+)
 from convnn.schedule import apply_schedule, describe_schedule
 from convnn.swap import count_parameters, neighbor_layers
 from convnn.tracking import Tracker
@@ -34,10 +44,6 @@ from convnn.tracking import Tracker
 log = logging.getLogger("convnn")
 
 Result = dict[str, Any]
-
-
-class DivergedError(RuntimeError):
-    """The loss is no longer finite."""
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -77,7 +83,8 @@ class Trainer:
         self.best: dict[str, float] = {}
         self.meter = Meter.new(self.device)
         self.train_seconds, self.train_images = 0.0, 0
-        self.last_row: dict[str, Any] = {}
+        self.rows: list[dict[str, Any]] = []
+        self.environment_changes: list[str] = []
 
     def _check_sizes(self, dataset: Dataset) -> None:
         train, data = self.config.train, self.config.data
@@ -96,44 +103,8 @@ class Trainer:
 
     def _build_training(self, num_classes: int) -> None:
         optim, train = self.config.optim, self.config.train
-        known = [str(name) for name in list_optimizers()]
-        if optim.name not in known:
-            raise ConfigError(f"optim.name={optim.name} is not a timm optimizer{nearest(optim.name, known)}")
-        if get_optimizer_info(optim.name).second_order:
-            raise ConfigError(f"optim.name={optim.name} needs second derivatives, which train.py does not compute")
-        try:
-            self.optimizer = create_optimizer_v2(
-                self.model,
-                optim.name,
-                lr=optim.lr,
-                weight_decay=optim.weight_decay,
-                momentum=optim.momentum,
-                filter_bias_and_bn=not optim.decay_norm_and_bias,
-            )
-        except Exception as error:  # optional packages, devices, arguments
-            raise ConfigError(
-                f"optim.name={optim.name} cannot be used here: {error or type(error).__name__}"
-            ) from error
-        self.scheduler = None
-        if optim.sched != "constant":
-            try:
-                self.scheduler, _ = create_scheduler_v2(
-                    self.optimizer,
-                    optim.sched,
-                    num_epochs=self.epochs,
-                    warmup_epochs=optim.warmup_epochs,
-                    warmup_lr=optim.warmup_lr,
-                    min_lr=optim.min_lr,
-                    warmup_prefix=False,
-                    step_on_epochs=False,
-                    updates_per_epoch=self.steps_per_epoch,
-                )
-            except (AssertionError, ValueError) as error:
-                raise ConfigError(f"optim.sched={optim.sched} is not usable: {error}") from error
-            if self.scheduler is None:
-                raise ConfigError(
-                    f"optim.sched={optim.sched} is not a timm schedule; use constant, cosine, step, poly, ..."
-                )
+        self.optimizer = make_optimizer(self.model, optim)
+        self.scheduler = make_scheduler(self.optimizer, optim, self.epochs, self.steps_per_epoch)
         self.mixup = None
         self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
         if train.mixup or train.cutmix:
@@ -141,6 +112,7 @@ class Trainer:
             self.mixup = Mixup(mixup_alpha=train.mixup, cutmix_alpha=train.cutmix, **args)
             self.criterion = SoftTargetCrossEntropy()
         self.ema = ModelEmaV3(self.model, decay=train.ema) if train.ema else None
+        self.guard = StepGuard(self.model, optim.clip_grad, train.skip_nonfinite)
         self.autocast = make_autocast(train.amp, self.device)
         self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if train.compile else self.model
 
@@ -164,7 +136,8 @@ class Trainer:
             "step": self.step,
             "meter": self.meter.sums.tolist(),
             "best": self.best,
-            "last_row": self.last_row,
+            "rows": json.dumps(self.rows),
+            "skipped_steps": self.guard.skipped,
             "train_seconds": self.train_seconds,
             "train_images": self.train_images,
             "spectrum": {name: layer.movable() for name, layer in neighbor_layers(self.model).items()},
@@ -176,30 +149,23 @@ class Trainer:
         save_checkpoint(self.folder.checkpoints / f"{name}.pt", self.state())
 
     def resume(self) -> bool:
-        """Load the last good checkpoint; return whether there was one.
+        """Load the newest whole checkpoint; return whether there was one.
 
         Raises:
-            CheckpointError: if it fits another configuration or model.
+            CheckpointError: if it fits another configuration or model, or if none is whole.
         """
-        path = self.folder.checkpoints / "last.pt"
-        if not path.exists() and not previous_of(path).exists():
+        found = load_latest(self.folder.checkpoints, self.device)
+        if found is None:
             return False
-        try:
-            state = load_checkpoint(path, self.device)
-        except CheckpointError as error:
-            if not previous_of(path).exists():
-                raise
-            log.warning("%s; going on from the one before it", error)
-            path = previous_of(path)
-            state = load_checkpoint(path, self.device)
-        if state["fingerprint"] != fingerprint(self.config):
-            raise CheckpointError(f"{path} belongs to another configuration")
+        path, state = found
+        check_identity(path, state, identity(self.config))
         load_model_state(self.model, state["model"], path)
         if self.ema is not None:
             load_model_state(self.ema.module, state["ema"], path)
         self.optimizer.load_state_dict(state["optimizer"])
-        for key in ("epoch", "step_in_epoch", "step", "best", "last_row", "train_seconds", "train_images"):
+        for key in ("epoch", "step_in_epoch", "step", "best", "train_seconds", "train_images"):
             setattr(self, key, state[key])
+        self.rows, self.guard.skipped = json.loads(state["rows"]), state["skipped_steps"]
         self.meter.sums = torch.tensor(state["meter"], dtype=torch.float64, device=self.device)
         set_rng_state(state["rng"], self.device)
         return True
@@ -209,21 +175,26 @@ class Trainer:
     def fit(self, stop: Callable[[], int | None]) -> int | None:
         """Train to the end, or until ``stop()`` names a signal, which is returned after a checkpoint."""
         self.model.train()
-        while self.step < self.total_steps:
+        while self.epoch < self.epochs:
             signum = self._train_epoch(stop)
+            generators = rng_state(self.device)
+            try:
+                if signum is None:
+                    self._end_epoch(stop)
+            except StoppedError as stopped:  # a run that goes on evaluates anew
+                signum = stopped.signum
+                set_rng_state(generators, self.device)
             if signum is not None:
                 self.save("last")
                 return signum
-            self._end_epoch()
             signum = stop()
-            if signum is not None and self.step < self.total_steps:
+            if signum is not None and self.epoch < self.epochs:
                 return signum
         return None
 
     def _train_epoch(self, stop: Callable[[], int | None]) -> int | None:
         batches = self.batches["train"].epoch(self.epoch, self.step_in_epoch)
         left = min(self.steps_per_epoch - self.step_in_epoch, self.total_steps - self.step)
-        bad_step = torch.full((), torch.iinfo(torch.int64).max, device=self.device)
         start, images_before = time.perf_counter(), self.train_images
         progress = tqdm(total=left, desc=f"epoch {self.epoch + 1}/{self.epochs}", leave=False, disable=None)
         signum = None
@@ -232,53 +203,56 @@ class Trainer:
                 signum = stop()
                 if signum is not None:
                     break
-                loss = self._train_step(images, labels)
-                bad_step = torch.where(loss.isfinite(), bad_step, bad_step.clamp(max=self.step))
+                self._train_step(images, labels)
                 self.train_images += len(labels)
                 self.step += 1
                 self.step_in_epoch += 1
                 progress.update()
                 if self.step % 50 == 0 or self.device.type == "cpu":
-                    self._check_finite(bad_step)
-        self._check_finite(bad_step)  # on CUDA this also waits for the last step
+                    self._check_finite()
+        self._check_finite()  # on CUDA this also waits for the last step
         if self.train_images > images_before:
             self.train_seconds += time.perf_counter() - start
         return signum
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _train_step(self, images: Tensor, labels: Tensor) -> None:
         apply_schedule(self.model, self.config.schedule, self._time(self.step))
         if self.scheduler is not None:
             self.scheduler.step_update(self.step)
         targets = labels
         if self.mixup is not None:
             images, targets = self.mixup(images, labels)
+        self.guard.before_forward()
         with self.autocast():
             output = self.forward(images)
             loss = self.criterion(output.float(), targets)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if self.config.optim.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
+        if not self.guard.may_step(loss, self.step):
+            return
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model)
         with torch.no_grad():
             self.meter.add(loss.detach(), output.detach(), labels)
-        return loss.detach()
 
     def _time(self, step: int) -> float:
         """Fraction of training at a step: 0 at the first, 1 at the last."""
         return step / max(self.total_steps - 1, 1)
 
-    def _check_finite(self, bad_step: Tensor) -> None:
-        bad = int(bad_step)
-        if bad <= self.step:
-            lr = self.optimizer.param_groups[0]["lr"]
-            kept = self.folder.checkpoints / "last.pt"
-            good = f"the last good checkpoint is {kept}" if kept.exists() else "there is no checkpoint yet"
-            raise DivergedError(f"loss is not finite at step {bad} (epoch {self.epoch + 1}, lr {lr:.3g}); {good}")
+    def _check_finite(self) -> None:
+        bad = self.guard.first_bad()
+        if bad is None:
+            return
+        step, what = bad
+        if self.scheduler is not None:
+            self.scheduler.step_update(step)
+        lr = self.optimizer.param_groups[0]["lr"]
+        kept = self.folder.checkpoints / "last.pt"
+        good = f"the last good checkpoint is {kept}" if kept.exists() else "there is no checkpoint yet"
+        raise DivergedError(f"{what} is not finite at step {step} (epoch {self.epoch + 1}, lr {lr:.3g}); {good}")
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, stop: Callable[[], int | None]) -> None:
         """Evaluate, log and checkpoint; the run is then at the start of the next epoch."""
         time_now = self._time(self.step - 1)
         apply_schedule(self.model, self.config.schedule, time_now)
@@ -290,7 +264,7 @@ class Trainer:
         row |= {"train_loss": loss, "train_top1": None if self.mixup is not None else top1}
         for name in ("val", "test"):
             if name in self.batches:
-                scores = evaluate(self.eval_model, self.batches[name], self.autocast)
+                scores = evaluate(self.eval_model, self.batches[name], self.autocast, stop)
                 row |= dict(zip((f"{name}_loss", f"{name}_top1", f"{name}_top5"), scores, strict=True))
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         row["layers"] = [{"name": n, **layer.spectrum()} for n, layer in neighbor_layers(self.model).items()]
@@ -301,7 +275,8 @@ class Trainer:
         if is_best:
             self.best = {k: row[k] for k in ("epoch", "val_top1", "test_top1") if k in row}
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
-        self.meter, self.last_row = Meter.new(self.device), row
+        self.meter = Meter.new(self.device)
+        self.rows.append(row)
         self.tracker.log(row)
         self._print(row)
         if is_best:
@@ -324,9 +299,10 @@ class Trainer:
 
     def run(self, stop: Callable[[], int | None]) -> Result:
         """Train, write result.json and return it."""
-        self.folder.write_json("env.json", environment())
-        (self.folder.path / "swap.txt").write_text(str(self.report))
+        self.folder.begin(self.config)
         resumed = self.folder.resume and self.resume()
+        self.environment_changes = record_environment(self.folder.path, self._device_name(), self.step)
+        (self.folder.path / "swap.txt").write_text(str(self.report))
         log.info("run folder %s", self.folder.path)
         log.info("%s on %s, %s", self.config.backbone.name, self.device, self.config.data.name)
         for line in str(self.report).splitlines():
@@ -338,7 +314,7 @@ class Trainer:
                 log.warning("the schedule moves nothing: no replaced layer lies on the spectrum")
         if resumed:
             log.info("resumed at epoch %d, step %d", self.epoch + 1, self.step)
-        self.tracker = Tracker(self.config.tracker, self.folder.path, asdict(self.config), self.epoch)
+        self.tracker = Tracker(self.config.tracker, self.folder.path, asdict(self.config), self.rows)
         exit_code = 1
         result: Result = {}
         try:
@@ -356,9 +332,6 @@ class Trainer:
                 raise
             size = self.config.train.batch_size
             raise ConfigError(f"train.batch_size={size}: batch normalisation needs more than one value") from error
-        except torch.cuda.OutOfMemoryError as error:
-            half = max(self.config.train.batch_size // 2, 1)
-            raise ConfigError(f"out of CUDA memory; try train.batch_size={half}") from error
         finally:
             if result:
                 result["exit_code"] = exit_code
@@ -368,7 +341,7 @@ class Trainer:
 
     def result(self, status: str) -> Result:
         """Return the content of result.json. Accuracies are in percent; sizes in bytes; times in seconds."""
-        row, best = self.last_row, self.best
+        row, best = self.rows[-1] if self.rows else {}, self.best
         on_val = "val" in self.batches
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
@@ -385,15 +358,20 @@ class Trainer:
             "best_epoch": best.get("epoch"),
             "epochs": self.epoch,
             "steps": self.step,
+            "skipped_steps": self.guard.skipped,
             "seconds": round(self.train_seconds, 3),
             "params": count_parameters(self.model),
             "gflops": self.gflops,
             "images_per_second": round(self.train_images / self.train_seconds, 1) if self.train_seconds else None,
             "peak_memory_bytes": peak,
             "layers_replaced": len(self.report),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "device": self._device_name(),
             "versions": versions(),
+            "environment_changes": self.environment_changes,
         }
+
+    def _device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
 
 def run(config: Config) -> Result:
@@ -410,7 +388,7 @@ def run(config: Config) -> Result:
             log.info("%s is complete (top-1 %.2f); nothing to do", folder.path, folder.done["top1_last"])
             return folder.done
         set_determinism(config.train.deterministic)
-        with stop_on_signal() as stop:
+        with stop_on_signal() as stop, explain_memory(config.train.batch_size):
             try:
                 trainer = Trainer(config, folder)
             except Exception:

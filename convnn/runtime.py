@@ -21,6 +21,14 @@ log = logging.getLogger("convnn")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
+class StoppedError(Exception):
+    """A signal asked the run to stop where it cannot return."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
 def pick_device(name: str) -> torch.device:
     """Return the device of ``device=``.
 
@@ -71,6 +79,15 @@ def make_autocast(amp: str, device: torch.device) -> Callable[[], Any]:
     if amp == "bf16" or (amp == "auto" and device.type == "cuda"):
         return lambda: torch.autocast(device.type, torch.bfloat16)
     return nullcontext
+
+
+@contextmanager
+def explain_memory(batch_size: int) -> Iterator[None]:
+    """Turn a full GPU into a ConfigError that names a batch size to try."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"out of CUDA memory; try train.batch_size={max(batch_size // 2, 1)}") from error
 
 
 @contextmanager

@@ -20,7 +20,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a metrics.jsonl; a torn last line (from a kill) is left out."""
     rows = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
@@ -31,10 +31,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Tracker:
     """Writes one row per epoch to ``metrics.jsonl`` and, if asked, to W&B."""
 
-    def __init__(self, config: TrackerConfig, folder: Path, run_config: dict[str, Any], epochs_done: int = 0) -> None:
-        """Open the folder's metrics; rows of epochs that will be run again are dropped."""
+    def __init__(
+        self, config: TrackerConfig, folder: Path, run_config: dict[str, Any], rows: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        """Begin the folder's metrics with the rows of the checkpoint, whatever has become of the file since."""
         self.path = folder / "metrics.jsonl"
-        rows = [row for row in read_metrics(self.path) if row["epoch"] < epochs_done]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self._wandb = _start_wandb(config, folder, run_config) if config.name == "wandb" else None
 

@@ -25,7 +25,7 @@ from convnn.data import Batches, Dataset, Split, load_dataset
 from convnn.drift import record_environment
 from convnn.evaluation import Meter, build_model, count_gflops, evaluate
 from convnn.guard import DivergedError, StepGuard
-from convnn.optimizing import make_optimizer, make_scheduler
+from convnn.optimization import build_optimizer, build_scheduler
 from convnn.rundir import RunFolder, open_run_folder, versions
 from convnn.runtime import (
     StoppedError,
@@ -103,8 +103,8 @@ class Trainer:
 
     def _build_training(self, num_classes: int) -> None:
         optim, train = self.config.optim, self.config.train
-        self.optimizer = make_optimizer(self.model, optim)
-        self.scheduler = make_scheduler(self.optimizer, optim, self.epochs, self.steps_per_epoch)
+        self.optimizer = build_optimizer(self.model, optim)
+        self.scheduler = build_scheduler(self.optimizer, optim, self.epochs, self.steps_per_epoch)
         self.mixup = None
         self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
         if train.mixup or train.cutmix:

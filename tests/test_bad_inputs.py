@@ -421,11 +421,18 @@ def test_overwrite_removes_the_old_run_only_once_the_new_one_is_possible(call, b
     assert not (Path("r") / "checkpoints" / "last.previous.pt").exists()
 
 
-@pytest.mark.parametrize(
-    "args, hint", [(["rum=x"], "did you mean 'run'"), ([], "run: is required"), (["x"], "not key=value")]
-)
-def test_a_wrong_script_argument(args, hint, call):
-    assert_refused(call, "scripts/evaluate.py", args, hint)
+SCRIPT = {
+    "rum=x": "did you mean 'run'",
+    "": "run: is required",
+    "x": "not key=value",
+    "run=.": "not a run folder",
+    "run=. checkpoint=first": "last, best",
+}
+
+
+@pytest.mark.parametrize("args", SCRIPT)
+def test_a_wrong_script_argument(args, call):
+    assert_refused(call, "scripts/evaluate.py", args.split(), SCRIPT[args])
 
 
 def test_debug_shows_the_traceback(call):

@@ -3,16 +3,11 @@
 The programs are called in this process. Groups whose faults need real processes are tested elsewhere, see ELSEWHERE.
 """
 
-import contextlib
 import errno
 import json
-import logging
 import os
-import pickle
 import re
-import runpy
 import shutil
-import signal
 import subprocess
 import sys
 import urllib.error
@@ -21,57 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, TINY_VIT, tiny, write_image_folder
+from helpers import TINY, TINY_VIT, write_image_folder
+from programs import ROOT, assert_refused
 
-from convnn import checkpoint, cli, rundir
-from convnn.cli import CONF_DIR, EXIT_CONFIG, EXIT_DIVERGED, EXIT_FAILED
-from convnn.rundir import open_run_folder
+from convnn import cli, rundir
+from convnn.cli import EXIT_CONFIG, EXIT_DIVERGED
 
-ROOT = CONF_DIR.parent
 SMALL = [*TINY, "swap.last=1", "train.epochs=1"]
-
-
-@pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    """Return a function that calls a program in an empty folder and returns its exit code and standard error."""
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-    logger = logging.getLogger("convnn")
-    before = logger.handlers[:], logger.level, logger.propagate
-
-    def run(program, args):
-        monkeypatch.setattr(sys, "argv", [program, *args])
-        capsys.readouterr()
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / program), run_name="__main__")
-        except SystemExit as error:
-            code = error.code or 0
-        finally:
-            from hydra.core.global_hydra import GlobalHydra
-
-            GlobalHydra.instance().clear()
-        return code, capsys.readouterr().err
-
-    yield run
-    logger.handlers[:], logger.level, logger.propagate = before
-
-
-def snapshot(folder):
-    """Everything below a folder: names and bytes."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
-
-
-def assert_refused(call, program, args, hint, code=EXIT_CONFIG, where=None):
-    where = where or Path.cwd()
-    before = snapshot(where)
-    found, err = call(program, args)
-    assert found == code, err
-    lines = [line for line in err.splitlines() if line]
-    assert len(lines) == 1 and lines[0].startswith("error: "), err
-    assert re.search(hint, lines[0]), err
-    assert snapshot(where) == before
 
 
 # ------------------------------------------------------------- commands that are wrong before torch is imported
@@ -236,123 +187,6 @@ def test_group07_pretrained_without_a_network(call, monkeypatch):
     )
 
 
-class Hostile:
-    def __reduce__(self):
-        return (os.system, ("touch hostile-was-here",))
-
-
-@pytest.fixture(scope="module")
-def begun(tmp_path_factory):
-    """The folder of a run that a signal ended after its first epoch."""
-    from convnn import engine
-
-    folder = tmp_path_factory.mktemp("begun") / "r"
-    calls = iter(range(100))
-
-    @contextlib.contextmanager
-    def stop():
-        yield lambda: signal.SIGTERM if next(calls) >= 6 else None
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "stop_on_signal", stop)
-        assert engine.run(tiny("swap.last=1", "train.epochs=4", f"run.dir={folder}"))["epochs"] >= 1
-    return folder
-
-
-def spoil_all(folder, content):
-    for path in (folder / "checkpoints").glob("*.pt"):
-        content(path)
-
-
-def save_hostile(path):
-    torch.save({"format": checkpoint.FORMAT, "model": Hostile()}, path)
-
-
-def other_model(path):
-    state = checkpoint.load_checkpoint(path)
-    state["model"]["conv1.weight"] = torch.zeros(9)
-    torch.save(state, path)
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    weight = checkpoint.load_checkpoint(path)["model"]["layer1.0.conv1.weight"]
-    data[data.index(weight.numpy().tobytes())] ^= 1
-    path.write_bytes(data)
-
-
-CHECKPOINTS = {
-    "empty": (lambda p: p.write_bytes(b""), r"last\.pt is not a whole checkpoint"),
-    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-100]), r"last\.pt is not a whole checkpoint"),
-    "html": (lambda p: p.write_bytes(b"<html>404</html>"), r"last\.pt is not a whole checkpoint"),
-    "flipped": (flip, r"last\.pt is damaged: checksum"),
-    "architecture": (other_model, r"does not fit the model: it has another shape of conv1\.weight"),
-    "hostile": (save_hostile, "not a safe or whole checkpoint"),
-    "hostile-pickle": (lambda p: p.write_bytes(pickle.dumps(Hostile())), "not a whole checkpoint"),
-}
-
-
-@pytest.mark.parametrize("fault", CHECKPOINTS)
-def test_group08_checkpoints(fault, call, begun):
-    spoil, hint = CHECKPOINTS[fault]
-    shutil.copytree(begun, "r")
-    spoil_all(Path("r"), spoil)
-    kept = {p: p.read_bytes() for p in Path("r/checkpoints").iterdir()}
-    args = [*TINY, "swap.last=1", "train.epochs=4", "run.dir=r", "run.if_exists=resume"]
-    code, err = call("train.py", args)
-    lines = err.strip().splitlines()
-    assert code == EXIT_FAILED and len(lines) == 1 and lines[0].startswith("error: ") and re.search(hint, lines[0]), err
-    assert {p: p.read_bytes() for p in Path("r/checkpoints").iterdir()} == kept
-    assert_refused(call, "scripts/evaluate.py", ["run=r"], hint, EXIT_FAILED)
-    assert not Path("hostile-was-here").exists()
-
-
-def test_group08_missing(call, begun):
-    shutil.copytree(begun, "r")
-    (Path("r") / "checkpoints" / "best.pt").unlink()
-    assert_refused(
-        call, "scripts/evaluate.py", ["run=r", "checkpoint=best"], r"best\.pt: no such checkpoint", EXIT_FAILED
-    )
-
-
-def test_group09_resume_with_a_changed_configuration(call, begun):
-    shutil.copytree(begun, "r")
-    args = [*TINY, "swap.last=1", "train.epochs=5", "optim.lr=0.1", "run.dir=r", "run.if_exists=resume"]
-    assert_refused(call, "train.py", args, r"optim\.lr: 0\.001 -> 0\.1; train\.epochs: 4 -> 5")
-
-
-def full(*_, **__):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_group10_a_disk_that_is_full_or_read_only_at_the_start(call, monkeypatch):
-    assert_refused(call, "train.py", [*SMALL, "run.dir=/proc/none/r"], r"run\.dir=/proc/none/r cannot be written")
-    with monkeypatch.context() as patch:
-        patch.setattr(rundir, "write_text", full)
-        assert_refused(call, "train.py", [*SMALL, "run.dir=a/b"], r"run\.dir=a/b cannot be written: No space left")
-        patch.setattr(rundir, "lock", full)
-        assert_refused(call, "train.py", [*SMALL, "run.dir=a/b"], r"run\.dir=a/b cannot be written: No space left")
-
-
-def test_group10_a_disk_that_fills_up_in_mid_checkpoint(call, monkeypatch):
-    save, calls = torch.save, iter(range(100))
-
-    def save_thrice(state, file):
-        if next(calls) < 3:
-            return save(state, file)
-        file.write(b"half")
-        return full()
-
-    monkeypatch.setattr(torch, "save", save_thrice)
-    args = [*TINY, "swap.last=1", "train.epochs=4", "run.dir=r", "run.if_exists=resume"]
-    code, err = call("train.py", args)
-    assert code == EXIT_FAILED and err.count("\n") == 1 and "No space left on device" in err
-    good = checkpoint.load_checkpoint(Path("r/checkpoints/last.pt"))
-    assert good["epoch"] >= 1 and not list(Path("r").rglob("*.tmp"))
-    monkeypatch.setattr(torch, "save", save)
-    assert call("train.py", args)[0] == 0
-
-
 def test_group12_divergence(call):
     code, err = call("train.py", [*SMALL, "optim=sgd", "optim.lr=1e30", "optim.sched=constant", "run.dir=r"])
     assert code == EXIT_DIVERGED and err.count("\n") == 1
@@ -403,24 +237,6 @@ def test_group15_duplicates_are_merged():
     assert make_plan(SweepConfig(), ["seed=0,0,1"]).duplicates == 1
 
 
-def test_group17_a_folder_in_use_or_of_another_run(call, begun):
-    shutil.copytree(begun, "r")
-    args = [*TINY, "swap.last=1", "train.epochs=4", "run.dir=r"]
-    assert_refused(call, "train.py", args, r"already holds a run \(interrupted\); set run\.if_exists=resume")
-    folder = open_run_folder(tiny("swap.last=1", "train.epochs=4", "run.dir=r", "run.if_exists=resume"))
-    hint = rf"in use by another process \(pid {os.getpid()} on .*\)"
-    assert_refused(call, "train.py", [*args, "run.if_exists=resume"], hint)
-    folder.close()
-
-
-def test_overwrite_removes_the_old_run_only_once_the_new_one_is_possible(call, begun):
-    shutil.copytree(begun, "r")
-    args = [*TINY, "run.dir=r", "run.if_exists=overwrite"]
-    assert_refused(call, "train.py", [*args, "operator.k=200"], "exceeds")
-    assert call("train.py", [*args, "swap.last=1", "train.epochs=1", "seed=5"])[0] == 0
-    assert not (Path("r") / "checkpoints" / "last.previous.pt").exists()
-
-
 SCRIPT = {
     "rum=x": "did you mean 'run'",
     "": "run: is required",
@@ -449,7 +265,7 @@ ELSEWHERE = {
 
 
 def test_no_group_is_left_out():
-    here = Path(__file__).read_text()
+    here = "".join(Path(__file__).with_name(f"test_bad_{name}.py").read_text() for name in ("inputs", "files"))
     groups = {int(n) for n in re.findall(r"group(\d\d)", here)} | {int(g) for g, *_ in [*COMMANDS, *BUILT]}
     assert groups | set(ELSEWHERE) == set(range(1, 21))
     for place in ELSEWHERE.values():

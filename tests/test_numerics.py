@@ -61,22 +61,55 @@ def errors(preset, dtype):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_error_of_float32(preset):
     """No neighbour is another one, and the sums differ by rounding alone."""
-    assert errors(preset, torch.float32)[0] < 5e-6
+    assert errors(preset, torch.float32)[0] < 4e-6
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_error_of_bfloat16(preset):
     """A bfloat16 has 8 bits; where it changes a neighbour the error is larger, so that the median is pinned."""
-    assert errors(preset, torch.bfloat16)[1] < 8e-3
+    assert errors(preset, torch.bfloat16)[1] < 6e-3
 
 
 # Losses of ten steps on a CPU in float32. They were noted on 2026-11-24 with torch 2.15 and change only on purpose. Few
 # and small maps, so that no rounding changes a neighbour.
 LOSSES = {
-    "operator=conv2d": [],
-    "operator=convnn operator.k=4": [],
-    "operator=hybrid operator.blend=0.5 train.mixup=0.4 train.ema=0.9": [],
-    "vit operator=convnn_attention operator.k=5 optim=sgd optim.lr=0.05": [],
+    "operator=conv2d": [2.32291, 2.06426, 2.15491, 2.21479, 2.23352, 2.2005, 2.23205, 2.365, 2.11796, 2.20635],
+    "operator=convnn operator.k=4": [
+        2.32291,
+        2.0641,
+        2.15476,
+        2.21556,
+        2.23599,
+        2.20031,
+        2.23049,
+        2.36631,
+        2.11852,
+        2.20878,
+    ],
+    "operator=hybrid operator.blend=0.5 train.mixup=0.4 train.ema=0.9": [
+        2.35975,
+        2.12434,
+        2.19779,
+        2.17558,
+        2.27775,
+        2.17671,
+        2.26921,
+        2.29178,
+        2.32638,
+        2.23398,
+    ],
+    "vit operator=convnn_attention operator.k=5 optim=sgd optim.lr=0.05": [
+        2.28509,
+        2.22384,
+        2.46165,
+        2.3624,
+        2.37681,
+        2.36719,
+        2.175,
+        2.34843,
+        2.2687,
+        2.34139,
+    ],
 }
 
 
@@ -103,4 +136,4 @@ def losses_of(overrides, folder):
 
 @pytest.mark.parametrize("overrides", LOSSES)
 def test_losses_of_ten_steps(overrides, tmp_path):
-    assert losses_of(overrides, tmp_path / "r") == pytest.approx(LOSSES[overrides], rel=2e-5)
+    assert losses_of(overrides, tmp_path / "r") == pytest.approx(LOSSES[overrides], rel=1e-5, abs=1e-5)

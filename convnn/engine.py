@@ -23,7 +23,7 @@ from convnn.checkpoint import check_identity, load_latest, load_model_state, sav
 from convnn.config import Config, ConfigError, fingerprint, identity
 from convnn.data import Batches, Dataset, Split, load_dataset
 from convnn.drift import record_environment
-from convnn.evaluation import Meter, build_model, count_gflops, evaluate
+from convnn.evaluation import Meter, build_model, evaluate, forward_cost
 from convnn.guard import DivergedError, StepGuard
 from convnn.optimization import build_optimizer, build_scheduler
 from convnn.rundir import RunFolder, open_run_folder, versions
@@ -75,9 +75,10 @@ class Trainer:
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         channels = dataset.train.images.shape[1]
         apply_schedule(self.model, config.schedule, 1.0)
-        self.gflops = count_gflops(self.model, channels, self.image_size, self.device)
+        cost = forward_cost(self.model, channels, self.image_size, [r.name for r in self.report.rows])
+        self.gflops, self.report = cost.total / 1e9, self.report.with_costs(cost)
         apply_schedule(self.model, config.schedule, 0.0)
-        count_gflops(self.model, channels, self.image_size, self.device)
+        forward_cost(self.model, channels, self.image_size)
         self._build_training(len(dataset.classes))
         self.epoch = self.step_in_epoch = self.step = 0
         self.best: dict[str, float] = {}

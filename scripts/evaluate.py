@@ -18,6 +18,7 @@ Prints loss, top-1 and top-5 (percent) of a run's checkpoint on its test set as 
   checkpoint  last (default) or best
   data_root   where the data is now, if it moved
   device      default auto
+Exit codes: 0 done, 1 the checkpoint cannot be used, 2 wrong arguments.
 """
 
 

@@ -20,6 +20,7 @@ attention; a layer that equals no plain one is an error that names it.
   checkpoint  last (default) or best
   out         default DIR/exported.pt
   data_root   where the data is now, if it moved
+Exit codes: 0 written, 1 the checkpoint cannot be used, 2 wrong arguments or layers without a plain equivalent.
 """
 
 

@@ -17,6 +17,7 @@ unfinished runs are listed and never count in a mean; a configuration found twic
   out     default report/ in the first DIR
   metric  what is plotted: top1_last (test accuracy of the last epoch, default), top5_last, top1_best_on_test (chosen
           on the test set), top1_at_best_val, val_top1_best
+Exit codes: 0 written, 1 the disk refused, 2 wrong arguments or no runs.
 """
 
 

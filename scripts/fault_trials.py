@@ -20,7 +20,6 @@ metrics and the same weights, or, where no whole checkpoint or configuration is 
 Exit codes: 0 all survived, 1 some not (their folders and logs are kept and named), 2 wrong arguments.
 """
 
-import json
 import os
 import random
 import resource
@@ -33,7 +32,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from convnn.cli import EXIT_FAILED, compose_config, guarded, script_options
@@ -362,9 +361,6 @@ def main(argv: list[str]) -> int:
     print(text)
     if options.out:
         Path(options.out).write_text(text + "\n")
-        Path(options.out).with_suffix(".json").write_text(
-            json.dumps([asdict(t) for t in bench.tallies.values()]) + "\n"
-        )
     if not bench.kept and options.dir is None:
         shutil.rmtree(folder)
     return EXIT_FAILED if bench.kept else 0

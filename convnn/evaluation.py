@@ -71,6 +71,7 @@ def count_gflops(model: nn.Module, channels: int, image_size: int, device: torch
         torch.no_grad(),
         torch.random.fork_rng(),
         _name_failing_layer(model),
+        in_blocks(),
         FlopCounterMode(display=False) as counter,
     ):
         try:

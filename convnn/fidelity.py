@@ -27,6 +27,7 @@ from timm.layers.attention import Attention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from convnn.aggregation import in_blocks
 from convnn.attention import ConvNNAttention
 from convnn.backbones import create_backbone
 from convnn.base import NeighborLayer
@@ -151,7 +152,7 @@ def count(model: nn.Module, image: Tensor, *, sampled_keys: bool = True) -> tupl
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), torch.random.fork_rng(), in_blocks(), FlopCounterMode(display=False) as counter:
             try:
                 model(image)
             except ValueError as error:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from convnn.aggregation import in_blocks
 from convnn.backbones import create_backbone
 from convnn.checkpoint import load_checkpoint, load_model_state
 from convnn.config import Config, ConfigError

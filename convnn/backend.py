@@ -248,7 +248,7 @@ def best_tokens(
         topk_kernel[(-(-count // bq) * b * h,)](
             q, k, inverse_q, inverse_k, bias, queries, candidates, share, floor, *steps, index, low, high,
             count, k.shape[1], available, q.shape[2], num, geometry.prefix, columns, rows, geometry.extent, ALIKE,
-            BQ=bq, BM=bm, BD=_block(q.shape[2], 16, 64), BK=_block(num - own_first or 1),
+            BQ=bq, BM=bm, BD=_block(q.shape[2], 16, 32), BK=_block(num - own_first or 1),
             COSINE=kind == "cosine", BIASED=bias is not None, LISTED=candidates is not None, SELF=own_first,
             RANGED=ranged, MIXED=mixed, EUCLIDEAN=selection.distance == "euclidean",
             WIDEN=dtype == torch.bfloat16 and _interpreted(),
@@ -376,4 +376,4 @@ def _layout(
     strides = [stride for t in (q, k, v, index) for stride in t.stride()[:3]]
     strides.append(0 if weight is None else weight.stride(0))
     bd, bc = _block(sizes[0]), _block(sizes[1])
-    return sizes, strides, {"BQ": _block(4096 // max(bd, bc), 1, 32), "BD": bd, "BC": bc}
+    return sizes, strides, {"BQ": _block(2048 // max(bd, bc) or 1, 1, 32), "BD": bd, "BC": bc}

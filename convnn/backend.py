@@ -376,4 +376,4 @@ def _layout(
     strides = [stride for t in (q, k, v, index) for stride in t.stride()[:3]]
     strides.append(0 if weight is None else weight.stride(0))
     bd, bc = _block(sizes[0]), _block(sizes[1])
-    return sizes, strides, {"BQ": _block(2048 // max(bd, bc) or 1, 1, 32), "BD": bd, "BC": bc}
+    return sizes, strides, {"BQ": _block(2048 // max(bd, bc), 1, 32), "BD": bd, "BC": bc}

@@ -23,6 +23,7 @@ from convnn.config import (
     SwapRule,
     TrackConfig,
 )
+from convnn.kernel_limits import backend_limit
 
 # ----------------------------------------------------------------------------------------------- nearest names
 
@@ -176,6 +177,7 @@ CHOICES = {
     "aggregation": ["conv", "depthwise", "separable", "sum", "max_relative"],
     "learn_blend": ["no", "layer", "head"],
     "k_policy": ["error", "clamp"],
+    "backend": ["auto", "torch", "triton"],
 }
 """Values of the operator's named choices."""
 
@@ -236,7 +238,8 @@ def contradiction(o: Mapping[str, Any]) -> str | None:
             )
     if o["slots"] == "raster" and o["k_policy"] == "clamp":
         return "{p}.k_policy=clamp needs {p}.slots=rank: a clamped raster slot has no fixed meaning"
-    return None
+    limit = backend_limit(o) if o["backend"] == "triton" else None
+    return None if limit is None else f"{{p}}.backend=triton: {limit}; or set {{p}}.backend=auto"
 
 
 def check_rule(rule: SwapRule, prefix: str) -> None:

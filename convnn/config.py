@@ -112,6 +112,9 @@ class OperatorConfig:
     straight_through: bool = False
     """Let a gradient reach the selection: forward as ever, backward as if each neighbour were weighed by the softmax
     of its selection score. Always on where the blend is learned."""
+    backend: str = "auto"
+    """What computes: ``torch``; ``triton``: its kernels on CUDA, or an error; ``auto``: the kernels where a measurement
+    is known in which they were faster (none yet), else torch."""
     branch_ratio: float | None = None
     """Share of the output channels from the neighbour branch, the rest from the replaced kind of layer; null: none."""
     branch_kernel: int | None = None
@@ -342,7 +345,7 @@ _NOT_IDENTITY = ("run", "tracker", "device", "debug")
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """Return what decides the outcome of a run: all but where it is kept, tracked and computed."""
+    """Return what decides the outcome of a run: all but where it is kept, tracked and computed, and by what."""
     return identity_of(asdict(config))
 
 
@@ -350,7 +353,8 @@ def identity_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``identity`` from the plain values of a whole configuration, as a run folder's config.yaml has them."""
     kept = {key: value for key, value in values.items() if key not in _NOT_IDENTITY}
     unused = {"download"} if values["data"]["name"] == "imagefolder" else {"download", "root"}
-    return kept | {"data": {key: value for key, value in values["data"].items() if key not in unused}}
+    own = {"data": unused, "operator": {"backend"}}
+    return kept | {group: {k: v for k, v in values[group].items() if k not in own[group]} for group in own}
 
 
 def fingerprint(config: Config) -> str:

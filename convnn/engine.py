@@ -20,6 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from convnn.backend import require
 from convnn.checkpoint import CheckpointError, load_checkpoint, load_model_state, previous_of, save_checkpoint
 from convnn.checks import nearest
 from convnn.config import Config, ConfigError, fingerprint, identity
@@ -55,6 +56,8 @@ class Trainer:
         self._check_sizes(dataset)
         model, self.report, self.image_size = build_model(config, dataset)
         self.model = model.to(self.device)
+        for layer in neighbor_layers(self.model).values():
+            require(layer.backend, self.device)
         if train.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.batches = {

@@ -135,6 +135,7 @@ def load_run(config: Config, folder: Path, checkpoint: str, dataset: Dataset) ->
     load_model_state(model, state["ema"] or state["model"], path)
     for name, layer in neighbor_layers(model).items():
         layer.set_spectrum(**state["spectrum"][name])
+        layer.backend = "auto"  # a run that demanded kernels may be evaluated without them
     return model, image_size, state
 
 

@@ -7,7 +7,8 @@ usage: uv run scripts/benchmark.py [quick=true] [device=auto|cpu|cuda] [out=DIR]
   out=DIR         benchmark.csv and benchmark.png go here; default: benchmarks
   threads=N       CPU threads; default: torch's
   compile=true    compiled layers too (minutes of compilation on a CPU)
-  groups=GLOB     conv*, attention*, tokens, neighbours, "training step"; default: all
+  groups=GLOB     conv*, attention*, tokens, neighbours, "training step", backend* (torch beside the Triton kernels, on
+                  CUDA only); default: all
   repeats, seconds   rounds of a group: at most so many, and no new one after so many seconds
 
 Times are medians over interleaved rounds, with quartiles; ratios are to the first case of each group. Peak memory is
@@ -43,7 +44,7 @@ def main() -> None:
     options: Options = script_options(Options, sys.argv[1:], __doc__ or "")
     import torch
 
-    from convnn.benchmarking import operator_cases, scaling_cases, training_cases
+    from convnn.benchmarking import backend_cases, operator_cases, scaling_cases, training_cases
     from convnn.rundir import environment
     from convnn.runtime import pick_device
 
@@ -51,7 +52,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     cases = [*operator_cases(options.quick, options.compile), *scaling_cases(options.quick)]
-    cases += training_cases(options.quick)
+    cases += training_cases(options.quick) + backend_cases(options.quick, device)
     patterns = options.groups.split(",")
     cases = [c for c in cases if any(fnmatch.fnmatch(c.group, p) for p in patterns)]
     if not cases:

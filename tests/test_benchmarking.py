@@ -5,10 +5,11 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 from torch import nn
 
-from convnn import ConvNN2d, ConvNNAttention
+from convnn import ConfigError, ConvNN2d, ConvNNAttention, backend, benchmarking
 from convnn.benchmarking import Case, NaiveConvNN2d, NaiveConvNNAttention, layer_step, measure, peak_memory
 from convnn.cli import CONF_DIR
 
@@ -35,6 +36,19 @@ def test_times_and_memory_are_of_what_is_measured():
     assert fast.quartiles[0] <= fast.median <= fast.quartiles[1]
     big = Case("g", "big", 0, 0, layer_step(lambda: nn.Conv2d(8, 64, 3), (4, 8, 256, 256), backward=False))
     assert 60e6 < peak_memory(big, CPU) < 400e6  # its output alone is 66 MB
+
+
+def test_backends_are_compared_on_cuda_only(monkeypatch):
+    assert benchmarking.backend_cases(True, CPU) == []
+    monkeypatch.setattr(benchmarking, "missing", lambda device: None)
+    cases = benchmarking.backend_cases(True, torch.device("cuda"))
+    groups = {case.group: [c.name for c in cases if c.group == case.group] for case in cases}
+    assert all(names == ["torch", "torch compiled", "triton"] for names in groups.values()) and len(groups) == 10
+    for group in ("backend selection N=196 k=9 float32", "backend attention N=196 k=9 bfloat16"):
+        plain, _, ours = (case.build(CPU) for case in cases if case.group == group)
+        plain()
+        with pytest.raises(ConfigError, match="needs a CUDA device" if backend._installed() else "not installed"):
+            ours()
 
 
 def test_the_script_writes_its_table_and_picture(tmp_path):

@@ -65,7 +65,7 @@ def estimate(configs: Sequence[Config], folders: Sequence[Path]) -> str:
 
 def _forward_gflops(config: Config, dataset: Dataset) -> float:
     model, _, image_size = build_model(config, dataset)
-    return count_gflops(model, dataset.train.images.shape[1], image_size, torch.device("cpu"))
+    return count_gflops(model, dataset.train.shape[0], image_size, torch.device("cpu"))
 
 
 def _operations(gflops: float) -> str:

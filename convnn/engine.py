@@ -8,6 +8,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -23,11 +24,12 @@ from tqdm import tqdm
 from convnn.checkpoint import CheckpointError, load_checkpoint, load_model_state, previous_of, save_checkpoint
 from convnn.checks import nearest
 from convnn.config import Config, ConfigError, fingerprint, identity
-from convnn.data import Batches, Dataset, Split, load_dataset
+from convnn.data import AnySplit, Batches, Dataset, load_dataset
 from convnn.evaluation import Meter, build_model, count_gflops, evaluate
 from convnn.rundir import RunFolder, environment, open_run_folder, versions
 from convnn.runtime import make_autocast, pick_device, rng_state, set_determinism, set_rng_state, stop_on_signal
 from convnn.schedule import apply_schedule, describe_schedule
+from convnn.streaming import make_batches
 from convnn.swap import count_parameters, neighbor_layers
 from convnn.tracking import Tracker
 
@@ -67,7 +69,7 @@ class Trainer:
         if train.max_steps is not None:
             self.total_steps = min(self.total_steps, train.max_steps)
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
-        channels = dataset.train.images.shape[1]
+        channels = dataset.train.shape[0]
         apply_schedule(self.model, config.schedule, 1.0)
         self.gflops = count_gflops(self.model, channels, self.image_size, self.device)
         apply_schedule(self.model, config.schedule, 0.0)
@@ -85,14 +87,14 @@ class Trainer:
             raise ConfigError(
                 f"train.batch_size={train.batch_size} exceeds the {len(dataset.train)} training images of {data.name}"
             )
-        channels = dataset.train.images.shape[1]
+        channels = dataset.train.shape[0]
         if len(data.mean) not in (1, channels):
             raise ConfigError(f"data.mean has {len(data.mean)} values for images of {channels} channels")
 
-    def _batches(self, split: Split, train: bool) -> Batches:
+    def _batches(self, split: AnySplit, train: bool) -> Batches:
         c = self.config
         size = c.train.batch_size if train else c.train.eval_batch_size or c.train.batch_size
-        return Batches(split, size, c.data, self.image_size, train, c.seed, c.train.channels_last)
+        return make_batches(split, size, c.data, self.image_size, train, c.seed, c.train.channels_last)
 
     def _build_training(self, num_classes: int) -> None:
         optim, train = self.config.optim, self.config.train
@@ -227,7 +229,7 @@ class Trainer:
         start, images_before = time.perf_counter(), self.train_images
         progress = tqdm(total=left, desc=f"epoch {self.epoch + 1}/{self.epochs}", leave=False, disable=None)
         signum = None
-        with progress:
+        with progress, closing(batches):
             for _, (images, labels) in zip(range(left), batches, strict=False):
                 signum = stop()
                 if signum is not None:

@@ -182,7 +182,7 @@ CHOICES = {
 
 
 INTERPOLATIONS = ["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random"]
-_RAND_AUGMENT = re.compile(r"rand(-(m|n|p|mstd|mmax|inc)\d+(\.\d+)?|-t[a-z0-9]+)*")
+_RAND_AUGMENT = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?|-t(weights|3aw|3a))*")
 
 
 def check_operator(operator: OperatorConfig, prefix: str = "operator") -> None:

@@ -47,7 +47,7 @@ class DataConfig:
     rand_augment: str | None = None
     """timm's name of a RandAugment, such as rand-m9-mstd0.5-inc1; null: none."""
     color_jitter: float = 0.0
-    """Largest change of brightness, contrast and saturation; timm leaves it out where ``rand_augment`` is given."""
+    """Largest change of brightness, contrast and saturation; timm leaves it out beside ``rand_augment``."""
     random_erasing: float = 0.0
     """Probability that a rectangle of an image is erased."""
     crop_pct: float | None = None

@@ -74,7 +74,8 @@ class Trainer:
         self.gflops = count_gflops(self.model, channels, self.image_size, self.device)
         apply_schedule(self.model, config.schedule, 0.0)
         count_gflops(self.model, channels, self.image_size, self.device)
-        self._build_training(len(dataset.classes))
+        self.num_classes = len(dataset.classes)
+        self._build_training()
         self.epoch = self.step_in_epoch = self.step = 0
         self.best: dict[str, float] = {}
         self.meter = Meter.new(self.device)
@@ -96,7 +97,7 @@ class Trainer:
         size = c.train.batch_size if train else c.train.eval_batch_size or c.train.batch_size
         return make_batches(split, size, c.data, self.image_size, train, c.seed, c.train.channels_last)
 
-    def _build_training(self, num_classes: int) -> None:
+    def _build_training(self) -> None:
         optim, train = self.config.optim, self.config.train
         known = [str(name) for name in list_optimizers()]
         if optim.name not in known:
@@ -139,7 +140,7 @@ class Trainer:
         self.mixup = None
         self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
         if train.mixup or train.cutmix:
-            args = {"label_smoothing": train.label_smoothing, "num_classes": num_classes}
+            args = {"label_smoothing": train.label_smoothing, "num_classes": self.num_classes}
             self.mixup = Mixup(mixup_alpha=train.mixup, cutmix_alpha=train.cutmix, **args)
             self.criterion = SoftTargetCrossEntropy()
         self.ema = ModelEmaV3(self.model, decay=train.ema) if train.ema else None
@@ -393,6 +394,7 @@ class Trainer:
             "images_per_second": round(self.train_images / self.train_seconds, 1) if self.train_seconds else None,
             "peak_memory_bytes": peak,
             "layers_replaced": len(self.report),
+            "classes": self.num_classes,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "versions": versions(),
         }

@@ -46,11 +46,7 @@ class ByteErasing(RandomErasing):
 
 
 def file_transform(config: DataConfig, image_size: int, train: bool) -> Callable[[Any], Tensor]:
-    """Return what makes a (C, s, s) uint8 tensor of a Pillow image, with timm's transforms.
-
-    Raises:
-        ConfigError: if timm does not know the RandAugment.
-    """
+    """Return what makes a (C, s, s) uint8 tensor of a Pillow image, with timm's transforms."""
     if not train:
         drawn = config.interpolation == "random"
         return create_transform(
@@ -59,26 +55,20 @@ def file_transform(config: DataConfig, image_size: int, train: bool) -> Callable
             interpolation="bicubic" if drawn else config.interpolation,
             use_prefetcher=True,
         )
-    try:
-        crop, colour, to_tensor = create_transform(
-            image_size,
-            is_training=True,
-            # A crop of the whole area with sides 1:1 is the largest square at the centre.
-            scale=_span(config.scale or [1, 1]),
-            ratio=_span(config.ratio if config.scale else [1, 1]),
-            hflip=0.5 if config.flip else 0.0,
-            color_jitter=config.color_jitter or None,  # type: ignore[arg-type]
-            auto_augment=config.rand_augment,
-            interpolation=config.interpolation,
-            mean=tuple(config.mean),
-            use_prefetcher=True,
-            separate=True,
-        )
-    except (AssertionError, KeyError, ValueError) as error:
-        raise ConfigError(
-            f"data.rand_augment={config.rand_augment} is not known to timm ({first_line(error)}); "
-            "an example is rand-m9-mstd0.5-inc1"
-        ) from error
+    crop, colour, to_tensor = create_transform(
+        image_size,
+        is_training=True,
+        # A crop of the whole area with sides 1:1 is the largest square at the centre.
+        scale=_span(config.scale or [1, 1]),
+        ratio=_span(config.ratio if config.scale else [1, 1]),
+        hflip=0.5 if config.flip else 0.0,
+        color_jitter=config.color_jitter or None,  # type: ignore[arg-type]
+        auto_augment=config.rand_augment,
+        interpolation=config.interpolation,
+        mean=tuple(config.mean),
+        use_prefetcher=True,
+        separate=True,
+    )
     steps = [crop]
     if config.crop_padding:
         steps.append(RandomCrop(image_size, config.crop_padding))
@@ -119,7 +109,7 @@ def seeded(*entropy: int) -> Iterator[None]:
 class _Files:
     """What a worker is given: index -> (C, s, s) uint8, or what is wrong with the file."""
 
-    def __init__(self, paths: np.ndarray, read: Callable[[bytes], Tensor], entropy: Sequence[int]) -> None:
+    def __init__(self, paths: np.ndarray, read: Callable[[bytes], Tensor], entropy: tuple[int, ...] | None) -> None:
         self.paths, self.read, self.entropy = paths, read, entropy
 
     def __len__(self) -> int:
@@ -127,7 +117,9 @@ class _Files:
 
     def __getitem__(self, index: int) -> Tensor | str:
         try:
-            with seeded(*self.entropy, int(index)):
+            if self.entropy is None:  # nothing is drawn
+                return self.read(self.paths[index])
+            with seeded(*self.entropy, index):
                 return self.read(self.paths[index])
         except ConfigError as error:
             return str(error)  # an exception would arrive with the worker's traceback in its message
@@ -183,7 +175,8 @@ class Stream(Batches):
 
     def _read(self, order: Tensor, parts: Sequence[slice], epoch: int) -> Generator[Tensor]:
         workers = count_workers(self.config.workers, self.world_size)
-        files: Any = _Files(self.split.paths, self._read_file, (self.seed, epoch))
+        entropy = (self.seed, epoch) if self._timm and self.train else None
+        files: Any = _Files(self.split.paths, self._read_file, entropy)
         loader: DataLoader = DataLoader(
             files,
             batch_sampler=[order[part].tolist() for part in parts],
@@ -200,12 +193,12 @@ class Stream(Batches):
                 if isinstance(images, str):
                     raise ConfigError(images)
                 yield images.to(self.device, non_blocking=True)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:  # a worker's end shows as any of them
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise ConfigError(
-                f"data.workers={workers}: {first_line(error)}; with too little memory, lower data.workers, "
-                "data.prefetch or the batch size"
+                f"data.workers={workers}: a worker ended ({first_line(error)}); "
+                "with too little memory, lower data.workers, data.prefetch or the batch size"
             ) from error
         finally:
             stop = getattr(batches, "_shutdown_workers", None)  # dropping the iterator is not enough in a traceback

@@ -17,6 +17,7 @@ from convnn.config import (
     CONV,
     Config,
     ConfigError,
+    DataConfig,
     OperatorConfig,
     ScheduleConfig,
     SwapConfig,
@@ -182,6 +183,10 @@ CHOICES = {
 """Values of the operator's named choices."""
 
 
+INTERPOLATIONS = ["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random"]
+_RAND_AUGMENT = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?|-t(weights|3aw|3a))*")
+
+
 def check_operator(operator: OperatorConfig, prefix: str = "operator") -> None:
     """Raise ConfigError when the operator's settings contradict each other or leave their range."""
     p = prefix
@@ -287,6 +292,35 @@ def check_schedule(schedule: ScheduleConfig, operator: OperatorConfig, prefix: s
                 raise ConfigError(f"{p} needs {prefix}.slots=rank: with raster the slots of a smaller k shift")
 
 
+def check_stream(data: DataConfig) -> None:
+    """Raise ConfigError when the settings of streamed image files are out of range or contradict each other."""
+    _choice("data.stream", data.stream, ["auto", "true", "false"])
+    _choice("data.interpolation", data.interpolation, INTERPOLATIONS)
+    _choice("data.erasing_mode", data.erasing_mode, ["pixel", "rand", "const"])
+    _range("data.workers", data.workers, 0)
+    _range("data.prefetch", data.prefetch, 1)
+    _range("data.color_jitter", data.color_jitter, 0)
+    _range("data.random_erasing", data.random_erasing, 0, 1)
+    _range("data.crop_pct", data.crop_pct, 0, 1, open_low=True)
+    for name, value, high in (("scale", data.scale, 1), ("ratio", data.ratio, math.inf)):
+        if value is not None and not (len(value) == 2 and 0 < value[0] <= value[1] <= high):
+            limit = " <= 1" if high == 1 else ""
+            raise ConfigError(f"data.{name}={value} must be [from, to] with 0 < from <= to{limit}")
+    if data.rand_augment is not None and not _RAND_AUGMENT.fullmatch(data.rand_augment):
+        raise ConfigError(
+            f"data.rand_augment={data.rand_augment} is no RandAugment of timm, such as rand-m9-mstd0.5-inc1"
+        )
+    needs = data.file_transforms()
+    memory_only = data.target.startswith("convnn.data.") and data.target != "convnn.data.load_imagefolder"
+    if memory_only and (needs or data.stream == "true"):
+        key = needs[0] if needs else "stream"
+        raise ConfigError(f"data.{key} is for image folders, not data={data.name}; leave it at its default")
+    if needs and data.stream == "false":
+        raise ConfigError(f"data.{needs[0]} needs files that are streamed; set data.stream=auto")
+    if data.scale and data.crop_padding:
+        raise ConfigError("data.scale and data.crop_padding are both random crops; set data.crop_padding=0")
+
+
 def check(config: Config) -> Config:
     """Check everything that types cannot; return the configuration unchanged.
 
@@ -316,6 +350,7 @@ def check(config: Config) -> Config:
     _range("data.val_fraction", data.val_fraction, 0, 1, open_high=True)
     _range("data.crop_padding", data.crop_padding, 0)
     _range("data.split_seed", data.split_seed, 0)
+    check_stream(data)
     for value in data.std:
         _range("data.std", value, 0, open_low=True)
     if len(data.mean) != len(data.std):

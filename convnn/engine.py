@@ -8,6 +8,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -24,11 +25,12 @@ from convnn.backend import require
 from convnn.checkpoint import CheckpointError, load_checkpoint, load_model_state, previous_of, save_checkpoint
 from convnn.checks import nearest
 from convnn.config import Config, ConfigError, fingerprint, identity
-from convnn.data import Batches, Dataset, Split, load_dataset
+from convnn.data import AnySplit, Batches, Dataset, load_dataset
 from convnn.evaluation import Meter, build_model, evaluate, forward_cost
 from convnn.rundir import RunFolder, environment, open_run_folder, versions
 from convnn.runtime import make_autocast, pick_device, rng_state, set_determinism, set_rng_state, stop_on_signal
 from convnn.schedule import apply_schedule, describe_schedule
+from convnn.streaming import make_batches
 from convnn.swap import count_parameters, neighbor_layers
 from convnn.tracking import Tracker
 
@@ -70,13 +72,14 @@ class Trainer:
         if train.max_steps is not None:
             self.total_steps = min(self.total_steps, train.max_steps)
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
-        channels = dataset.train.images.shape[1]
+        channels = dataset.train.shape[0]
         apply_schedule(self.model, config.schedule, 1.0)
         cost = forward_cost(self.model, channels, self.image_size, [r.name for r in self.report.rows])
         self.gflops, self.report = cost.total / 1e9, self.report.with_costs(cost)
         apply_schedule(self.model, config.schedule, 0.0)
         forward_cost(self.model, channels, self.image_size)
-        self._build_training(len(dataset.classes))
+        self.num_classes = len(dataset.classes)
+        self._build_training()
         self.epoch = self.step_in_epoch = self.step = 0
         self.best: dict[str, float] = {}
         self.meter = Meter.new(self.device)
@@ -89,16 +92,16 @@ class Trainer:
             raise ConfigError(
                 f"train.batch_size={train.batch_size} exceeds the {len(dataset.train)} training images of {data.name}"
             )
-        channels = dataset.train.images.shape[1]
+        channels = dataset.train.shape[0]
         if len(data.mean) not in (1, channels):
             raise ConfigError(f"data.mean has {len(data.mean)} values for images of {channels} channels")
 
-    def _batches(self, split: Split, train: bool) -> Batches:
+    def _batches(self, split: AnySplit, train: bool) -> Batches:
         c = self.config
         size = c.train.batch_size if train else c.train.eval_batch_size or c.train.batch_size
-        return Batches(split, size, c.data, self.image_size, train, c.seed, c.train.channels_last)
+        return make_batches(split, size, c.data, self.image_size, train, c.seed, c.train.channels_last)
 
-    def _build_training(self, num_classes: int) -> None:
+    def _build_training(self) -> None:
         optim, train = self.config.optim, self.config.train
         known = [str(name) for name in list_optimizers()]
         if optim.name not in known:
@@ -141,7 +144,7 @@ class Trainer:
         self.mixup = None
         self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
         if train.mixup or train.cutmix:
-            args = {"label_smoothing": train.label_smoothing, "num_classes": num_classes}
+            args = {"label_smoothing": train.label_smoothing, "num_classes": self.num_classes}
             self.mixup = Mixup(mixup_alpha=train.mixup, cutmix_alpha=train.cutmix, **args)
             self.criterion = SoftTargetCrossEntropy()
         self.ema = ModelEmaV3(self.model, decay=train.ema) if train.ema else None
@@ -231,7 +234,7 @@ class Trainer:
         start, images_before = time.perf_counter(), self.train_images
         progress = tqdm(total=left, desc=f"epoch {self.epoch + 1}/{self.epochs}", leave=False, disable=None)
         signum = None
-        with progress:
+        with progress, closing(batches):
             for _, (images, labels) in zip(range(left), batches, strict=False):
                 signum = stop()
                 if signum is not None:
@@ -395,6 +398,7 @@ class Trainer:
             "images_per_second": round(self.train_images / self.train_seconds, 1) if self.train_seconds else None,
             "peak_memory_bytes": peak,
             "layers_replaced": len(self.report),
+            "classes": self.num_classes,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "versions": versions(),
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from convnn.config import Config, ConfigError
 from convnn.data import Batches, Dataset, load_dataset
 from convnn.flops import Cost, count_operations, on_meta
 from convnn.runtime import make_autocast, pick_device, seed_everything
+from convnn.streaming import make_batches
 from convnn.swap import SwapReport, neighbor_layers, swap_layers
 
 # ------------------------------------------------------------------------------------------------ building
@@ -29,7 +30,7 @@ def build_model(config: Config, dataset: Dataset) -> tuple[nn.Module, SwapReport
     Raises:
         ConfigError: if the parts do not fit together.
     """
-    channels, height, width = dataset.train.images.shape[1:]
+    channels, height, width = dataset.train.shape
     image_size = config.data.image_size or config.backbone.image_size
     if image_size is None and height != width:
         raise ConfigError(f"data={config.data.name} has {height}x{width} images; set data.image_size")
@@ -109,12 +110,13 @@ def evaluate(
     """Return mean loss, top-1 and top-5 (percent) over all samples of a split."""
     training = model.training
     model.eval()
-    meter = Meter.new(batches.split.images.device)
-    for images, labels in batches.epoch():
-        with autocast():
-            output = model(images)
-        output = output.float()
-        meter.add(F.cross_entropy(output, labels), output, labels)
+    meter = Meter.new(batches.device)
+    with closing(batches.epoch()) as epoch:
+        for images, labels in epoch:
+            with autocast():
+                output = model(images)
+            output = output.float()
+            meter.add(F.cross_entropy(output, labels), output, labels)
     model.train(training)
     return meter.means()
 
@@ -153,7 +155,7 @@ def evaluate_run(config: Config, folder: Path, checkpoint: str) -> dict[str, Any
         model = model.to(memory_format=torch.channels_last)
     size = train.eval_batch_size or train.batch_size
     split = dataset.test.to(device)
-    batches = Batches(split, size, config.data, image_size, channels_last=train.channels_last)
+    batches = make_batches(split, size, config.data, image_size, channels_last=train.channels_last)
     loss, top1, top5 = evaluate(model.to(device), batches, make_autocast(train.amp, device))
     scores = {"loss": loss, "top1": top1, "top5": top5}
     return {"checkpoint": checkpoint, "epochs": state["epoch"], "images": len(split)} | scores

@@ -12,6 +12,7 @@ from torch import nn
 from convnn import ConfigError, ConvNN2d, ConvNNAttention, backend, benchmarking
 from convnn.benchmarking import Case, NaiveConvNN2d, NaiveConvNNAttention, layer_step, measure, peak_memory
 from convnn.cli import CONF_DIR
+from convnn.input_cases import input_cases, input_share_cases
 
 CPU = torch.device("cpu")
 
@@ -61,3 +62,14 @@ def test_the_script_writes_its_table_and_picture(tmp_path):
     assert (tmp_path / "benchmark.png").stat().st_size > 5000
     bad = subprocess.run([*command, "groups=x"], capture_output=True, text=True, timeout=120)
     assert bad.returncode == 2 and "groups=x matches no group" in bad.stderr
+
+
+def test_all_input_cases_do_the_same_work():
+    """Each call is one epoch of all images; the stream's temporary files are JPEGs of the same noise."""
+    cases = input_cases(quick=True)
+    timings = measure(cases[:2], CPU, 1, 1)
+    assert [t.case.name for t in timings] == ["Batches", "torchvision, 2 workers"]
+    assert 3 * timings[0].median < timings[1].median  # 5 times and more; the margin is for a busy machine
+    still, fresh = input_share_cases(quick=True)
+    assert still.images == fresh.images == 16 and cases[0].images == 1280
+    fresh.build(CPU)()

@@ -266,14 +266,24 @@ class Batches:
     train: bool = False
     seed: int = 0
     channels_last: bool = False
+    rank: int = 0
+    world_size: int = 1
+    """Processes that share each batch; ``rank`` takes one of as many equal parts."""
+    mirrored: bool = False
+    """A part is as far from the end as from the start of the batch, so that Mixup, which mixes an image with its mirror
+    image in the batch, mixes within the part what it mixes in the whole."""
 
     def __len__(self) -> int:
         """Batches per epoch. Training drops the images of an incomplete last batch, evaluation does not."""
         return len(self.split) // self.batch_size if self.train else math.ceil(len(self.split) / self.batch_size)
 
     def epoch(self, epoch: int = 0, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images (B, C, s, s) float32, labels (B,)) of an epoch from batch ``first`` on."""
-        n, device = len(self.split), self.split.images.device
+        """Yield (images (B, C, s, s) float32, labels (B,)) of an epoch from batch ``first`` on.
+
+        Among several processes B is this one's part. In evaluation, where a batch may have fewer images than there are
+        processes, one without a part gets an image and no label.
+        """
+        n, device, size = len(self.split), self.split.images.device, self.batch_size
         order = None
         if self.train:
             entropy = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0]
@@ -281,10 +291,16 @@ class Batches:
             order = torch.randperm(n, generator=generator).to(device)
             shifts = torch.randint(0, 2 * self.config.crop_padding + 1, (n, 2), generator=generator).to(device)
             flips = (torch.rand(n, generator=generator) < 0.5).to(device)
+            if self.world_size > 1:
+                order, shifts, flips = (self._own(t) for t in (order, shifts, flips))
+                size //= self.world_size
         for step in range(first, len(self)):
-            part = slice(step * self.batch_size, (step + 1) * self.batch_size)
+            part = slice(step * size, (step + 1) * size)
             if order is None:
-                yield self._normalise(self.split.images[part]), self.split.labels[part]
+                start, count = part.start, len(self.split.labels[part])
+                low, high = (start + r * count // self.world_size for r in (self.rank, self.rank + 1))
+                low = min(low, n - 1)
+                yield self._normalise(self.split.images[low : max(high, low + 1)]), self.split.labels[low:high]
                 continue
             images = self.split.images[order[part]]
             if self.config.crop_padding:
@@ -292,6 +308,13 @@ class Batches:
             if self.config.flip:
                 images = torch.where(flips[part, None, None, None], images.flip(-1), images)
             yield self._normalise(images), self.split.labels[order[part]]
+
+    def _own(self, values: Tensor) -> Tensor:
+        """Return this process' part of every whole batch, one after the other: (N, ...) -> (N' / world_size, ...)."""
+        batches = values[: len(self) * self.batch_size].unflatten(0, (len(self), self.batch_size))
+        pieces = batches.chunk(2 * self.world_size if self.mirrored else self.world_size, dim=1)
+        own = [pieces[self.rank], pieces[-1 - self.rank]] if self.mirrored else [pieces[self.rank]]
+        return torch.cat(own, dim=1).flatten(0, 1)
 
     def _normalise(self, images: Tensor) -> Tensor:
         x = images.to(torch.float32).div_(255)

@@ -127,6 +127,7 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> Any:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except distributed.PeerError as error:
+        distributed.stand_back()
         sys.exit(EXIT_CONFIG if error.config else EXIT_FAILED)
     except Exception as error:
         config, lost = isinstance(error, ConfigError), distributed.lost(error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 TIMEOUT = timedelta(minutes=30)
 """For what one process may take longer than another, such as a download. A process that ends is noticed at once."""
+
+GRACE = 10.0
+"""Seconds."""
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -147,17 +151,28 @@ def refuse(program: str) -> None:
         )
 
 
-def speaks() -> bool:
-    """Return whether this process is to show its error: the first to fail of those that have met, else of its machine.
+def stand_back() -> None:
+    """Wait while another process says why the run ends: torchrun ends all as soon as one has ended."""
+    time.sleep(GRACE)
 
-    To be asked once, by a process that is about to end.
+
+def speaks() -> bool:
+    """Return whether this process is to show its error; to be asked once, by a process that is about to end.
+
+    The first to fail is. Of those that have not met yet, the first of each machine is, as all have the same error; if
+    it has not ended the run a moment later, another is.
     """
     if _store is None:
-        return not several() or os.environ.get("LOCAL_RANK", "0") == "0"
+        if several() and os.environ.get("LOCAL_RANK", "0") != "0":
+            stand_back()
+        return True
     try:
-        return _store.add("failed", 1) == 1
+        first = _store.add("failed", 1) == 1
     except RuntimeError:  # its host has gone
         return True
+    if not first:
+        stand_back()
+    return first
 
 
 def name() -> str:

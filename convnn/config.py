@@ -335,7 +335,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     seed: int = 0
     device: str = "auto"
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``; under torchrun each process takes the GPU of its number."""
     debug: bool = False
     """Show the traceback of an error."""
 

@@ -268,10 +268,10 @@ class Batches:
     channels_last: bool = False
     rank: int = 0
     world_size: int = 1
-    """Processes that share each batch; ``rank`` takes one of as many equal parts."""
+    """Processes that share each batch, in the order of ranks."""
     mirrored: bool = False
-    """A part is as far from the end as from the start of the batch, so that Mixup, which mixes an image with its mirror
-    image in the batch, mixes within the part what it mixes in the whole."""
+    """A training share holds, with each image, its mirror image in the batch (the first goes with the last), which is
+    what Mixup mixes it with; then the shares together are mixed as the whole batch is."""
 
     def __len__(self) -> int:
         """Batches per epoch. Training drops the images of an incomplete last batch, evaluation does not."""
@@ -283,7 +283,7 @@ class Batches:
         Among several processes B is this one's part. In evaluation, where a batch may have fewer images than there are
         processes, one without a part gets an image and no label.
         """
-        n, device, size = len(self.split), self.split.images.device, self.batch_size
+        n, device = len(self.split), self.split.images.device
         order = None
         if self.train:
             entropy = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0]
@@ -291,16 +291,15 @@ class Batches:
             order = torch.randperm(n, generator=generator).to(device)
             shifts = torch.randint(0, 2 * self.config.crop_padding + 1, (n, 2), generator=generator).to(device)
             flips = (torch.rand(n, generator=generator) < 0.5).to(device)
-            if self.world_size > 1:
-                order, shifts, flips = (self._own(t) for t in (order, shifts, flips))
-                size //= self.world_size
+            if self.mirrored and self.world_size > 1:
+                order, shifts, flips = (self._paired(values) for values in (order, shifts, flips))
         for step in range(first, len(self)):
-            part = slice(step * size, (step + 1) * size)
+            part = self._share(step)
             if order is None:
-                start, count = part.start, len(self.split.labels[part])
-                low, high = (start + r * count // self.world_size for r in (self.rank, self.rank + 1))
-                low = min(low, n - 1)
-                yield self._normalise(self.split.images[low : max(high, low + 1)]), self.split.labels[low:high]
+                labels = self.split.labels[part]
+                if not len(labels):  # all processes make as many forward passes
+                    part = slice(step * self.batch_size, step * self.batch_size + 1)
+                yield self._normalise(self.split.images[part]), labels
                 continue
             images = self.split.images[order[part]]
             if self.config.crop_padding:
@@ -309,12 +308,21 @@ class Batches:
                 images = torch.where(flips[part, None, None, None], images.flip(-1), images)
             yield self._normalise(images), self.split.labels[order[part]]
 
-    def _own(self, values: Tensor) -> Tensor:
-        """Return this process' part of every whole batch, one after the other: (N, ...) -> (N' / world_size, ...)."""
+    def _share(self, step: int) -> slice:
+        """Return the rows of this process in the order of an epoch."""
+        start = step * self.batch_size
+        size = min(self.batch_size, len(self.split) - start)
+        return slice(start + size * self.rank // self.world_size, start + size * (self.rank + 1) // self.world_size)
+
+    def _paired(self, values: Tensor) -> Tensor:
+        """Order the rows of each batch so that every process has, with a row, its mirror image: (N, ...) -> (N', ...).
+
+        Rows that are in no whole batch are left out.
+        """
         batches = values[: len(self) * self.batch_size].unflatten(0, (len(self), self.batch_size))
-        pieces = batches.chunk(2 * self.world_size if self.mirrored else self.world_size, dim=1)
-        own = [pieces[self.rank], pieces[-1 - self.rank]] if self.mirrored else [pieces[self.rank]]
-        return torch.cat(own, dim=1).flatten(0, 1)
+        pieces = batches.chunk(2 * self.world_size, dim=1)
+        pairs = zip(pieces[: self.world_size], reversed(pieces), strict=False)
+        return torch.cat([piece for pair in pairs for piece in pair], dim=1).flatten(0, 1)
 
     def _normalise(self, images: Tensor) -> Tensor:
         x = images.to(torch.float32).div_(255)

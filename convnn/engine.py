@@ -23,7 +23,7 @@ from convnn.config import Config, ConfigError, fingerprint, identity
 from convnn.data import Batches, Dataset, Split, load_dataset
 from convnn.draws import seed_subsets
 from convnn.evaluation import Meter, build_model, count_gflops, evaluate, idle_parameters
-from convnn.optimization import build_optimizer, build_scheduler
+from convnn.optimizing import make_optimizer, make_scheduler
 from convnn.rundir import RunFolder, environment, open_run_folder, versions
 from convnn.runtime import make_autocast, peak_memory, pick_device, seed_step, set_determinism, stop_on_signal
 from convnn.schedule import apply_schedule, describe_schedule
@@ -109,8 +109,8 @@ class Trainer:
 
     def _build_training(self, num_classes: int) -> None:
         optim, train = self.config.optim, self.config.train
-        self.optimizer = build_optimizer(self.model, optim)
-        self.scheduler = build_scheduler(self.optimizer, optim, self.epochs, self.steps_per_epoch)
+        self.optimizer = make_optimizer(self.model, optim)
+        self.scheduler = make_scheduler(self.optimizer, optim, self.epochs, self.steps_per_epoch)
         self.mixup = None
         self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
         if train.mixup or train.cutmix:

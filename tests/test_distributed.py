@@ -98,7 +98,7 @@ def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
     weights = [load_checkpoint(tmp_path / d / "checkpoints" / "last.pt") for d in ("one", "two")]
     for part in ("model", "ema"):
         for key, value in weights[0][part].items():
-            assert torch.allclose(value, weights[1][part][key], atol=1e-5)
+            assert torch.allclose(value, weights[1][part][key], atol=1e-4)
     assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "two").iterdir()}
     for text in (out, (tmp_path / "two" / "train.log").read_text()):
         assert len(re.findall(r"epoch +22/22 ", text)) == 1
@@ -161,10 +161,10 @@ def test_what_ranks_draw_alike_and_what_not(monkeypatch):
     [
         ([], set()),
         (
-            ["+backbone.kwargs.qk_norm=true"],
+            ["+backbone.kwargs.qk_norm=true", "operator.weighting=ones"],
             {f"blocks.{i}.attn.{n}.weight" for i in (0, 1) for n in ("q_norm", "k_norm")},
         ),
-        (["+backbone.kwargs.qk_norm=true", "operator.weighting=softmax"], set()),
+        (["+backbone.kwargs.qk_norm=true"], set()),
     ],
 )
 def test_parameters_without_gradient_are_found(overrides, idle):
@@ -172,7 +172,7 @@ def test_parameters_without_gradient_are_found(overrides, idle):
     dataset = load_dataset(config.data)
     model, _, size = build_model(config, dataset)
     found = idle_parameters(model, config.schedule, 3, size)
-    assert {name for name in found if not name.endswith("bias")} == idle
+    assert {name for name in found if not name.endswith("bias")} == idle  # the selection alone has them
     model(torch.randn(2, 3, size, size)).sum().backward()
     assert found == {name for name, p in model.named_parameters() if p.grad is None}
 
@@ -345,7 +345,12 @@ def test_a_wrong_configuration_is_one_line(args, hint, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more", [["train.compile=true"], ["train.amp=bf16", "tracker=wandb"], ["+backbone.kwargs.qk_norm=true"]]
+    "more",
+    [
+        ["train.compile=true"],
+        ["train.amp=bf16", "tracker=wandb"],
+        ["+backbone.kwargs.qk_norm=true", "operator.weighting=ones"],
+    ],
 )
 def test_other_settings_work_in_two_processes(more, tmp_path):
     """Compiled, in low precision with W&B, and with parameters that get no gradient."""

@@ -213,6 +213,19 @@ def test_batch_sizes_that_cannot_be_shared(monkeypatch):
         distributed.check_batch_size(9, pairs=True)
 
 
+def test_batch_normalisation_is_synchronised_on_gpus_only(monkeypatch):
+    def kinds(size, device, choice):
+        monkeypatch.setattr(distributed, "_world", World(0, size))
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+        return type(distributed.synchronised(model, torch.device(device), choice)[1])
+
+    assert kinds(2, "cuda", "auto") is kinds(2, "cuda", "true") is torch.nn.SyncBatchNorm
+    for plain in ((1, "cuda", "true"), (2, "cuda", "false"), (2, "cpu", "auto")):
+        assert kinds(*plain) is torch.nn.BatchNorm2d
+    with pytest.raises(ConfigError, match="sync_batchnorm=true needs GPUs"):
+        kinds(2, "cpu", "true")
+
+
 # -------------------------------------------------------------------------------------------- slow: more starts
 
 

@@ -279,12 +279,12 @@ def agreed(stop: Callable[[], int | None]) -> Callable[[], int | None]:
 # -------------------------------------------------------------------------------------------------------- models
 
 
-def share_buffers(model: nn.Module) -> None:
+def share_buffers(*models: nn.Module) -> None:
     """Give every process the first one's buffers, such as batch normalisation's running statistics."""
     if _world.size > 1:
         import torch.distributed as dist
 
-        for buffer in model.buffers():
+        for buffer in (buffer for model in models for buffer in model.buffers()):
             dist.broadcast(buffer, 0)
 
 

@@ -22,7 +22,7 @@ from convnn.checkpoint import CheckpointError, load_checkpoint, load_model_state
 from convnn.config import Config, ConfigError, fingerprint, identity
 from convnn.data import Batches, Dataset, Split, load_dataset
 from convnn.draws import seed_subsets
-from convnn.evaluation import Meter, build_model, count_gflops, evaluate, idle_parameters
+from convnn.evaluation import Meter, build_model, evaluate, forward_cost, idle_parameters
 from convnn.optimizing import make_optimizer, make_scheduler
 from convnn.rundir import RunFolder, environment, open_run_folder, versions
 from convnn.runtime import make_autocast, peak_memory, pick_device, seed_step, set_determinism, stop_on_signal
@@ -78,9 +78,10 @@ class Trainer:
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         channels = dataset.train.images.shape[1]
         apply_schedule(self.model, config.schedule, 1.0)
-        self.gflops = count_gflops(self.model, channels, self.image_size, self.device)
+        cost = forward_cost(self.model, channels, self.image_size, [r.name for r in self.report.rows])
+        self.gflops, self.report = cost.total / 1e9, self.report.with_costs(cost)
         apply_schedule(self.model, config.schedule, 0.0)
-        count_gflops(self.model, channels, self.image_size, self.device)
+        forward_cost(self.model, channels, self.image_size)
         self._build_training(len(dataset.classes))
         self.epoch = self.step_in_epoch = self.step = 0
         self.best: dict[str, float] = {}
@@ -270,8 +271,7 @@ class Trainer:
         self.meter.sums = distributed.reduce(self.meter.sums)
         loss, top1, _ = self.meter.means()
         seed_step(self.config.seed, self.step, self.device, evaluation=True)
-        distributed.share_buffers(self.model)
-        distributed.share_buffers(self.eval_model)
+        distributed.share_buffers(self.model, self.eval_model)
         row |= {"train_loss": loss, "train_top1": None if self.mixup is not None else top1}
         for name in ("val", "test"):
             if name in self.batches:

@@ -377,6 +377,7 @@ def check(config: Config) -> Config:
     _range("train.cutmix", train.cutmix, 0)
     _range("train.ema", train.ema, 0, 1, open_low=True, open_high=True)
     _choice("train.amp", train.amp, ["auto", "bf16", "off"])
+    _choice("train.sync_batchnorm", train.sync_batchnorm, ["auto", "true", "false"])
     _choice("train.deterministic", train.deterministic, ["false", "warn", "true"])
     if optim.sched != "constant" and optim.warmup_epochs >= train.epochs:
         raise ConfigError(f"optim.warmup_epochs={optim.warmup_epochs} must be less than train.epochs={train.epochs}")

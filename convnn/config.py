@@ -235,6 +235,7 @@ class TrainConfig:
     """Stop after this many optimizer steps in all; null: no limit. Schedules of blend, k and temperature end there, the
     learning rate's with the epoch in which it falls."""
     batch_size: int = 128
+    """Images per step, over all processes together."""
     eval_batch_size: int | None = None
     """Null: the training batch size."""
     label_smoothing: float = 0.0
@@ -250,6 +251,9 @@ class TrainConfig:
     """Memory format of images and convolution weights. On a CPU, torch crashed with it in networks of 4 channels."""
     compile: bool = False
     """Train through ``torch.compile``."""
+    sync_batchnorm: str = "auto"
+    """With several processes (see README.md): ``true``: batch normalisation over the joint batch, which needs GPUs;
+    ``false``: over each process' part, with the first one's running statistics; ``auto``: true on GPUs."""
     deterministic: str = "false"
     """``false``, ``warn`` or ``true``: torch's deterministic algorithms."""
 
@@ -301,7 +305,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     seed: int = 0
     device: str = "auto"
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``; under torchrun each process takes the GPU of its number."""
     debug: bool = False
     """Show the traceback of an error."""
 

@@ -235,6 +235,10 @@ class Batches:
     channels_last: bool = False
     rank: int = 0
     world_size: int = 1
+    """Processes that share each batch, in the order of ranks."""
+    mirrored: bool = False
+    """A training share holds, with each image, its mirror image in the batch (the first goes with the last), which is
+    what Mixup mixes it with; then the shares together are mixed as the whole batch is."""
 
     def __post_init__(self) -> None:
         self.device = self.split.labels.device
@@ -247,7 +251,11 @@ class Batches:
         return len(self.split) // self.batch_size if self.train else math.ceil(len(self.split) / self.batch_size)
 
     def epoch(self, epoch: int = 0, first: int = 0) -> Generator[tuple[Tensor, Tensor]]:
-        """Yield (images (B, C, s, s) float32, labels (B,)) of an epoch from batch ``first`` on."""
+        """Yield (images (B, C, s, s) float32, labels (B,)) of an epoch from batch ``first`` on.
+
+        Among several processes B is this one's part. In evaluation, where a batch may have fewer images than there are
+        processes, one without a part gets an image and no label, so that all make as many forward passes.
+        """
         n = len(self.split)
         order = torch.arange(n)
         if self.train:
@@ -256,19 +264,16 @@ class Batches:
             order = torch.randperm(n, generator=generator)
             shifts = torch.randint(0, 2 * self.config.crop_padding + 1, (n, 2), generator=generator).to(self.device)
             flips = (torch.rand(n, generator=generator) < 0.5).to(self.device)
-        parts = [part for step in range(first, len(self)) if (part := self._share(step)).start < part.stop]
-        with closing(self._read(order, parts, epoch)) as batches:
+            if self.mirrored and self.world_size > 1:
+                order, shifts, flips = (self._paired(values) for values in (order, shifts, flips))
+        parts = [self._share(step) for step in range(first, len(self))]
+        read = [slice(part.start, max(part.stop, part.start + 1)) for part in parts]
+        with closing(self._read(order, read, epoch)) as batches:
             order = order.to(self.device)
             for part, images in zip(parts, batches, strict=True):
                 if self.train:
                     images = self._augment(images, shifts[part], flips[part])
                 yield self._normalise(images), self.split.labels[order[part]]
-
-    def _share(self, step: int) -> slice:
-        """Return the rows of this process in the order of an epoch."""
-        start = step * self.batch_size
-        size = min(self.batch_size, len(self.split) - start)
-        return slice(start + size * self.rank // self.world_size, start + size * (self.rank + 1) // self.world_size)
 
     def _read(self, order: Tensor, parts: Sequence[slice], epoch: int) -> Generator[Tensor]:
         """Yield the images (B, C, h, w) uint8 of each part of the order."""
@@ -281,6 +286,22 @@ class Batches:
         if not (self.config.crop_padding or self.config.flip):
             return images
         return random_crop(images, shifts, self.config.crop_padding, flips if self.config.flip else None)
+
+    def _share(self, step: int) -> slice:
+        """Return the rows of this process in the order of an epoch."""
+        start = step * self.batch_size
+        size = min(self.batch_size, len(self.split) - start)
+        return slice(start + size * self.rank // self.world_size, start + size * (self.rank + 1) // self.world_size)
+
+    def _paired(self, values: Tensor) -> Tensor:
+        """Order the rows of each batch so that every process has, with a row, its mirror image: (N, ...) -> (N', ...).
+
+        Rows that are in no whole batch are left out.
+        """
+        batches = values[: len(self) * self.batch_size].unflatten(0, (len(self), self.batch_size))
+        pieces = batches.chunk(2 * self.world_size, dim=1)
+        pairs = zip(pieces[: self.world_size], reversed(pieces), strict=False)
+        return torch.cat([piece for pair in pairs for piece in pair], dim=1).flatten(0, 1)
 
     def _normalise(self, images: Tensor) -> Tensor:
         wanted = torch.channels_last if self.channels_last else torch.contiguous_format

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from convnn import backend as kernels
+from convnn.draws import random_subset
 from convnn.geometry import Geometry, window_order
 from convnn.similarity import ALIKE, deviation, pair_similarity, score_terms, span, with_positions
 
@@ -79,7 +80,7 @@ def candidate_tokens(
     """Return the tokens that may be chosen by any query, (M,) int64 in raster order, or None for all of them.
 
     Prefix tokens are always candidates. ``grid`` spans the map without its padding ring. ``random`` draws anew
-    from torch's global generator at each training step, one subset for the whole batch; ``eval_candidates`` says
+    at each training step, one subset for the whole batch (see ``draws``); ``eval_candidates`` says
     what happens at evaluation. A sample as large as the map is the whole map, and so is a grid with more points per
     side than the map has on either (as in the paper). ``window`` and ``stride`` further depend on the query, see
     ``out_of_reach``.
@@ -107,7 +108,7 @@ def candidate_tokens(
     count = selection.num_candidates
     if selection.candidates == "random" and count < len(tokens):
         if training or selection.eval_candidates == "resample":
-            tokens = tokens[torch.randperm(len(tokens), device=device)[:count].sort().values]
+            tokens = tokens[random_subset(len(tokens), count, tokens.device)]
         elif selection.eval_candidates == "same":
             subset = _fixed_subset(len(tokens), count, selection.candidate_seed)
             tokens = tokens[torch.tensor(subset, device=device)]

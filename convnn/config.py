@@ -115,8 +115,8 @@ class OperatorConfig:
     """Let a gradient reach the selection: forward as ever, backward as if each neighbour were weighed by the softmax
     of its selection score. Always on where the blend is learned."""
     backend: str = "auto"
-    """What computes: ``torch``; ``triton``: its kernels on CUDA, or an error; ``auto``: the kernels where a measurement
-    is known in which they were faster (none yet), else torch."""
+    """What computes: ``torch``: plain operations; ``triton``: its kernels on CUDA, or an error; ``auto``: edges on a
+    CPU (``convnn.edges``), on CUDA the kernels where a measurement is known in which they were faster (none yet)."""
     branch_ratio: float | None = None
     """Share of the output channels from the neighbour branch, the rest from the replaced kind of layer; null: none."""
     branch_kernel: int | None = None

@@ -256,6 +256,9 @@ class TrainConfig:
     ``false``: over each process' part, with the first one's running statistics; ``auto``: true on GPUs."""
     deterministic: str = "false"
     """``false``, ``warn`` or ``true``: torch's deterministic algorithms."""
+    skip_nonfinite: int = 0
+    """Steps with an infinite or NaN loss or gradient to skip in all, such as spikes in bf16, before the run counts as
+    diverged. Above 0, every step waits for the device."""
 
     def __post_init__(self) -> None:
         self.deterministic = self.deterministic.lower()  # YAML's true arrives as "True"

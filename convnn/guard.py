@@ -7,6 +7,8 @@ import logging
 import torch
 from torch import Tensor, nn
 
+from convnn import distributed
+
 log = logging.getLogger("convnn")
 
 _NEVER = torch.iinfo(torch.int64).max
@@ -45,6 +47,8 @@ class StepGuard:
         else:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         finite = torch.stack([loss.detach().isfinite(), norm.isfinite()])
+        if self.allowed:  # all processes skip, or none
+            finite = distributed.reduce(finite.int(), "MIN").bool()
         if self.allowed and not finite.all():
             self.skipped += 1
             for buffer, kept in zip(self.buffers, self._kept, strict=True):
@@ -58,7 +62,7 @@ class StepGuard:
 
     def first_bad(self) -> tuple[int, str] | None:
         """Return the step that ended the run and what was not finite there, or None. Waits for the device."""
-        loss, gradient = self._bad.tolist()
+        loss, gradient = distributed.reduce(self._bad, "MIN").tolist()
         step = min(loss, gradient)
         return None if step == _NEVER else (step, _what(loss == step, gradient == step))
 

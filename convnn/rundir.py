@@ -18,6 +18,7 @@ from typing import Any, TextIO
 import yaml
 from omegaconf import OmegaConf
 
+from convnn import distributed
 from convnn.checks import check, typed, typed_rule
 from convnn.config import Config, ConfigError, differences, fingerprint, identity, run_name
 from convnn.files import is_leftover, lock, lock_owner, read_json, release, remove_leftovers, write_json, write_text
@@ -74,6 +75,8 @@ class RunFolder:
     """A run of the same configuration was begun here and is to be continued."""
     done: dict[str, Any] | None = None
     """The result, if that run is complete and nothing is left to do."""
+    writes: bool = True
+    """False in all but the first of several processes: what they are asked to write, they do not."""
     _created: int = 0
     """Parent folders that had to be made."""
     _lock: TextIO | None = field(default=None, repr=False)
@@ -86,7 +89,8 @@ class RunFolder:
 
     def write_json(self, name: str, values: Any) -> None:
         """Write a JSON file in one step."""
-        write_json(self.path / name, values)
+        if self.writes:
+            write_json(self.path / name, values)
 
     def begin(self, config: Config) -> None:
         """Write what says whose folder this is, once the run is known to be possible.
@@ -96,6 +100,8 @@ class RunFolder:
         Raises:
             ConfigError: if the folder cannot be written.
         """
+        if not self.writes:
+            return
         try:
             if not self.resume:
                 for name in _OWN_FOLDERS:
@@ -114,7 +120,7 @@ class RunFolder:
 
     def discard(self) -> None:
         """Remove a folder in which nothing was begun."""
-        if self.resume or (self.path / "config.yaml").exists():
+        if self.resume or not self.writes or (self.path / "config.yaml").exists():
             return
         (self.path / ".lock").unlink(missing_ok=True)
         for folder in (self.path, *self.path.parents[: self._created]):
@@ -143,13 +149,24 @@ class _LogFile(logging.FileHandler):
 
 
 def open_run_folder(config: Config) -> RunFolder:
-    """Create or enter the folder of a run, as ``run.if_exists`` says, and lock it against other processes.
+    """Create or enter the folder of a run, as ``run.if_exists`` says, and lock it against other runs.
+
+    Of several processes the first does it; the others get the same folder, and write nothing.
 
     Nothing is written but the lock until ``begin``.
 
     Raises:
         ConfigError: if the folder is taken, locked, of another configuration, or cannot be written.
     """
+    folder = distributed.joint(lambda: _open(config) if distributed.is_main() else None)
+    found = distributed.broadcast((folder.path, folder.resume, folder.done) if folder else None)
+    if folder is None and found is not None:
+        folder = RunFolder(*found, writes=False)
+    assert folder is not None
+    return folder
+
+
+def _open(config: Config) -> RunFolder:
     path = _path(config)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run.dir={path} is a file")

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from convnn import distributed
 from convnn.config import TrackerConfig
 from convnn.files import write_text
 
@@ -28,19 +29,38 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def describe_row(row: Mapping[str, Any], epochs: int, *, moving: bool) -> str:
+    """Return the line of an epoch; with the range of the layers' blends where a schedule is moving them."""
+    text = f"epoch {row['epoch'] + 1:>3}/{epochs}  train loss {row['train_loss']:.4f}"
+    if row["train_top1"] is not None:
+        text += f" top1 {row['train_top1']:.2f}"
+    for name in ("val", "test"):
+        if f"{name}_loss" in row:
+            text += f"  {name} loss {row[f'{name}_loss']:.4f} top1 {row[f'{name}_top1']:.2f}"
+    blends = [layer["blend"] for layer in row["layers"]]
+    if blends and moving:
+        text += f"  blend {min(blends):.2f}..{max(blends):.2f}"
+    return f"{text}  {row['train_seconds']:.1f} s"
+
+
 class Tracker:
-    """Writes one row per epoch to ``metrics.jsonl`` and, if asked, to W&B."""
+    """Writes one row per epoch to ``metrics.jsonl`` and, if asked, to W&B; of several processes, the first does."""
 
     def __init__(
         self, config: TrackerConfig, folder: Path, run_config: dict[str, Any], rows: Sequence[Mapping[str, Any]] = ()
     ) -> None:
         """Begin the folder's metrics with the rows of the checkpoint, whatever has become of the file since."""
         self.path = folder / "metrics.jsonl"
+        self._wandb = None
+        if not distributed.is_main():
+            return
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self._wandb = _start_wandb(config, folder, run_config) if config.name == "wandb" else None
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Add a row; it is on disk when this returns."""
+        if not distributed.is_main():
+            return
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()

@@ -1,23 +1,22 @@
-"""timm's optimizer and learning-rate schedule of a configuration."""
+"""Optimizer and learning-rate schedule of a run, both timm's."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
+from torch.optim import Optimizer
 
 from convnn.checks import nearest
 from convnn.config import ConfigError, OptimConfig
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
     """Return the optimizer of ``optim.name``.
 
     Raises:
-        ConfigError: if timm has none of this name, or it cannot be used here.
+        ConfigError: for an unknown name, or one that cannot be used here.
     """
     known = [str(name) for name in list_optimizers()]
     if optim.name not in known:
@@ -37,11 +36,11 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
         raise ConfigError(f"optim.name={optim.name} cannot be used here: {error or type(error).__name__}") from error
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, optim: OptimConfig, epochs: int, steps_per_epoch: int) -> Any:
-    """Return the schedule of ``optim.sched``, to be stepped at every update, or None for a constant rate.
+def make_scheduler(optimizer: Optimizer, optim: OptimConfig, epochs: int, steps_per_epoch: int) -> Scheduler | None:
+    """Return the learning-rate schedule of ``optim.sched``, to be updated every step; None if it is constant.
 
     Raises:
-        ConfigError: if timm has none of this name.
+        ConfigError: if timm has no such schedule, or refuses its numbers.
     """
     if optim.sched == "constant":
         return None

@@ -24,6 +24,7 @@ from convnn.checkpoint import CheckpointError, load_checkpoint, load_model_state
 from convnn.checks import nearest
 from convnn.config import Config, ConfigError, fingerprint, identity
 from convnn.data import Batches, Dataset, Split, load_dataset
+from convnn.diagnostics import Probe
 from convnn.evaluation import Meter, build_model, count_gflops, evaluate
 from convnn.rundir import RunFolder, environment, open_run_folder, versions
 from convnn.runtime import make_autocast, pick_device, rng_state, set_determinism, set_rng_state, stop_on_signal
@@ -73,6 +74,7 @@ class Trainer:
         apply_schedule(self.model, config.schedule, 0.0)
         count_gflops(self.model, channels, self.image_size, self.device)
         self._build_training(len(dataset.classes))
+        self.probe = Probe(config.diagnostics, self.batches["test"], self.autocast)
         self.epoch = self.step_in_epoch = self.step = 0
         self.best: dict[str, float] = {}
         self.meter = Meter.new(self.device)
@@ -168,6 +170,7 @@ class Trainer:
             "train_seconds": self.train_seconds,
             "train_images": self.train_images,
             "spectrum": {name: layer.movable() for name, layer in neighbor_layers(self.model).items()},
+            "neighbors": self.probe.before,
             "rng": rng_state(self.device),
         }
 
@@ -200,6 +203,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         for key in ("epoch", "step_in_epoch", "step", "best", "last_row", "train_seconds", "train_images"):
             setattr(self, key, state[key])
+        self.probe.before = state.get("neighbors", {})
         self.meter.sums = torch.tensor(state["meter"], dtype=torch.float64, device=self.device)
         set_rng_state(state["rng"], self.device)
         return True
@@ -294,6 +298,7 @@ class Trainer:
                 row |= dict(zip((f"{name}_loss", f"{name}_top1", f"{name}_top5"), scores, strict=True))
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         row["layers"] = [{"name": n, **layer.spectrum()} for n, layer in neighbor_layers(self.model).items()]
+        self.probe.add_to(row, self.eval_model)
         row["train_seconds"] = round(self.train_seconds, 3)
         row["eval_seconds"] = round(time.perf_counter() - start, 3)
         chosen_on = "val_top1" if "val" in self.batches else "test_top1"
@@ -315,7 +320,7 @@ class Trainer:
         for name in ("val", "test"):
             if name in self.batches:
                 text += f"  {name} loss {row[f'{name}_loss']:.4f} top1 {row[f'{name}_top1']:.2f}"
-        blends = [layer["blend"] for layer in row["layers"]]
+        blends = [layer["blend"] for layer in row["layers"] if "blend" in layer]
         if blends and self.config.schedule.blend.shape != "constant":
             text += f"  blend {min(blends):.2f}..{max(blends):.2f}"
         log.info("%s  %.1f s", text, row["train_seconds"])

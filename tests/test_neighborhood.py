@@ -51,9 +51,7 @@ def heads_by_hand(v, found):
 def attention_by_hand(layer, x, found):
     b, n, c = x.shape
     v = layer.qkv(x)[..., 2 * c :].view(b, n, layer.num_heads, -1)[0].transpose(0, 1)  # (H, N, D)
-    heads = [
-        torch.einsum("qk,qkd->qd", w, own[i]) for w, own, i in zip(found.weights[0], v, found.index[0], strict=True)
-    ]
+    heads = heads_by_hand(v, found)
     return layer.proj(torch.cat(heads, dim=-1))[None]
 
 
@@ -130,10 +128,7 @@ def test_hybrids_and_peers_answer_too():
     layer = model.layer4[0].conv2
     x = torch.randn(1, 8, 4, 5)
     answer, (_, _, _, v, geometry) = layer.neighborhood(x), layer._project(x)
-    heads = [
-        torch.einsum("qk,qkd->qd", w, own[i])
-        for w, own, i in zip(answer.weights[0], v[0], answer.index[0], strict=True)
-    ]
+    heads = heads_by_hand(v[0], answer)
     attended = torch.cat([h.T for h in heads])[None].unflatten(2, geometry.out_shape)
     with torch.no_grad():
         layer.alpha.fill_(1)

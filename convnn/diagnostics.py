@@ -17,22 +17,8 @@ from torch import Tensor, nn
 
 from convnn.config import DiagnosticsConfig
 from convnn.data import Batches
+from convnn.measures import MEASURES
 from convnn.neighborhood import Neighborhood, choosing_layers, neighbors_of
-
-MEASURES = {
-    "overlap": "neighbours inside the convolution window",
-    "distance_mean": "mean distance to a neighbour, as a share of the map's longer side",
-    "distance_q10": "distance that a tenth of the neighbours stay below",
-    "distance_q50": "median distance to a neighbour",
-    "distance_q90": "distance that nine tenths of the neighbours stay below",
-    "entropy": "entropy of the weights, 1: all neighbours weigh the same",
-    "hub_skewness": "skewness of how often a token is chosen",
-    "hub_share": "queries that choose the most chosen token",
-    "padding": "neighbours that are padding",
-    "prefix": "neighbours that are CLS or other prefix tokens",
-    "agreement": "neighbours that the same query chose at the measurement before",
-}
-"""What is measured. Shares lie in [0, 1]; null: not defined (``entropy`` of equal weights, the first ``agreement``)."""
 
 COMPARED_QUERIES = 256
 """Queries per image and head whose neighbours are kept to compare the next ones with."""

@@ -26,6 +26,7 @@ from convnn.config import Config, ConfigError, fingerprint, identity
 from convnn.data import Batches, Dataset, Split, load_dataset
 from convnn.diagnostics import Probe
 from convnn.evaluation import Meter, build_model, count_gflops, evaluate
+from convnn.looking import draw_at_end
 from convnn.rundir import RunFolder, environment, open_run_folder, versions
 from convnn.runtime import make_autocast, pick_device, rng_state, set_determinism, set_rng_state, stop_on_signal
 from convnn.schedule import apply_schedule, describe_schedule
@@ -348,6 +349,8 @@ class Trainer:
         result: Result = {}
         try:
             signum = self.fit(stop)
+            if signum is None and self.tracker.takes_images and self.config.diagnostics.pictures:
+                self.tracker.log_images(draw_at_end(self.eval_model, self.batches["test"], self.folder.path))
             result = self.result("complete" if signum is None else "interrupted")
             if signum is not None:
                 result["signal"] = signal.Signals(signum).name

@@ -22,7 +22,7 @@ from convnn.config import Config, ConfigError, differences, fingerprint, identit
 from convnn.files import lock, lock_owner, read_json, write_json
 
 _OWN = ("config.yaml", "env.json", "train.log", "metrics.jsonl", "swap.txt", "result.json", "wandb_id")
-_OWN_FOLDERS = ("checkpoints", "wandb")
+_OWN_FOLDERS = ("checkpoints", "wandb", "pictures")
 _PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "wandb")
 
 log = logging.getLogger("convnn")

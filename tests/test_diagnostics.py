@@ -11,8 +11,9 @@ from helpers import equal_states, tiny, without_times
 from convnn import ConfigError, ConvNN2d, ConvNNAttention
 from convnn.checkpoint import load_checkpoint
 from convnn.data import Batches, load_dataset
-from convnn.diagnostics import MEASURES, Probe, compared, measure
+from convnn.diagnostics import Probe, compared, measure
 from convnn.engine import run
+from convnn.measures import MEASURES
 from convnn.tracking import read_metrics
 
 

@@ -23,6 +23,8 @@ MAX_COLUMNS = 6
 """Layers in one picture; of more, evenly spread ones are drawn."""
 WINDOW, RING = "#D55E00", "#e6e6e6"
 """Okabe and Ito's vermilion for the convolution window; grey for padding."""
+LEAST = 32
+"""A mark is at least this part of the image's longer side, even where a token covers less."""
 Pixel = tuple[int, int]
 Found = Mapping[str, Neighborhood]
 
@@ -134,7 +136,7 @@ def _grid(
         norm = Normalize(0, max(float(share.max()) for share in shares))
     else:
         norm = Normalize(1, max(top, 2))
-    shades = ScalarMappable(norm, "cividis" if head is None else f"{SCALE}_r")
+    shades = ScalarMappable(norm, SCALE if head is None else f"{SCALE}_r")
     with mpl.rc_context(STYLE | {"axes.grid": False, "font.size": 12}):
         figure = Figure(figsize=(panel * (len(names) + 1) + 2.6, height * len(rows) + 1.7))
         panels = figure.subplots(len(rows), len(names) + 1, squeeze=False)
@@ -156,7 +158,7 @@ def _grid(
             bar.set_label("share of the query's weight")
         else:
             bar.set_ticks(sorted({1, *range(5, top, 5)} | {top}) if top <= 30 else [1, top // 2, top])
-            bar.set_label("rank (1: nearest)")
+            bar.set_label("rank (1: chosen first)")
             bar.ax.invert_yaxis()
         figure.legend(handles=_legend([rows[0][2][name] for name in names]), loc="outside lower center", ncols=4)
         several = head is not None and any(one.index.shape[1] > 1 for one in rows[0][2].values())
@@ -216,7 +218,7 @@ def _panel(axes: Axes, photo: Any, found: Neighborhood, item: int, head: int | N
     axes.add_patch(Rectangle(corner, *whole, fc=RING, ec="none", zorder=0))
     for token in range(g.prefix):
         left, top, *sides = _cell(g, token, size)
-        axes.add_patch(Rectangle((left, top), *sides, fc="white", ec="#444444", lw=1.2))
+        axes.add_patch(Rectangle((left, top), *sides, fc="white", ec="#444444", lw=1.2, clip_on=False))
     if g.prefix:
         left, top, *sides = _cell(g, g.prefix - 1, size)
         axes.text(left + 1.2 * sides[0], top + sides[1] / 2, "CLS", va="center", fontsize=10)
@@ -230,18 +232,27 @@ def _panel(axes: Axes, photo: Any, found: Neighborhood, item: int, head: int | N
         marks = [(t, r + 1.0) for r, (t, ok) in enumerate(zip(ranked, valid, strict=True)) if ok][::-1]
         inside = int(found.in_window()[item, head, query].sum())
         note = f"{inside} of {len(marks)} in window"
+    least = max(size) / LEAST  # a smaller cell would not be seen
+    fine = min(dx, dy) < least
     for token, value in marks:
         left, top, *sides = _cell(g, token, size)
-        axes.add_patch(Rectangle((left, top), *sides, fc=shades.to_rgba(value), ec="white", lw=0.6, zorder=3))
+        wide, high = (max(side, least) for side in sides)
+        place = (left - (wide - sides[0]) / 2, top - (high - sides[1]) / 2)
+        edge = 0.3 if fine else 0.6
+        axes.add_patch(Rectangle(place, wide, high, fc=shades.to_rgba(value), ec="white", lw=edge, zorder=3))
     reach = [(m // 2) * d + 0.5 for m, d in zip(found.window, g.dilation, strict=True)]
     centre = (own[0] + dx / 2, own[1] + dy / 2)
-    box = ((centre[0] - reach[1] * dx, centre[1] - reach[0] * dy), 2 * reach[1] * dx, 2 * reach[0] * dy)
-    for width, colour in ((4.2, "white"), (2.2, WINDOW)):
+    ends = []
+    for axis, step in enumerate((dx, dy)):  # cut where the map ends
+        low, high = centre[axis] - reach[1 - axis] * step, centre[axis] + reach[1 - axis] * step
+        ends.append((max(low, corner[axis]), min(high, corner[axis] + whole[axis])))
+    box = ((ends[0][0], ends[1][0]), ends[0][1] - ends[0][0], ends[1][1] - ends[1][0])
+    for width, colour in ((2.6, "white"), (1.4, WINDOW)) if fine else ((4.2, "white"), (2.2, WINDOW)):
         axes.add_patch(Rectangle(*box, fill=False, ec=colour, lw=width, zorder=4, clip_on=False))
-    axes.plot(*centre, "o", ms=5.5, mfc="black", mec="white", mew=1.2, zorder=5)
-    above = 1.4 * max(size) / 9 if g.prefix else 0
-    axes.set_xlim(min(corner[0], box[0][0]), max(corner[0] + whole[0], box[0][0] + box[1]))
-    axes.set_ylim(max(corner[1] + whole[1], box[0][1] + box[2]), min(corner[1] - above, box[0][1]))
+    axes.plot(*centre, "o", ms=2.5 if fine else 5.5, mfc="black", mec="white", mew=0.6 if fine else 1.2, zorder=5)
+    above = 1.5 * max(size) / 9 if g.prefix else 0
+    axes.set_xlim(corner[0], corner[0] + whole[0])
+    axes.set_ylim(corner[1] + whole[1], corner[1] - above)
     if note:
         axes.set_xlabel(note, fontsize=11, labelpad=3)
 

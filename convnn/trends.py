@@ -161,7 +161,8 @@ def training(folder: Path) -> Figure | None:
                     ys = [value if _number(value) else math.nan for value in values]
                     axes.plot(epochs, ys, color=colour, marker=marker, ms=5, label=split)
             axes.set_ylabel(label)
-            axes.legend()
+            if axes.lines:
+                axes.legend()
         if trend.epochs:
             for name, label, colour, marker in (
                 ("blend", "blend", "#000000", "D"),

@@ -1,0 +1,25 @@
+"""The reference that the README's command makes from the docstrings."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import convnn
+
+
+@pytest.mark.slow
+def test_the_reference_builds_and_names_what_is_public(tmp_path):
+    pytest.importorskip("pdoc")
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-m", "pdoc", "convnn", "-o", str(tmp_path)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and "Warn" not in done.stderr, done.stderr
+    assert "uv run pdoc convnn -o build/api" in (root / "README.md").read_text()
+    assert "build/" in (root / ".gitignore").read_text().split()
+    page = (tmp_path / "convnn" / "neighborhood.html").read_text()
+    assert "Token indices" in page and "neighbors_of" in page
+    for path in (root / "convnn").glob("[a-z]*.py"):
+        assert (tmp_path / "convnn" / f"{path.stem}.html").is_file(), path
+    assert all(hasattr(convnn, name) for name in convnn.__all__)

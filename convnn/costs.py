@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-
 from convnn.config import Config, ConfigError
 from convnn.data import Dataset, load_dataset
-from convnn.evaluation import build_model, count_gflops
+from convnn.evaluation import build_model, forward_cost
 from convnn.progress import duration
 from convnn.rundir import read_result
 
@@ -65,7 +63,7 @@ def estimate(configs: Sequence[Config], folders: Sequence[Path]) -> str:
 
 def _forward_gflops(config: Config, dataset: Dataset) -> float:
     model, _, image_size = build_model(config, dataset)
-    return count_gflops(model, dataset.train.images.shape[1], image_size, torch.device("cpu"))
+    return forward_cost(model, dataset.train.images.shape[1], image_size).total / 1e9
 
 
 def _operations(gflops: float) -> str:

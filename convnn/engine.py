@@ -25,7 +25,7 @@ from convnn.checks import nearest
 from convnn.config import Config, ConfigError, fingerprint, identity
 from convnn.data import Batches, Dataset, Split, load_dataset
 from convnn.diagnostics import Probe
-from convnn.evaluation import Meter, build_model, count_gflops, evaluate
+from convnn.evaluation import Meter, build_model, evaluate, forward_cost
 from convnn.looking import draw_at_end
 from convnn.rundir import RunFolder, environment, open_run_folder, versions
 from convnn.runtime import make_autocast, pick_device, rng_state, set_determinism, set_rng_state, stop_on_signal
@@ -71,9 +71,10 @@ class Trainer:
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         channels = dataset.train.images.shape[1]
         apply_schedule(self.model, config.schedule, 1.0)
-        self.gflops = count_gflops(self.model, channels, self.image_size, self.device)
+        cost = forward_cost(self.model, channels, self.image_size, [r.name for r in self.report.rows])
+        self.gflops, self.report = cost.total / 1e9, self.report.with_costs(cost)
         apply_schedule(self.model, config.schedule, 0.0)
-        count_gflops(self.model, channels, self.image_size, self.device)
+        forward_cost(self.model, channels, self.image_size)
         self._build_training(len(dataset.classes))
         self.probe = Probe(config.diagnostics, self.batches["test"], self.autocast)
         self.epoch = self.step_in_epoch = self.step = 0

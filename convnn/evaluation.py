@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from convnn.backbones import create_backbone
 from convnn.checkpoint import load_checkpoint, load_model_state
 from convnn.config import Config, ConfigError
 from convnn.data import Batches, Dataset, load_dataset
+from convnn.flops import Cost, count_operations, on_meta
 from convnn.runtime import make_autocast, pick_device, seed_everything
 from convnn.swap import SwapReport, neighbor_layers, swap_layers
 
@@ -58,30 +58,22 @@ def _name_failing_layer(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def count_gflops(model: nn.Module, channels: int, image_size: int, device: torch.device) -> float:
-    """Return 1e9 operations of the forward pass of one image, a multiplication and an addition counting as two.
+def forward_cost(model: nn.Module, channels: int, image_size: int, watch: Iterable[str] = ()) -> Cost:
+    """Return the operations of the forward pass of one image (see ``convnn.flops``), without computing it.
 
     Raises:
         ConfigError: if the model cannot process an image of this size, for instance for lack of candidates.
     """
-    image = torch.zeros(1, channels, image_size, image_size, device=device)
-    training = model.training
-    model.eval()
-    with (
-        torch.no_grad(),
-        torch.random.fork_rng(),
-        _name_failing_layer(model),
-        FlopCounterMode(display=False) as counter,
-    ):
+    model = on_meta(model)
+    image = torch.empty(1, channels, image_size, image_size, device="meta")
+    with _name_failing_layer(model):
         try:
-            model(image)
+            return count_operations(model, image, watch)
         except ValueError:
             raise
         except Exception as error:  # whatever a backbone makes of arguments that its constructor let pass
             line = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"the model cannot process a {image_size}x{image_size} image: {line}") from error
-    model.train(training)
-    return counter.get_total_flops() / 1e9
 
 
 # ---------------------------------------------------------------------------------------------- evaluation

@@ -2,10 +2,7 @@
 
 Shapes: N tokens, Q queries, K neighbours, M candidates, H heads, C input channels, D channels per head.
 
-Both counts are of the forward pass of one image. The honest one takes torch's FLOP counter (matrix products and
-convolutions, 2 for a multiplication and an addition) and adds the products and sums of the aggregation that are
-elementwise, H Q K D each: 1 for the weights of the neighbours, 1 for their sum, 2 for depthwise slot weights. Norms,
-activations, biases and the ordering of the scores are in neither.
+Both counts are of the forward pass of one image. The honest one is that of ``convnn.flops``.
 
 The authors' counts come from torch.profiler, which sees matrix products, convolutions without ``padding="same"``, and
 elementwise products and sums written as such, but no Conv1d. The formulae at ``profiled_conv`` and
@@ -25,15 +22,13 @@ from typing import Any
 import torch
 from timm.layers.attention import Attention
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from convnn.attention import ConvNNAttention
 from convnn.backbones import create_backbone
-from convnn.base import NeighborLayer
 from convnn.config import Config, ConfigError
+from convnn.flops import count_operations
 from convnn.hybrid import HybridConvNN2d
 from convnn.layers import ConvNN2d
-from convnn.selection import most_candidates
 from convnn.swap import count_parameters, swap_layers
 
 CLASSES = {"cifar10": 10, "cifar100": 100, "imagefolder": 1000, "digits": 10}
@@ -137,30 +132,23 @@ def count(model: nn.Module, image: Tensor, *, sampled_keys: bool = True) -> tupl
         image: (1, channels, height, width).
         sampled_keys: whether the authors' attention projects only the keys that it sampled.
     """
-    missed: list[int] = []
     profiled: list[int | None] = []
     operators = {name: m for name, m in model.named_modules() if _is_operator(m)}
     inside = tuple(f"{name}." for name in operators)
-    hooks = [m.register_forward_hook(partial(_add, missed, _missed)) for m in _neighbor_modules(model)]
+    hooks = []
     for name, module in model.named_modules():
         if name in operators and not name.startswith(inside):
             rule: Callable[..., int | None] = partial(_profiled, sampled_keys=sampled_keys)
             hooks.append(module.register_forward_hook(partial(_add, profiled, rule)))
         elif isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith(inside):
             hooks.append(module.register_forward_hook(partial(_add, profiled, _products)))
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
-            try:
-                model(image)
-            except ValueError as error:
-                raise ConfigError(f"the model cannot process this image: {error}") from error
+        honest = count_operations(model, image).total
+    except ValueError as error:
+        raise ConfigError(f"the model cannot process this image: {error}") from error
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(training)
-    honest = counter.get_total_flops() + sum(missed)
     known = [n for n in profiled if n is not None]
     if len(known) < len(profiled) or any(isinstance(m, Attention) for m in model.modules()):
         return honest, None
@@ -171,37 +159,8 @@ def _is_operator(module: nn.Module) -> bool:
     return hasattr(type(module), "from_layer")
 
 
-def _neighbor_modules(model: nn.Module) -> list[NeighborLayer]:
-    return [m for m in model.modules() if isinstance(m, NeighborLayer)]
-
-
 def _add(into: list[Any], rule: Callable[..., Any], module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
     into.append(rule(module, args[0], out))
-
-
-# ------------------------------------------------------------------------------------------------- the honest count
-
-
-def _missed(layer: nn.Module, x: Tensor, out: Tensor) -> int:
-    """Return the elementwise operations of an aggregation, which the FLOP counter does not see."""
-    assert isinstance(layer, (ConvNN2d, ConvNNAttention))
-    if isinstance(layer, ConvNN2d):
-        height, width = (side // layer.shuffle for side in x.shape[-2:])
-        geometry = layer.geometry(height, width)
-        if layer.fast and layer.weight is not None and layer._is_conv(geometry, layer.k):
-            return 0
-        channels, heads = x.shape[1] * layer.shuffle**2 + 2 * layer.coordinates, 1
-        elementwise = layer.weight is None or layer.mix_groups == channels == layer.weight.shape[0]
-        sums = {"depthwise": 2, "separable": 2, "conv": 2}.get(layer.aggregation, 1) if elementwise else 0
-    else:
-        geometry = layer.layout_of(x.shape[1])
-        if layer.is_fused(geometry):
-            return 0
-        channels, heads = layer.head_dim, layer.num_heads
-        sums = {"depthwise": 2, "separable": 2, "sum": 1}.get(layer.aggregation, 0)
-    neighbors = min(layer.k, most_candidates(geometry, layer.selection, None)[1])
-    weights = int(layer.weighting != "ones")
-    return (weights + sums) * heads * len(geometry.query_index()) * neighbors * channels
 
 
 # ----------------------------------------------------------------------------------------------- the authors' count

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convnn.aggregation import gather_tokens, mix_conv, mix_depthwise, mix_max_relative, mix_sum
+from convnn.aggregation import gather_tokens, mix, mix_candidates, mix_max_relative, neighbor_similarity, walks_edges
+from convnn.edges import Edges
 from convnn.geometry import Geometry, window_order
 from convnn.selection import (
     Neighbors,
@@ -66,10 +67,10 @@ def neighbor_aggregate(
     """
     blend = blend if isinstance(blend, Tensor) else float(blend)
     found = select_neighbors(q, k, geometry, selection, num=num, blend=blend, training=training)
-    x = gather_tokens(v, found.index)
-    rho = None if found.valid is None else found.valid.to(x.dtype)
+    graph = Edges(found.index, *v.shape[:3]) if walks_edges(v) else None
+    rho = None if found.valid is None else found.valid.to(v.dtype)
     if weighting != "ones":
-        score = pair_similarity(q, gather_tokens(k, found.index), selection.similarity) / temperature
+        score = neighbor_similarity(q, k, found.index, selection.similarity, graph) / temperature
         if weighting == "softmax":
             if found.valid is not None:
                 score = score.masked_fill(~found.valid, -torch.inf)
@@ -80,15 +81,19 @@ def neighbor_aggregate(
     if straight_through:
         own = selection_weights(q, k, geometry, selection, found, blend, temperature)
         rho = own if rho is None else rho * own
-    if rho is not None:
-        x = x * rho[..., None]
     if aggregation == "max_relative":
+        x = gather_tokens(v, found.index)
+        x = x if rho is None else x * rho[..., None]
         return mix_max_relative(x, v[:, :, geometry.query_index(v.device)], found.valid)
-    if aggregation == "sum":
-        return mix_sum(x)
-    assert weight is not None
-    weight = weight[..., : found.index.shape[-1]]
-    return mix_conv(x, weight, groups) if aggregation == "conv" else mix_depthwise(x, weight)
+    if weight is not None:
+        weight = weight[..., : found.index.shape[-1]]
+        few = found.candidates is not None and 2 * len(found.candidates) < found.index.shape[2]
+        placed = not selection.self_first or (selection.slots == "rank" and weight.shape[-1] > 1)
+        if graph is not None and few and placed and aggregation == "conv" and groups == 1:
+            assert found.candidates is not None
+            first = geometry.query_index(v.device) if selection.self_first else None
+            return mix_candidates(v, found.index, rho, weight, found.candidates, first)
+    return mix(v, found.index, rho, aggregation, weight, groups, graph)
 
 
 def selection_weights(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from convnn.geometry import Geometry, window_order
-from convnn.similarity import ALIKE, blend_scores, deviation, pair_similarity, score_terms, span, with_positions
+from convnn.similarity import ALIKE, deviation, pair_similarity, score_terms, span, with_positions
 
 # Scores held at once; more go through in chunks. On a CPU a chunk should stay in the cache (measured: 4 times faster
 # than all at once for 4096 x 1156 scores), on a GPU it should only bound memory (64 Mi scores: 256 MiB in float32).
@@ -44,9 +44,14 @@ class Selection:
 def stable_topk(score: Tensor, k: int) -> Tensor:
     """Return the indices of the k largest of the last axis, larger first, ties to the lower index.
 
-    ``torch.topk`` leaves ties open and breaks them differently on each device. For float32 the score and the
-    index are packed into one int64 whose order is the wanted one, so that no two keys are equal.
+    ``torch.topk`` leaves ties open and breaks them differently on each device. So where the k + 1 largest differ, as
+    they mostly do, it is right; else for float32 the score and the index are packed into one int64 whose order is the
+    wanted one, so that no two keys are equal. Only a CPU looks first: elsewhere the look would wait for the device.
     """
+    if score.device.type == "cpu" and k < score.shape[-1] and not torch.compiler.is_compiling():
+        values, indices = score.topk(k + 1, dim=-1)
+        if bool((values[..., 1:] < values[..., :-1]).all()):
+            return indices[..., :k]
     if score.dtype != torch.float32:
         return score.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     bits = (score + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
@@ -151,6 +156,8 @@ class Neighbors:
     """Least and largest similarity among the candidates of each query, (B, H, Q, 1), where ``mix=sum`` needs them;
     ``high`` is infinite where all are alike."""
     high: Tensor | None = None
+    candidates: Tensor | None = None
+    """The tokens that were candidates of any query, (M,); None: all."""
 
 
 def select_neighbors(
@@ -210,7 +217,7 @@ def select_neighbors(
             slot = window_slots(index, queries, geometry, valid)
             index = torch.empty_like(index).scatter_(-1, slot, index)
             valid = None if valid is None else torch.empty_like(valid).scatter_(-1, slot, valid)
-        return Neighbors(index, valid, chosen.low, chosen.high)
+        return Neighbors(index, valid, chosen.low, chosen.high, candidates)
 
 
 def _join(a: Neighbors, b: Neighbors) -> Neighbors:
@@ -304,12 +311,13 @@ def _best(
         own = queries[part]
         outside = out_of_reach(geometry, selection, own, tokens)
         taken = outside  # what may not be ranked: tokens out of reach, and the query itself where it has its place
-        if selection.self_first:
+        if selection.self_first and not (candidates is None and outside is None):
             itself = own[:, None] == tokens
             taken = itself if outside is None else outside | itself
         if at_position or mixed:
             distance = geometry.distance(own[:, None], tokens, selection.distance)
             distance = distance.masked_fill(tokens < geometry.prefix, torch.inf)
+            distance = distance if at_position else distance.to(q.dtype) / geometry.extent
         for item in range(0, b * h, batch_chunk):
             items = slice(item, item + batch_chunk)
             if at_position:
@@ -323,10 +331,13 @@ def _best(
                     high[items, part] = _inside(score, outside, -torch.inf).amax(-1, keepdim=True)
                 if mixed and low is not None and high is not None:
                     own_share = share[items] if isinstance(share, Tensor) else share
-                    far = distance.to(score.dtype) / geometry.extent
-                    ends = span(low[items, part], high[items, part], floor[items, part])
-                    score = blend_scores(score, far, own_share, *ends)
-            score = _inside(score, taken, -torch.inf)
+                    least, largest = span(low[items, part], high[items, part], floor[items, part])
+                    # As blend_scores does, in place.
+                    score.sub_(least).div_(largest - least).mul_(own_share).sub_((1 - own_share) * distance)
+            if taken is not None:
+                score = score.masked_fill_(taken, -torch.inf)
+            elif selection.self_first:  # here token and column are the same
+                score = score.scatter_(-1, own[:, None].expand(*score.shape[:-1], 1), -torch.inf)
             ranked = stable_topk(score, num - first_slot)
             best[items, part, :first_slot] = own[:, None]
             best[items, part, first_slot:] = tokens[ranked]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from convnn.attention import Attention
 from convnn.base import NeighborLayer, Site
 from convnn.checks import check_operator, check_rule, own_operator, typed, typed_rule
 from convnn.config import CONV, ConfigError, OperatorConfig, SwapConfig, SwapRule
+from convnn.flops import Cost, count_operations, on_meta
 
 _HEADS = ("pre_logits", "head", "head_dist", "fc", "classifier")
 
@@ -27,6 +29,11 @@ class Replacement:
     new: str
     params_before: int
     params_after: int
+    plain: nn.Module = field(repr=False, compare=False)
+    """The layer that was replaced, without its data."""
+    flops_before: int | None = None
+    """Operations for one image, see ``convnn.flops``; None: not counted."""
+    flops_after: int | None = None
 
 
 @dataclass(frozen=True)
@@ -35,19 +42,33 @@ class SwapReport:
 
     rows: tuple[Replacement, ...]
 
+    def with_costs(self, cost: Cost) -> SwapReport:
+        """Return the report with what the layers cost, ``cost`` being that of the model with all of them watched."""
+        rows = []
+        for row in self.rows:
+            before = count_operations(row.plain, torch.empty(cost.inputs[row.name], device="meta")).total
+            rows.append(replace(row, flops_before=before, flops_after=cost.layers[row.name]))
+        return SwapReport(tuple(rows))
+
     def __len__(self) -> int:
         return len(self.rows)
 
     def __str__(self) -> str:
         if not self.rows:
             return "no layer replaced (swap.match=null)\n"
-        header = ("name", "from", "to", "params before", "after")
-        cells = [(r.name, r.old, r.new, f"{r.params_before:,}", f"{r.params_after:,}") for r in self.rows]
+        header = ["name", "from", "to", "params before", "after"]
+        cells = [[r.name, r.old, r.new, f"{r.params_before:,}", f"{r.params_after:,}"] for r in self.rows]
         before, after = (sum(getattr(r, f"params_{w}") for r in self.rows) for w in ("before", "after"))
-        cells.append((f"{len(self.rows)} layers", "", "", f"{before:,}", f"{after:,}"))
-        widths = [max(len(row[i]) for row in [header, *cells]) for i in range(5)]
+        cells.append([f"{len(self.rows)} layers", "", "", f"{before:,}", f"{after:,}"])
+        if all(r.flops_before is not None for r in self.rows):
+            header += ["MFLOPs before", "after", "ratio"]
+            flops = [(r.flops_before or 0, r.flops_after or 0) for r in self.rows]
+            flops.append((sum(b for b, _ in flops), sum(a for _, a in flops)))
+            for row, (b, a) in zip(cells, flops, strict=True):
+                row += [f"{b / 1e6:,.2f}", f"{a / 1e6:,.2f}", f"{a / b:.2f}" if b else ""]
+        widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
 
-        def line(row: tuple[str, ...]) -> str:
+        def line(row: Sequence[str]) -> str:
             text = [
                 cell.rjust(w) if i > 2 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
             ]
@@ -227,7 +248,11 @@ def swap_layers(
     for name in sorted(new_layers, key=order.__getitem__):
         old, new = claims[name][1], new_layers[name]
         _replace(model, old, new)
-        rows.append(Replacement(name, _describe(old), _describe(new), count_parameters(old), count_parameters(new)))
+        rows.append(
+            Replacement(
+                name, _describe(old), _describe(new), count_parameters(old), count_parameters(new), on_meta(old)
+            )
+        )
     return SwapReport(tuple(rows))
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from convnn import ConvNN2d, ConvNNAttention
+from convnn.aggregation import in_blocks
 from convnn.config import ConfigError
 from convnn.fidelity import count, facts, parameters
 from convnn.grid import Composer
@@ -196,7 +197,7 @@ def test_honest_count_of_small_models(case):
 def test_honest_count_is_at_least_what_runs(case):
     build, tokens, _ = LAYERS[case]
     model, image = Net(build(), tokens).eval(), torch.randn(1, 3, 8, 8)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), in_blocks(), FlopCounterMode(display=False) as counter:
         model(image)
     missed = {"depthwise": 2, "kvt": 2, "convnn attention": 3}.get(case, 0) * 64 * 9 * 8
     assert count(model, image)[0] == counter.get_total_flops() + missed

@@ -1,0 +1,192 @@
+"""Neighbour aggregation without the gathered block: sums, products and convolutions over the edges of a graph.
+
+A gather of the neighbours is K times as large as the tokens, and on a CPU moving it costs more than the arithmetic.
+Here sums go through ``F.embedding_bag``, products through ``torch.sparse.sampled_addmm``, and what needs the
+neighbours themselves holds a part of them at a time. Backward, the same edges are walked from the neighbours' side.
+
+Shapes: B batch, H heads, Q queries, N tokens, K neighbours, E = B H Q queries and T = B H N tokens in all, D or C
+channels, O output channels.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK = 1 << 19
+"""Gathered elements held at once: 2 MiB in float32, which stay in a core's cache."""
+
+
+class Edges:
+    """Which tokens each query takes, as rows of a table of all tokens (T, D)."""
+
+    def __init__(self, index: Tensor, batch: int, heads: int, num_tokens: int) -> None:
+        """Take token indices (B or 1, H or 1, Q, K)."""
+        b, h, q, k = batch, heads, *index.shape[2:]
+        self.num_tokens = b * h * num_tokens
+        small = max(self.num_tokens, b * h * q * k) < 2**31
+        start = torch.arange(b * h, device=index.device).mul_(num_tokens).view(b, h, 1, 1)
+        self.rows = (index + start).to(torch.int32 if small else torch.int64).view(-1, k)
+        """(E, K)."""
+
+    @cached_property
+    def _by_token(self) -> tuple[Tensor, Tensor]:
+        """Edges (as flat indices of ``rows``) in the order of their tokens, and where each token's begin."""
+        tokens, order = self.rows.flatten().sort(stable=True)
+        every = torch.arange(self.num_tokens, device=tokens.device, dtype=tokens.dtype)
+        start = torch.searchsorted(tokens, every, out_int32=tokens.dtype == torch.int32)
+        return order.to(tokens.dtype), start
+
+    def gather_sum(self, table: Tensor, weights: Tensor | None) -> Tensor:
+        """Return each query's sum of ``weights`` (E, K) times its tokens: (T, D) -> (E, D)."""
+        return F.embedding_bag(self.rows, table, mode="sum", per_sample_weights=weights)
+
+    def scatter_sum(self, values: Tensor, weights: Tensor | None) -> Tensor:
+        """Return each token's sum of ``weights`` (E, K) times the queries that take it: (E, D) -> (T, D)."""
+        edges, start = self._by_token
+        queries = edges.div(self.rows.shape[1], rounding_mode="floor")
+        weights = None if weights is None else weights.flatten()[edges]
+        return F.embedding_bag(queries, values, start, mode="sum", per_sample_weights=weights)
+
+    def dot(self, queries: Tensor, table: Tensor) -> Tensor:
+        """Return the products of each query with its tokens: (E, D), (T, D) -> (E, K)."""
+        e, k = self.rows.shape
+        _accept_sparse()
+        start = torch.arange(e + 1, device=queries.device, dtype=self.rows.dtype) * k
+        empty = queries.new_zeros(e * k)
+        graph = torch.sparse_csr_tensor(start, self.rows.flatten(), empty, (e, len(table)), check_invariants=False)
+        return torch.sparse.sampled_addmm(graph, queries, table.t()).values().view(e, k)
+
+    def parts(self, width: int) -> Iterator[slice]:
+        """Yield the queries in parts whose gathered rows of this many elements stay within ``BLOCK``."""
+        step = max(1, BLOCK // max(width, 1))
+        for first in range(0, len(self.rows), step):
+            yield slice(first, first + step)
+
+
+@lru_cache(maxsize=1)
+def _accept_sparse() -> None:
+    """Let torch say once, unheard, that sparse CSR tensors are in beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
+
+
+class Dot(torch.autograd.Function):
+    """Products of queries (E, D) with their tokens (T, D): (E, K)."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, table: Tensor, edges: Edges) -> Tensor:  # noqa: D102
+        ctx.save_for_backward(queries, table)
+        ctx.edges = edges
+        return edges.dot(queries, table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        (queries, table), edges = ctx.saved_tensors, ctx.edges
+        grad = grad.contiguous()
+        for_queries = edges.gather_sum(table, grad) if ctx.needs_input_grad[0] else None
+        for_table = edges.scatter_sum(queries, grad) if ctx.needs_input_grad[1] else None
+        return for_queries, for_table, None
+
+
+class Sum(torch.autograd.Function):
+    """Weighted sums of each query's tokens: table (T, D), weights (E, K) or None -> (E, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, weights: Tensor | None, edges: Edges) -> Tensor:  # noqa: D102
+        ctx.save_for_backward(table if ctx.needs_input_grad[1] else None, weights)
+        ctx.edges = edges
+        return edges.gather_sum(table, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        (table, weights), edges = ctx.saved_tensors, ctx.edges
+        grad = grad.contiguous()
+        for_table = edges.scatter_sum(grad, weights) if ctx.needs_input_grad[0] else None
+        for_weights = edges.dot(grad, table) if ctx.needs_input_grad[1] else None
+        return for_table, for_weights, None
+
+
+class Depthwise(torch.autograd.Function):
+    """Sums with a weight per slot and channel: table (T, D), weights (E, K) or None, slots (K, D) -> (E, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, weights: Tensor | None, slots: Tensor, edges: Edges) -> Tensor:  # noqa: D102
+        ctx.save_for_backward(table, weights, slots)
+        ctx.edges = edges
+        out = table.new_zeros(len(edges.rows), table.shape[1])
+        for part in edges.parts(table.shape[1]):
+            own = out[part]
+            for slot, rows in enumerate(edges.rows[part].t()):
+                taken = table.index_select(0, rows)
+                if weights is not None:
+                    taken *= weights[part, slot, None]
+                own.addcmul_(taken, slots[slot])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        (table, weights, slots), edges = ctx.saved_tensors, ctx.edges
+        for_table, for_slots = torch.zeros_like(table), torch.zeros_like(slots)
+        for_weights = None if weights is None else torch.empty_like(weights)
+        for part in edges.parts(table.shape[1]):
+            own = grad[part]
+            for slot, rows in enumerate(edges.rows[part].t()):
+                product = table.index_select(0, rows).mul_(own)
+                back = own * slots[slot]
+                if weights is None or for_weights is None:
+                    for_slots[slot] += product.sum(0)
+                else:
+                    weight = weights[part, slot]
+                    for_slots[slot] += weight @ product
+                    for_weights[part, slot] = product @ slots[slot]
+                    back *= weight[:, None]
+                for_table.index_add_(0, rows, back)
+        return for_table, for_weights, for_slots, None
+
+
+class Conv(torch.autograd.Function):
+    """Full weights per slot: table (T, C), weights (E, K) or None, slots (K C, O) -> (E, O)."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, weights: Tensor | None, slots: Tensor, edges: Edges) -> Tensor:  # noqa: D102
+        ctx.save_for_backward(table, weights, slots)
+        ctx.edges = edges
+        out = table.new_empty(len(edges.rows), slots.shape[1])
+        for part in edges.parts(len(slots)):
+            taken = _weighted(table.index_select(0, edges.rows[part].flatten()), weights, part)
+            torch.mm(taken.view(-1, len(slots)), slots, out=out[part])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        (table, weights, slots), edges = ctx.saved_tensors, ctx.edges
+        grad = grad.contiguous()
+        for_table, for_slots = torch.zeros_like(table), torch.zeros_like(slots)
+        for_weights = None if weights is None else torch.empty_like(weights)
+        for part in edges.parts(len(slots)):
+            rows, own = edges.rows[part].flatten(), grad[part]
+            taken = table.index_select(0, rows)
+            back = (own @ slots.t()).view(len(rows), -1)
+            if for_weights is not None:
+                for_weights[part] = (back * taken).sum(-1).view(len(own), -1)
+            for_slots.addmm_(_weighted(taken, weights, part).view(len(own), -1).t(), own)
+            for_table.index_add_(0, rows, _weighted(back, weights, part))
+        return for_table, for_weights, for_slots, None
+
+
+def _weighted(taken: Tensor, weights: Tensor | None, part: slice) -> Tensor:
+    """Multiply gathered rows (E K, C) in place by the weights of their edges."""
+    return taken if weights is None else taken.mul_(weights[part].reshape(-1, 1))

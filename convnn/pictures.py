@@ -161,8 +161,9 @@ def _grid(
             bar.set_label("rank (1: chosen first)")
             bar.ax.invert_yaxis()
         figure.legend(handles=_legend([rows[0][2][name] for name in names]), loc="outside lower center", ncols=4)
-        several = head is not None and any(one.index.shape[1] > 1 for one in rows[0][2].values())
-        figure.suptitle(title + (f" (head {head + 1})" if several else ""), fontsize=16)
+        if head is not None and any(one.index.shape[1] > 1 for one in rows[0][2].values()):
+            title += f" (head {head + 1})"
+        figure.suptitle(title, fontsize=16)
     return figure
 
 

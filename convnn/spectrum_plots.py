@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convnn.plotting import BLEND, MAX_LINES, RATIO, Row, evenly, plain
+from convnn.plotting import BLEND, COLOURS, MAX_LINES, RATIO, Row, evenly, plain
 from convnn.results import COMPLETE
 from convnn.tables import describe, grouped, is_missing, is_numeric, main_keys, short_name, varying_keys
 from convnn.trends import along, epoch_rows, heat_maps, over_depth, read_trend
@@ -44,7 +44,7 @@ def draw_layers(
         trend = next((t for t in (read_trend(folders[i]) for i in rows) if t.epochs), None)
         if trend is not None:
             trends.append((describe({key: values[key] for key in keys}), trend))
-    lines = evenly(trends, MAX_LINES)
+    lines = evenly(trends, len(COLOURS))  # more would not be told apart
     figure = over_depth({plain(label, 60): trend for label, trend in lines}, None)
     caption = "The last epoch of one run of each configuration, on the probe images (docs/tour.md says how to read it)."
     if len(lines) < len(trends):

@@ -158,7 +158,7 @@ def training(folder: Path) -> Figure | None:
             for split, colour, marker in lines:
                 values = [row.get(f"{split}_{end}") for row in rows]
                 if any(value is not None for value in values):
-                    ys = [value if _number(value) else math.nan for value in values]
+                    ys = [float(value) if value is not None and _number(value) else math.nan for value in values]
                     axes.plot(epochs, ys, color=colour, marker=marker, ms=5, label=split)
             axes.set_ylabel(label)
             if axes.lines:
@@ -182,9 +182,11 @@ def training(folder: Path) -> Figure | None:
 
 def over_depth(trends: Mapping[Any, Trend], title: str | None) -> Figure | None:
     """Draw measures of the last epoch over depth, a line for each run; ``title``: of the legend. None without any."""
+    from matplotlib.ticker import MaxNLocator
+
     trends = {label: trend for label, trend in trends.items() if trend.epochs}
-    names = ("overlap", "distance_mean", "hub_share", "agreement")
-    names = tuple(name for name in names if any(name in trend.values for trend in trends.values()))
+    drawn = ("overlap", "distance_mean", "hub_share", "agreement")
+    names = [name for name in drawn if any(name in trend.values for trend in trends.values())]
     if not names or max(len(trend.layers) for trend in trends.values()) < 2:
         return None
     figure, panels = new_figure(len(names))
@@ -197,7 +199,7 @@ def over_depth(trends: Mapping[Any, Trend], title: str | None) -> Figure | None:
         axes.set_ylabel(SHOWN[name], fontsize=12)
         axes.set_xlabel("swapped layer, first to last")
         axes.set_ylim(bottom=0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(handles) > 1:
         add_legend(figure, handles, title)
     return figure

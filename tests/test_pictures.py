@@ -86,6 +86,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_the_script_draws_everything_of_a_run(runs, capsys):
     visualize.main([f"run={runs}/conv", "index=3", "queries=2,3;7,7", "layers=layer4.0.conv2.neighbors"])
     every = [f"{name}.{kind}" for name in ("blends", "diagnostics", "neighbors", "training") for kind in ("png", "svg")]
@@ -96,6 +97,7 @@ def test_the_script_draws_everything_of_a_run(runs, capsys):
     assert (runs / "elsewhere" / "neighbors.svg").stat().st_size < 500_000
 
 
+@pytest.mark.slow
 def test_image_files_keep_their_proportions_where_the_model_can(runs):
     from PIL import Image
 
@@ -109,29 +111,42 @@ def test_image_files_keep_their_proportions_where_the_model_can(runs):
         assert (runs / f"wide-{name}" / "neighbors.png").stat().st_size > 5_000
 
 
-@pytest.mark.parametrize(
-    "argument, message",
-    [
-        ("index=16", "index=16: the test set has images 0 to 15"),
-        ("image=missing.png", "image=missing.png cannot be read"),
-        ("queries=1", "queries=1 must be ROW,COLUMN"),
-        ("queries=0,99", r"query \(0, 99\) lies outside the image of 8 rows and 8 columns"),
-        ("layers=nope", "layers=nope: this run has layer4.0.conv1.neighbors"),
-        ("head=-1", "head=-1"),
-        ("checkpoint=worst", "checkpoint=worst"),
-    ],
-)
+BEFORE_LOADING = [
+    ("queries=1", "queries=1 must be ROW,COLUMN"),
+    ("head=-1", "head=-1"),
+    ("checkpoint=worst", "checkpoint=worst"),
+    ("", "no-run is not a run folder"),
+    ("kk=1", "unknown key 'kk'"),
+]
+AFTER_LOADING = [
+    ("index=16", "index=16: the test set has images 0 to 15"),
+    ("image=missing.png", "image=missing.png cannot be read"),
+    ("queries=0,99", r"query \(0, 99\) lies outside the image of 8 rows and 8 columns"),
+    ("layers=nope", "layers=nope: this run has layer4.0.conv1.neighbors"),
+]
+
+
+@pytest.mark.parametrize("argument, message", BEFORE_LOADING)
+def test_mistakes_are_named_early(argument, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        visualize.main([word for word in (f"run={tmp_path}/no-run", argument) if word])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("argument, message", AFTER_LOADING)
 def test_mistakes_are_named(argument, message, runs):
     with pytest.raises(ConfigError, match=message):
         visualize.main([f"run={runs}/conv", argument, f"out={runs}/nothing"])
     assert not (runs / "nothing").exists()
 
 
+@pytest.mark.slow
 def test_a_run_without_neighbours_says_so(runs):
     with pytest.raises(ConfigError, match="no layer that chooses neighbours"):
         visualize.main([f"run={runs}/plain"])
 
 
+@pytest.mark.slow
 def test_the_readmes_six_lines(tmp_path):
     """As written, but for the size of the model and the images."""
     text = (Path(__file__).resolve().parent.parent / "README.md").read_text()
@@ -148,6 +163,7 @@ def test_the_readmes_six_lines(tmp_path):
     assert (tmp_path / "neighbors.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_pictures_go_to_wandb_at_the_end_of_a_run(tmp_path):
     """The offline run on disk holds the metrics of each layer and the pictures."""
     pytest.importorskip("wandb")
@@ -184,6 +200,7 @@ def wandb_records(path):
             part = b""
 
 
+@pytest.mark.slow
 def test_the_reports_run_holds_tables_and_plots(tmp_path):
     pytest.importorskip("wandb")
     pytest.importorskip("pandas")

@@ -50,9 +50,9 @@ def test_damaged_metrics_leave_what_can_be_drawn(text, tmp_path):
 
 
 def test_a_report_shows_layers_and_the_spectrum(tmp_path):
-    report = make_report([grid(tmp_path / "runs", ks=(4, 9), seeds=(0,), layers=3)], tmp_path / "report")
+    report = make_report([grid(tmp_path / "runs", (0.0, 1.0), ks=(9,), seeds=(0,), layers=3)], tmp_path / "report")
     names = [picture.name for picture in report.pictures]
-    assert {"spectrum", "layers_depth", "layers_epochs1", "layers_epochs3"} <= set(names)
+    assert {"spectrum", "layers_depth", "layers_epochs1", "layers_epochs2"} <= set(names)
     page = (tmp_path / "report" / "index.html").read_text()
     assert "Accuracy, loss and cost along the spectrum" in page and "over depth" in page
 

@@ -2,13 +2,21 @@
 
 import sys
 
+from convnn import distributed
 from convnn.cli import guarded
 from convnn.jobs import main
 from convnn.sweeping import run_sweep
+
+
+def sweep() -> int:
+    """Carry out the sweep; a sweep starts its own processes."""
+    distributed.refuse("sweep.py")
+    return run_sweep(arguments)
+
 
 if __name__ == "__main__":
     arguments = [arg for arg in sys.argv[1:] if arg not in ("-m", "--multirun")]  # a sweep always is one
     if any(arg.startswith("-") for arg in arguments):  # --help, --cfg, --info
         main()
     else:
-        sys.exit(guarded(lambda: run_sweep(arguments), debug="debug=true" in [arg.lower() for arg in arguments]))
+        sys.exit(guarded(sweep, debug="debug=true" in [arg.lower() for arg in arguments]))

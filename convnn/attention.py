@@ -75,6 +75,7 @@ class ConvNNAttention(NeighborLayer):
         head_dim: D, default C / H.
         learn_blend: ``no``, ``layer`` or ``head``.
         straight_through: see ``convnn.functional.selection_weights``.
+        backend: ``auto``, ``torch`` or ``triton``, see ``convnn.backend``.
         num_prefix_tokens: tokens before the grid.
         grid_size: rows and columns of the grid; default: square.
         fast: let fused attention compute the cases in which all candidates are neighbours.
@@ -110,6 +111,7 @@ class ConvNNAttention(NeighborLayer):
         head_dim: int | None = None,
         learn_blend: str = "no",
         straight_through: bool = False,
+        backend: str = "auto",
         num_prefix_tokens: int = 0,
         grid_size: Pair | None = None,
         fast: bool = True,
@@ -124,7 +126,7 @@ class ConvNNAttention(NeighborLayer):
         own = {"similarity": "dot", "self_first": False, "k": k, "blend": blend, "aggregation": aggregation}
         own |= {"weighting": weighting, "temperature": temperature, "border": border}
         own |= {"layout": layout, "head_dim": head_dim}
-        own |= {"learn_blend": learn_blend, "straight_through": straight_through}
+        own |= {"learn_blend": learn_blend, "straight_through": straight_through, "backend": backend}
         self._init_spectrum(ATTENTION, num_heads, own | selection)
 
         d = self.head_dim
@@ -256,6 +258,7 @@ class ConvNNAttention(NeighborLayer):
                 weight=self.slot_weight,
                 straight_through=self.straight_through,
                 training=self.training,
+                backend=self.backend,
             )
         if self.pointwise is not None:
             y = self.pointwise(y)

@@ -31,7 +31,7 @@ def pair(value: int | tuple[int, ...]) -> Pair:
 
 
 _EDGE = 0.001
-_SHARED = ("weighting", "temperature", "aggregation", "learn_blend", "straight_through")
+_SHARED = ("weighting", "temperature", "aggregation", "learn_blend", "straight_through", "backend")
 
 
 def layer_settings(config: OperatorConfig, *more: str) -> dict[str, Any]:
@@ -66,6 +66,7 @@ class NeighborLayer(nn.Module):
         if config.learn_blend != "no":
             start = ((torch.tensor(config.blend).clamp(0.01, 0.99) - _EDGE) / (1 - 2 * _EDGE)).logit()
             self.blend_logit = nn.Parameter(start.repeat(heads if config.learn_blend == "head" else 1))
+        self.backend = config.backend
         self.straight_through = config.straight_through or self.blend_logit is not None
         self.set_spectrum(k=config.k, temperature=config.temperature)
 

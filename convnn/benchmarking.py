@@ -6,6 +6,7 @@ meets all of them alike.
 
 from __future__ import annotations
 
+import itertools
 import math
 import multiprocessing
 import resource
@@ -22,8 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convnn.attention import Attention, ConvNNAttention
+from convnn.backend import ATTENTION, SELECTION, missing
 from convnn.config import OperatorConfig
+from convnn.functional import neighbor_aggregate
+from convnn.geometry import Geometry
 from convnn.layers import ConvNN2d
+from convnn.selection import Selection, select_neighbors
 from convnn.swap import swap_layers
 
 Step = Callable[[], object]
@@ -233,6 +238,72 @@ def training_cases(quick: bool) -> list[Case]:
         Case("training step", name, 0, 9, training_step(partial(make, *args), (batch, 3, 32, 32)), batch)
         for name, args in makers.items()
     ]
+
+
+_BACKENDS = {"torch": "torch", "torch compiled": "torch", "triton": "triton"}
+
+
+def backend_cases(quick: bool, device: torch.device) -> list[Case]:
+    """Return both steps that have Triton kernels, and whole layers, with each backend; none off CUDA.
+
+    What the kernels win here belongs into ``convnn.backend.FASTER``. The attention step selects by position, once for
+    the whole batch, with every backend.
+    """
+    if device.type != "cuda" or missing(device) is not None:
+        return []
+    cases = []
+    batch, sides = (4, (14,)) if quick else (32, (14, 32, 56))
+    for side, k, dtype in itertools.product(sides, (9, 25), (torch.float32, torch.bfloat16)):
+        n, precision = side * side, str(dtype).removeprefix("torch.")
+        for step in (SELECTION, ATTENTION):
+            group, size = f"backend {step} N={n} k={k} {precision}", (batch, side, k, dtype)
+            cases += [Case(group, name, n, k, _step_of(step, name, *size)) for name in _BACKENDS]
+    for heads in (1, 3):
+        group, shape = f"backend ConvNNAttention {heads} heads", (batch, 197, 192)
+        cases += [Case(group, name, 197, 9, layer_step(partial(_layer_of, name, heads), shape)) for name in _BACKENDS]
+    return cases
+
+
+def _layer_of(name: str, heads: int) -> nn.Module:
+    layer = ConvNNAttention(192, heads, 9, backend=_BACKENDS[name])
+    return _compiled(layer) if name.endswith("compiled") else layer
+
+
+def _step_of(step: str, name: str, batch: int, side: int, k: int, dtype: torch.dtype) -> Callable[[torch.device], Step]:
+    """Return the builder of a selection by features, or of attention to neighbours forward and backward."""
+    geometry, backend = Geometry(side, side), _BACKENDS[name]
+    by_features = Selection("dot", self_first=False)
+
+    def build(device: torch.device) -> Step:
+        torch.manual_seed(0)
+        q, key, v = (torch.randn(batch, 3, side * side, 64, device=device, dtype=dtype) for _ in range(3))
+        weight = torch.ones(64, k, device=device, requires_grad=True)
+
+        def select() -> Tensor:
+            return select_neighbors(
+                q, key, geometry, by_features, num=k, blend=1.0, training=True, backend=backend
+            ).index
+
+        def attend() -> Tensor:
+            return neighbor_aggregate(
+                q, key, v, geometry, by_features, num=k, blend=0.0, weighting="softmax", aggregation="depthwise",
+                weight=weight, training=True, backend=backend,
+            )  # fmt: skip
+
+        run = select if step == SELECTION else attend
+        run = torch.compile(run) if name.endswith("compiled") else run
+        if step == SELECTION:
+            return run
+        leaves = [t.requires_grad_() for t in (q, key, v)]
+
+        def both() -> None:
+            for leaf in (*leaves, weight):
+                leaf.grad = None
+            run().sum().backward()
+
+        return both
+
+    return build
 
 
 # ----------------------------------------------------------------------------------------------- measuring

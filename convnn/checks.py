@@ -17,12 +17,14 @@ from convnn.config import (
     CONV,
     Config,
     ConfigError,
+    DataConfig,
     OperatorConfig,
     ScheduleConfig,
     SwapConfig,
     SwapRule,
     TrackConfig,
 )
+from convnn.kernel_limits import backend_limit
 
 # ----------------------------------------------------------------------------------------------- nearest names
 
@@ -176,8 +178,13 @@ CHOICES = {
     "aggregation": ["conv", "depthwise", "separable", "sum", "max_relative"],
     "learn_blend": ["no", "layer", "head"],
     "k_policy": ["error", "clamp"],
+    "backend": ["auto", "torch", "triton"],
 }
 """Values of the operator's named choices."""
+
+
+INTERPOLATIONS = ["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random"]
+_RAND_AUGMENT = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?|-t(weights|3aw|3a))*")
 
 
 def check_operator(operator: OperatorConfig, prefix: str = "operator") -> None:
@@ -236,7 +243,8 @@ def contradiction(o: Mapping[str, Any]) -> str | None:
             )
     if o["slots"] == "raster" and o["k_policy"] == "clamp":
         return "{p}.k_policy=clamp needs {p}.slots=rank: a clamped raster slot has no fixed meaning"
-    return None
+    limit = backend_limit(o) if o["backend"] == "triton" else None
+    return None if limit is None else f"{{p}}.backend=triton: {limit}; or set {{p}}.backend=auto"
 
 
 def check_rule(rule: SwapRule, prefix: str) -> None:
@@ -284,6 +292,35 @@ def check_schedule(schedule: ScheduleConfig, operator: OperatorConfig, prefix: s
                 raise ConfigError(f"{p} needs {prefix}.slots=rank: with raster the slots of a smaller k shift")
 
 
+def check_stream(data: DataConfig) -> None:
+    """Raise ConfigError when the settings of streamed image files are out of range or contradict each other."""
+    _choice("data.stream", data.stream, ["auto", "true", "false"])
+    _choice("data.interpolation", data.interpolation, INTERPOLATIONS)
+    _choice("data.erasing_mode", data.erasing_mode, ["pixel", "rand", "const"])
+    _range("data.workers", data.workers, 0)
+    _range("data.prefetch", data.prefetch, 1)
+    _range("data.color_jitter", data.color_jitter, 0)
+    _range("data.random_erasing", data.random_erasing, 0, 1)
+    _range("data.crop_pct", data.crop_pct, 0, 1, open_low=True)
+    for name, value, high in (("scale", data.scale, 1), ("ratio", data.ratio, math.inf)):
+        if value is not None and not (len(value) == 2 and 0 < value[0] <= value[1] <= high):
+            limit = " <= 1" if high == 1 else ""
+            raise ConfigError(f"data.{name}={value} must be [from, to] with 0 < from <= to{limit}")
+    if data.rand_augment is not None and not _RAND_AUGMENT.fullmatch(data.rand_augment):
+        raise ConfigError(
+            f"data.rand_augment={data.rand_augment} is no RandAugment of timm, such as rand-m9-mstd0.5-inc1"
+        )
+    needs = data.file_transforms()
+    memory_only = data.target.startswith("convnn.data.") and data.target != "convnn.data.load_imagefolder"
+    if memory_only and (needs or data.stream == "true"):
+        key = needs[0] if needs else "stream"
+        raise ConfigError(f"data.{key} is for image folders, not data={data.name}; leave it at its default")
+    if needs and data.stream == "false":
+        raise ConfigError(f"data.{needs[0]} needs files that are streamed; set data.stream=auto")
+    if data.scale and data.crop_padding:
+        raise ConfigError("data.scale and data.crop_padding are both random crops; set data.crop_padding=0")
+
+
 def check(config: Config) -> Config:
     """Check everything that types cannot; return the configuration unchanged.
 
@@ -313,6 +350,7 @@ def check(config: Config) -> Config:
     _range("data.val_fraction", data.val_fraction, 0, 1, open_high=True)
     _range("data.crop_padding", data.crop_padding, 0)
     _range("data.split_seed", data.split_seed, 0)
+    check_stream(data)
     for value in data.std:
         _range("data.std", value, 0, open_low=True)
     if len(data.mean) != len(data.std):
@@ -339,6 +377,7 @@ def check(config: Config) -> Config:
     _range("train.cutmix", train.cutmix, 0)
     _range("train.ema", train.ema, 0, 1, open_low=True, open_high=True)
     _choice("train.amp", train.amp, ["auto", "bf16", "off"])
+    _choice("train.sync_batchnorm", train.sync_batchnorm, ["auto", "true", "false"])
     _choice("train.deterministic", train.deterministic, ["false", "warn", "true"])
     if optim.sched != "constant" and optim.warmup_epochs >= train.epochs:
         raise ConfigError(f"optim.warmup_epochs={optim.warmup_epochs} must be less than train.epochs={train.epochs}")

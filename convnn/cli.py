@@ -19,6 +19,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from convnn import distributed
 from convnn.checks import all_keys, check_keys, nearest, unknown_key_error
 from convnn.config import Config, ConfigError
 from convnn.rundir import to_config
@@ -113,8 +114,9 @@ class _TqdmHandler(logging.Handler):
 
 
 def fail(error: Exception, code: int) -> NoReturn:
-    """Print an error as one line and leave."""
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    """Print an error as one line, unless another process of the run speaks, and leave."""
+    if distributed.speaks():
+        print(f"error: {distributed.name()}" + " ".join(str(error).split()), file=sys.stderr)
     sys.exit(code)
 
 
@@ -124,15 +126,21 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> Any:
         return call()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except ConfigError as error:
-        if debug:
-            raise
-        fail(error, EXIT_CONFIG)
-    except (OSError, RuntimeError) as error:
-        known = isinstance(error, OSError) or type(error).__name__ == "CheckpointError"
-        if debug or not known:
-            raise
-        fail(error, EXIT_FAILED)
+    except distributed.PeerError as error:
+        distributed.stand_back()
+        sys.exit(EXIT_CONFIG if error.config else EXIT_FAILED)
+    except Exception as error:
+        config, lost = isinstance(error, ConfigError), distributed.lost(error)
+        if not debug and (config or lost or isinstance(error, OSError) or type(error).__name__ == "CheckpointError"):
+            fail(
+                RuntimeError(f"another process of the run has ended ({error})") if lost else error,
+                EXIT_CONFIG if config else EXIT_FAILED,
+            )
+        if not distributed.speaks():
+            sys.exit(EXIT_CONFIG if config else EXIT_FAILED)
+        if distributed.name():
+            print(f"error: {distributed.name()}{type(error).__name__}", file=sys.stderr)
+        raise
 
 
 PARENT = "CONVNN_PARENT"

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from convnn.data_config import DataConfig
+
 CONV, ATTENTION = "conv", "attention"
 
 
@@ -112,6 +114,9 @@ class OperatorConfig:
     straight_through: bool = False
     """Let a gradient reach the selection: forward as ever, backward as if each neighbour were weighed by the softmax
     of its selection score. Always on where the blend is learned."""
+    backend: str = "auto"
+    """What computes: ``torch``; ``triton``: its kernels on CUDA, or an error; ``auto``: the kernels where a measurement
+    is known in which they were faster (none yet), else torch."""
     branch_ratio: float | None = None
     """Share of the output channels from the neighbour branch, the rest from the replaced kind of layer; null: none."""
     branch_kernel: int | None = None
@@ -200,44 +205,6 @@ class ScheduleConfig:
 
 
 @dataclass
-class DataConfig:
-    """The data set, and what is done to a batch on the training device."""
-
-    name: str = "digits"
-    target: str = "convnn.data.load_digits"
-    """Function ``(config) -> convnn.data.Dataset``."""
-    root: str = "data"
-    """Folder of the files; below it the layout that torchvision uses, or train/CLASS and test/CLASS."""
-    download: bool = True
-    """Fetch what is missing (cifar10, cifar100)."""
-    limit: int | None = None
-    """Use this many training images, spread evenly over the classes, chosen by ``split_seed``."""
-    limit_test: int | None = None
-    """The same for test images."""
-    val_fraction: float = 0.0
-    """Share of the training images held out to choose the best checkpoint; 0 chooses it on the test set and says so."""
-    split_seed: int = 0
-    """Seed of the validation split and of ``limit``."""
-    image_size: int | None = None
-    """Side in pixels of what the network sees; null takes the backbone's, else the images' own."""
-    load_size: int | None = None
-    """Side in pixels at which an image folder is kept in memory; null keeps the first image's size."""
-    crop_padding: int = 0
-    """Random crops after padding by this many pixels (of the stored image); 0: none."""
-    flip: bool = False
-    """Random horizontal flips."""
-    mean: list[float] = field(default_factory=lambda: [0.5])
-    """Per channel, for pixels in [0, 1]; one value serves all channels."""
-    std: list[float] = field(default_factory=lambda: [0.5])
-    size: int = 2048
-    """Number of images of the synthetic set."""
-    num_classes: int = 10
-    """Number of classes of the synthetic set."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Free settings for data sets from other modules."""
-
-
-@dataclass
 class OptimConfig:
     """Optimizer and learning-rate schedule, both timm's."""
 
@@ -268,6 +235,7 @@ class TrainConfig:
     """Stop after this many optimizer steps in all; null: no limit. Schedules of blend, k and temperature end there, the
     learning rate's with the epoch in which it falls."""
     batch_size: int = 128
+    """Images per step, over all processes together."""
     eval_batch_size: int | None = None
     """Null: the training batch size."""
     label_smoothing: float = 0.0
@@ -283,8 +251,14 @@ class TrainConfig:
     """Memory format of images and convolution weights. On a CPU, torch crashed with it in networks of 4 channels."""
     compile: bool = False
     """Train through ``torch.compile``."""
+    sync_batchnorm: str = "auto"
+    """With several processes (see README.md): ``true``: batch normalisation over the joint batch, which needs GPUs;
+    ``false``: over each process' part, with the first one's running statistics; ``auto``: true on GPUs."""
     deterministic: str = "false"
     """``false``, ``warn`` or ``true``: torch's deterministic algorithms."""
+
+    def __post_init__(self) -> None:
+        self.deterministic = self.deterministic.lower()  # YAML's true arrives as "True"
 
 
 @dataclass
@@ -348,7 +322,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     seed: int = 0
     device: str = "auto"
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``; under torchrun each process takes the GPU of its number."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -359,15 +333,18 @@ _NOT_IDENTITY = ("run", "tracker", "diagnostics", "device", "debug")
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """Return what decides the outcome of a run: all but where it is kept, watched and computed."""
+    """Return what decides the outcome of a run: all but where it is kept, watched and computed, and by what."""
     return identity_of(asdict(config))
 
 
 def identity_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``identity`` from the plain values of a whole configuration, as a run folder's config.yaml has them."""
     kept = {key: value for key, value in values.items() if key not in _NOT_IDENTITY}
-    unused = {"download"} if values["data"]["name"] == "imagefolder" else {"download", "root"}
-    return kept | {"data": {key: value for key, value in values["data"].items() if key not in unused}}
+    unused = {"download", "stream", "workers", "prefetch"}
+    if values["data"]["name"] != "imagefolder":
+        unused.add("root")
+    own = {"data": unused, "operator": {"backend"}}
+    return kept | {group: {k: v for k, v in values[group].items() if k not in own[group]} for group in own}
 
 
 def fingerprint(config: Config) -> str:

@@ -63,7 +63,7 @@ def estimate(configs: Sequence[Config], folders: Sequence[Path]) -> str:
 
 def _forward_gflops(config: Config, dataset: Dataset) -> float:
     model, _, image_size = build_model(config, dataset)
-    return forward_cost(model, dataset.train.images.shape[1], image_size).total / 1e9
+    return forward_cost(model, dataset.train.shape[0], image_size).total / 1e9
 
 
 def _operations(gflops: float) -> str:

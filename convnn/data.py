@@ -1,4 +1,4 @@
-"""Data sets as uint8 tensors on the training device, and batches made from them there.
+"""Data sets as uint8 tensors on the training device (or as files, see streaming.py), and batches made from them there.
 
 A data set is a function ``(DataConfig) -> Dataset`` named by ``data.target``. Shapes: N images, C channels.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convnn.config import ConfigError, DataConfig
+from convnn.folders import FileSplit, first_line, list_images, open_image, open_square
 
 MAX_BYTES = 8 << 30
 
@@ -33,6 +34,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of an image."""
+        return self.images.shape[1], self.images.shape[2], self.images.shape[3]
+
     def take(self, index: Tensor) -> Split:
         """Return the images at ``index``."""
         return Split(self.images[index], self.labels[index])
@@ -42,14 +48,17 @@ class Split:
         return Split(self.images.to(device), self.labels.to(device))
 
 
+AnySplit = Split | FileSplit
+
+
 @dataclass
 class Dataset:
     """The splits of a data set. ``val`` is None unless a share of the training images is held out."""
 
-    train: Split
-    test: Split
+    train: AnySplit
+    test: AnySplit
     classes: list[str]
-    val: Split | None = None
+    val: AnySplit | None = None
 
 
 # ------------------------------------------------------------------------------------------------- the sets
@@ -112,97 +121,52 @@ def load_cifar(config: DataConfig) -> Dataset:
             root.rmdir()
         raise ConfigError(
             f"data={config.name}: no valid files in {(root / kind.base_folder).absolute()} and no download "
-            f"({_line(error)}); put {kind.filename} (md5 {kind.tgz_md5}) into {root.absolute()}, or set data.root"
+            f"({first_line(error)}); put {kind.filename} (md5 {kind.tgz_md5}) into {root.absolute()}, or set data.root"
         ) from error
     return Dataset(splits[0], splits[1], list(data.classes))
 
 
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
-
-
 def load_imagefolder(config: DataConfig) -> Dataset:
-    """Load ``root/train/CLASS/*`` and ``root/test/CLASS/*``, any format Pillow reads, as RGB squares in memory.
+    """Load ``root/train/CLASS/*`` and ``root/test/CLASS/*`` (or ``val``), any format Pillow reads, as RGB.
 
-    Images are kept at ``data.load_size`` (default: the first image's shorter side); larger ones are scaled and
-    cropped at the centre.
+    Images are squares of ``data.load_size`` pixels (default: the first image's shorter side); others are scaled and
+    cropped at the centre. They are kept in memory, or stay files that are streamed: see ``data.stream``.
 
     Raises:
         ConfigError: for a missing or empty folder, differing classes, unreadable images, or too much data.
     """
     root = Path(config.root)
-    files = {split: _image_files(root, split) for split in ("train", "test")}
-    classes = sorted(files["train"])
-    if sorted(files["test"]) != classes:
-        only = sorted(set(files["test"]) ^ set(classes))
+    listed = [list_images(root, "train"), list_images(root, "test", "val")]
+    classes = listed[0][2]
+    if listed[1][2] != classes:
+        only = sorted(set(listed[1][2]) ^ set(classes))
         raise ConfigError(f"data.root={root}: train and test have different classes, such as '{only[0]}'")
     rng = np.random.default_rng(config.split_seed)
-    splits = []
     side = config.load_size
-    for split, limit in (("train", config.limit), ("test", config.limit_test)):
-        names = [(path, c) for c, name in enumerate(classes) for path in files[split][name]]
-        labels = np.array([c for _, c in names])
+    splits = []
+    for (paths, labels, _), limit in zip(listed, (config.limit, config.limit_test), strict=True):
         keep = _balanced(labels, limit, rng)
-        paths, labels = [names[i][0] for i in keep], labels[keep]
-        if side is None:
-            side = min(_open(paths[0]).size)
-        need = len(paths) * side * side * 3
-        if need > MAX_BYTES:
-            raise ConfigError(
-                f"data.root={root}: {len(paths)} images of {side}x{side} need {need / 2**30:.1f} GiB in memory; "
-                "lower data.load_size or set data.limit"
-            )
-        array = np.empty((len(paths), side, side, 3), np.uint8)
-        with ThreadPoolExecutor() as pool:
-            for i, image in enumerate(pool.map(lambda p: _square(p, side), paths)):  # noqa: B023
-                array[i] = image
-        splits.append(Split(torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)))
-    return Dataset(splits[0], splits[1], classes)
-
-
-def _image_files(root: Path, split: str) -> dict[str, list[Path]]:
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    folder = root / split
-    if not folder.is_dir():
+        side = side or min(open_image(paths[keep[0]]).size)
+        splits.append(FileSplit(paths[keep], torch.from_numpy(labels[keep]), side))
+    train, test = splits
+    need = max(len(split) * math.prod(split.shape) for split in splits)
+    stream = config.stream == "true" or (config.stream == "auto" and (need > MAX_BYTES or config.file_transforms()))
+    if stream:
+        return Dataset(train, test, classes)
+    if need > MAX_BYTES:
         raise ConfigError(
-            f"data.root={root}: no folder {folder.absolute()}; expected {split}/CLASS/IMAGE below data.root"
+            f"data.root={root}: {need / 2**30:.1f} GiB of {train.side}x{train.side} images exceed the "
+            f"{MAX_BYTES / 2**30:.0f} GiB for memory; set data.stream=auto, lower data.load_size or set data.limit"
         )
-    try:
-        found = {
-            d.name: sorted(f for f in d.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS)
-            for d in folder.iterdir()
-            if d.is_dir() and not d.name.startswith(".")
-        }
-    except OSError as error:
-        raise ConfigError(f"data.root={root} cannot be read: {error}") from error
-    if not found:
-        raise ConfigError(f"data.root={root}: {folder} has no class folders; expected {split}/CLASS/IMAGE")
-    empty = sorted(name for name, files in found.items() if not files)
-    if empty:
-        raise ConfigError(f"data.root={root}: {folder / empty[0]} has no images ({', '.join(IMG_EXTENSIONS)})")
-    return found
+    return Dataset(_in_memory(train), _in_memory(test), classes)
 
 
-def _open(path: Path) -> Any:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise ConfigError(
-            f"data.root: {path} cannot be read as an image ({_line(error)}); remove or replace it"
-        ) from error
-
-
-def _square(path: Path, side: int) -> np.ndarray:
-    from PIL import Image, ImageOps
-
-    image = _open(path)
-    if image.size != (side, side):
-        image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+def _in_memory(split: FileSplit) -> Split:
+    array = np.empty((len(split), split.side, split.side, 3), np.uint8)
+    with ThreadPoolExecutor() as pool:
+        for i, image in enumerate(pool.map(lambda path: np.asarray(open_square(path, split.side)), split.paths)):
+            array[i] = image
+    return Split(torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(), split.labels)
 
 
 # --------------------------------------------------------------------------------------- subsets and splits
@@ -230,6 +194,8 @@ def load_dataset(config: DataConfig) -> Dataset:
     from convnn.swap import resolve_target
 
     dataset: Dataset = resolve_target(config.target, "data.target")(config)
+    if config.file_transforms() and not isinstance(dataset.train, FileSplit):
+        raise ConfigError(f"data.{config.file_transforms()[0]} needs files that are streamed, not data={config.name}")
     rng = np.random.default_rng(config.split_seed)
     train, test = (
         split.take(torch.from_numpy(_balanced(split.labels.numpy(), limit, rng)))
@@ -256,60 +222,109 @@ def load_dataset(config: DataConfig) -> Dataset:
 class Batches:
     """Batches of a split, augmented and normalised on its device.
 
-    Order and augmentation of an epoch depend on (seed, epoch) alone, so that it can be entered at any step.
+    Order and augmentation of an epoch depend on (seed, epoch) alone, so that it can be entered at any step. The joint
+    batch has ``batch_size`` images; of ``world_size`` processes each yields its own rows, in the order of ranks.
     """
 
-    split: Split
+    split: AnySplit
     batch_size: int
     config: DataConfig
     image_size: int
     train: bool = False
     seed: int = 0
     channels_last: bool = False
+    rank: int = 0
+    world_size: int = 1
+    """Processes that share each batch, in the order of ranks."""
+    mirrored: bool = False
+    """A training share holds, with each image, its mirror image in the batch (the first goes with the last), which is
+    what Mixup mixes it with; then the shares together are mixed as the whole batch is."""
+
+    def __post_init__(self) -> None:
+        self.device = self.split.labels.device
+        self._mean, self._std = (
+            torch.tensor(values, device=self.device).view(1, -1, 1, 1) for values in (self.config.mean, self.config.std)
+        )
 
     def __len__(self) -> int:
         """Batches per epoch. Training drops the images of an incomplete last batch, evaluation does not."""
         return len(self.split) // self.batch_size if self.train else math.ceil(len(self.split) / self.batch_size)
 
-    def epoch(self, epoch: int = 0, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images (B, C, s, s) float32, labels (B,)) of an epoch from batch ``first`` on."""
-        n, device = len(self.split), self.split.images.device
-        order = None
+    def epoch(self, epoch: int = 0, first: int = 0) -> Generator[tuple[Tensor, Tensor]]:
+        """Yield (images (B, C, s, s) float32, labels (B,)) of an epoch from batch ``first`` on.
+
+        Among several processes B is this one's part. In evaluation, where a batch may have fewer images than there are
+        processes, one without a part gets an image and no label, so that all make as many forward passes.
+        """
+        n = len(self.split)
+        order = torch.arange(n)
         if self.train:
             entropy = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0]
             generator = torch.Generator().manual_seed(int(entropy) >> 1)
-            order = torch.randperm(n, generator=generator).to(device)
-            shifts = torch.randint(0, 2 * self.config.crop_padding + 1, (n, 2), generator=generator).to(device)
-            flips = (torch.rand(n, generator=generator) < 0.5).to(device)
-        for step in range(first, len(self)):
-            part = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            if order is None:
-                yield self._normalise(self.split.images[part]), self.split.labels[part]
-                continue
-            images = self.split.images[order[part]]
-            if self.config.crop_padding:
-                images = random_crop(images, shifts[part], self.config.crop_padding)
-            if self.config.flip:
-                images = torch.where(flips[part, None, None, None], images.flip(-1), images)
-            yield self._normalise(images), self.split.labels[order[part]]
+            order = torch.randperm(n, generator=generator)
+            shifts = torch.randint(0, 2 * self.config.crop_padding + 1, (n, 2), generator=generator).to(self.device)
+            flips = (torch.rand(n, generator=generator) < 0.5).to(self.device)
+            if self.mirrored and self.world_size > 1:
+                order, shifts, flips = (self._paired(values) for values in (order, shifts, flips))
+        parts = [self._share(step) for step in range(first, len(self))]
+        read = [slice(part.start, max(part.stop, part.start + 1)) for part in parts]
+        with closing(self._read(order, read, epoch)) as batches:
+            order = order.to(self.device)
+            for part, images in zip(parts, batches, strict=True):
+                if self.train:
+                    images = self._augment(images, shifts[part], flips[part])
+                yield self._normalise(images), self.split.labels[order[part]]
+
+    def _read(self, order: Tensor, parts: Sequence[slice], epoch: int) -> Generator[Tensor]:
+        """Yield the images (B, C, h, w) uint8 of each part of the order."""
+        assert isinstance(self.split, Split)
+        order = order.to(self.device)
+        for part in parts:
+            yield self.split.images.index_select(0, order[part])
+
+    def _augment(self, images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
+        if not (self.config.crop_padding or self.config.flip):
+            return images
+        return random_crop(images, shifts, self.config.crop_padding, flips if self.config.flip else None)
+
+    def _share(self, step: int) -> slice:
+        """Return the rows of this process in the order of an epoch."""
+        start = step * self.batch_size
+        size = min(self.batch_size, len(self.split) - start)
+        return slice(start + size * self.rank // self.world_size, start + size * (self.rank + 1) // self.world_size)
+
+    def _paired(self, values: Tensor) -> Tensor:
+        """Order the rows of each batch so that every process has, with a row, its mirror image: (N, ...) -> (N', ...).
+
+        Rows that are in no whole batch are left out.
+        """
+        batches = values[: len(self) * self.batch_size].unflatten(0, (len(self), self.batch_size))
+        pieces = batches.chunk(2 * self.world_size, dim=1)
+        pairs = zip(pieces[: self.world_size], reversed(pieces), strict=False)
+        return torch.cat([piece for pair in pairs for piece in pair], dim=1).flatten(0, 1)
 
     def _normalise(self, images: Tensor) -> Tensor:
-        x = images.to(torch.float32).div_(255)
-        if x.shape[-1] != self.image_size or x.shape[-2] != self.image_size:
-            size = (self.image_size, self.image_size)
+        wanted = torch.channels_last if self.channels_last else torch.contiguous_format
+        size = (self.image_size, self.image_size)
+        if images.shape[-2:] == size:
+            x = images.to(torch.float32, memory_format=wanted).div_(255)
+        else:
+            x = images.to(torch.float32).div_(255)
             x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
-        mean, std = (
-            torch.tensor(values, device=x.device).view(1, -1, 1, 1) for values in (self.config.mean, self.config.std)
-        )
-        x = (x - mean) / std
-        return x.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+            x = x.contiguous(memory_format=wanted)
+        return x.sub_(self._mean).div_(self._std)
 
 
-def random_crop(images: Tensor, shifts: Tensor, padding: int) -> Tensor:
-    """Crop each zero-padded image at its own (row, column) shift: (B, C, h, w), (B, 2) -> (B, C, h, w)."""
-    height, width = images.shape[-2:]
-    padded = F.pad(images, (padding,) * 4)
-    rows = shifts[:, 0, None] + torch.arange(height, device=images.device)  # (B, h)
-    cols = shifts[:, 1, None] + torch.arange(width, device=images.device)  # (B, w)
-    batch = torch.arange(len(images), device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
+def random_crop(images: Tensor, shifts: Tensor, padding: int, flips: Tensor | None = None) -> Tensor:
+    """Crop each zero-padded image at its own (row, column) shift, and mirror the crop where ``flips`` says so.
+
+    (B, C, h, w), (B, 2), (B,) -> (B, C, h, w), in one gather.
+    """
+    batch, channels, height, width = images.shape
+    rows, cols = (torch.arange(size, device=images.device) for size in (height, width))
+    if flips is not None:
+        cols = torch.where(flips[:, None], cols.flip(0), cols)  # (B, w)
+    rows, cols = shifts[:, 0, None] + rows, shifts[:, 1, None] + cols
+    index = (rows[:, :, None] * (width + 2 * padding) + cols[:, None, :]).view(batch, 1, -1)  # (B, 1, h w)
+    padded = F.pad(images, (padding,) * 4).flatten(2)
+    return padded.gather(2, index.expand(-1, channels, -1)).view(images.shape)

@@ -95,8 +95,8 @@ class Probe:
         self.config, self.autocast = config, autocast
         total = len(batches.split)
         places = torch.linspace(0, total - 1, min(config.images, total), dtype=torch.float64).round().long()
-        part = batches.split.take(places.to(batches.split.labels.device))
-        self.images = next(replace(batches, split=part, batch_size=len(places)).epoch())[0]
+        few = replace(batches, split=batches.split.take(places), batch_size=len(places), rank=0, world_size=1)
+        self.images = next(few.epoch())[0]
         self.before: dict[str, Tensor] = {}
 
     def measure(self, model: nn.Module) -> dict[str, dict[str, float | None]]:

@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from convnn import distributed
+from convnn.backend import require
 from convnn.checkpoint import CheckpointError, load_checkpoint, load_model_state, previous_of, save_checkpoint
-from convnn.checks import nearest
 from convnn.config import Config, ConfigError, fingerprint, identity
-from convnn.data import Batches, Dataset, Split, load_dataset
+from convnn.data import AnySplit, Batches, Dataset, load_dataset
 from convnn.diagnostics import Probe
-from convnn.evaluation import Meter, build_model, evaluate, forward_cost
+from convnn.draws import seed_subsets
+from convnn.evaluation import Meter, build_model, evaluate, forward_cost, idle_parameters
 from convnn.looking import draw_at_end
+from convnn.optimizing import make_optimizer, make_scheduler
 from convnn.rundir import RunFolder, environment, open_run_folder, versions
-from convnn.runtime import make_autocast, pick_device, rng_state, set_determinism, set_rng_state, stop_on_signal
+from convnn.runtime import make_autocast, peak_memory, pick_device, seed_step, set_determinism, stop_on_signal
 from convnn.schedule import apply_schedule, describe_schedule
+from convnn.streaming import make_batches
 from convnn.swap import count_parameters, neighbor_layers
 from convnn.tracking import Tracker
 
@@ -51,12 +53,24 @@ class Trainer:
     def __init__(self, config: Config, folder: RunFolder) -> None:
         """Build everything; raises ConfigError before anything is trained."""
         self.config, self.folder = config, folder
-        train = config.train
         self.device = pick_device(config.device)
-        dataset = load_dataset(config.data)
+        self.world = distributed.world()
+        dataset = distributed.one_first(lambda: load_dataset(config.data))
+        distributed.joint(lambda: self._build(dataset))
+        self.forward: Callable[[Tensor], Tensor] = self.model
+        if self.world.size > 1:
+            idle = idle_parameters(self.model, config.schedule, dataset.train.shape[0], self.image_size)
+            self.forward = distributed.parallel(self.model, self.device, bool(idle))
+        if config.train.compile:
+            self.forward = torch.compile(self.forward)
+
+    def _build(self, dataset: Dataset) -> None:
+        config, train = self.config, self.config.train
         self._check_sizes(dataset)
         model, self.report, self.image_size = build_model(config, dataset)
-        self.model = model.to(self.device)
+        self.model = distributed.synchronised(model, self.device, train.sync_batchnorm).to(self.device)
+        for layer in neighbor_layers(self.model).values():
+            require(layer.backend, self.device)
         if train.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.batches = {
@@ -69,13 +83,14 @@ class Trainer:
         if train.max_steps is not None:
             self.total_steps = min(self.total_steps, train.max_steps)
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
-        channels = dataset.train.images.shape[1]
+        channels = dataset.train.shape[0]
         apply_schedule(self.model, config.schedule, 1.0)
         cost = forward_cost(self.model, channels, self.image_size, [r.name for r in self.report.rows])
         self.gflops, self.report = cost.total / 1e9, self.report.with_costs(cost)
         apply_schedule(self.model, config.schedule, 0.0)
         forward_cost(self.model, channels, self.image_size)
-        self._build_training(len(dataset.classes))
+        self.num_classes = len(dataset.classes)
+        self._build_training()
         self.probe = Probe(config.diagnostics, self.batches["test"], self.autocast)
         self.epoch = self.step_in_epoch = self.step = 0
         self.best: dict[str, float] = {}
@@ -89,64 +104,31 @@ class Trainer:
             raise ConfigError(
                 f"train.batch_size={train.batch_size} exceeds the {len(dataset.train)} training images of {data.name}"
             )
-        channels = dataset.train.images.shape[1]
+        distributed.check_batch_size(train.batch_size, pairs=bool(train.mixup or train.cutmix))
+        channels = dataset.train.shape[0]
         if len(data.mean) not in (1, channels):
             raise ConfigError(f"data.mean has {len(data.mean)} values for images of {channels} channels")
 
-    def _batches(self, split: Split, train: bool) -> Batches:
+    def _batches(self, split: AnySplit, train: bool) -> Batches:
         c = self.config
         size = c.train.batch_size if train else c.train.eval_batch_size or c.train.batch_size
-        return Batches(split, size, c.data, self.image_size, train, c.seed, c.train.channels_last)
+        batches = make_batches(split, size, c.data, self.image_size, train, c.seed, c.train.channels_last)
+        batches.rank, batches.world_size = self.world.rank, self.world.size
+        batches.mirrored = bool(c.train.mixup or c.train.cutmix)
+        return batches
 
-    def _build_training(self, num_classes: int) -> None:
+    def _build_training(self) -> None:
         optim, train = self.config.optim, self.config.train
-        known = [str(name) for name in list_optimizers()]
-        if optim.name not in known:
-            raise ConfigError(f"optim.name={optim.name} is not a timm optimizer{nearest(optim.name, known)}")
-        if get_optimizer_info(optim.name).second_order:
-            raise ConfigError(f"optim.name={optim.name} needs second derivatives, which train.py does not compute")
-        try:
-            self.optimizer = create_optimizer_v2(
-                self.model,
-                optim.name,
-                lr=optim.lr,
-                weight_decay=optim.weight_decay,
-                momentum=optim.momentum,
-                filter_bias_and_bn=not optim.decay_norm_and_bias,
-            )
-        except Exception as error:  # optional packages, devices, arguments
-            raise ConfigError(
-                f"optim.name={optim.name} cannot be used here: {error or type(error).__name__}"
-            ) from error
-        self.scheduler = None
-        if optim.sched != "constant":
-            try:
-                self.scheduler, _ = create_scheduler_v2(
-                    self.optimizer,
-                    optim.sched,
-                    num_epochs=self.epochs,
-                    warmup_epochs=optim.warmup_epochs,
-                    warmup_lr=optim.warmup_lr,
-                    min_lr=optim.min_lr,
-                    warmup_prefix=False,
-                    step_on_epochs=False,
-                    updates_per_epoch=self.steps_per_epoch,
-                )
-            except (AssertionError, ValueError) as error:
-                raise ConfigError(f"optim.sched={optim.sched} is not usable: {error}") from error
-            if self.scheduler is None:
-                raise ConfigError(
-                    f"optim.sched={optim.sched} is not a timm schedule; use constant, cosine, step, poly, ..."
-                )
+        self.optimizer = make_optimizer(self.model, optim)
+        self.scheduler = make_scheduler(self.optimizer, optim, self.epochs, self.steps_per_epoch)
         self.mixup = None
         self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
         if train.mixup or train.cutmix:
-            args = {"label_smoothing": train.label_smoothing, "num_classes": num_classes}
+            args = {"label_smoothing": train.label_smoothing, "num_classes": self.num_classes}
             self.mixup = Mixup(mixup_alpha=train.mixup, cutmix_alpha=train.cutmix, **args)
             self.criterion = SoftTargetCrossEntropy()
         self.ema = ModelEmaV3(self.model, decay=train.ema) if train.ema else None
         self.autocast = make_autocast(train.amp, self.device)
-        self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if train.compile else self.model
 
     @property
     def eval_model(self) -> nn.Module:
@@ -166,19 +148,20 @@ class Trainer:
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
             "step": self.step,
-            "meter": self.meter.sums.tolist(),
+            "meter": distributed.gather(self.meter.sums.tolist()),
             "best": self.best,
             "last_row": self.last_row,
             "train_seconds": self.train_seconds,
             "train_images": self.train_images,
             "spectrum": {name: layer.movable() for name, layer in neighbor_layers(self.model).items()},
             "neighbors": self.probe.before,
-            "rng": rng_state(self.device),
         }
 
     def save(self, name: str) -> None:
-        """Write ``checkpoints/<name>.pt``."""
-        save_checkpoint(self.folder.checkpoints / f"{name}.pt", self.state())
+        """Write ``checkpoints/<name>.pt``; every process must ask for it, the first writes."""
+        state = self.state()
+        if self.folder.writes:
+            save_checkpoint(self.folder.checkpoints / f"{name}.pt", state)
 
     def resume(self) -> bool:
         """Load the last good checkpoint; return whether there was one.
@@ -206,8 +189,10 @@ class Trainer:
         for key in ("epoch", "step_in_epoch", "step", "best", "last_row", "train_seconds", "train_images"):
             setattr(self, key, state[key])
         self.probe.before = state.get("neighbors", {})
-        self.meter.sums = torch.tensor(state["meter"], dtype=torch.float64, device=self.device)
-        set_rng_state(state["rng"], self.device)
+        sums = torch.tensor(state["meter"], dtype=torch.float64, device=self.device).view(-1, 4)
+        if len(sums) != self.world.size:  # written by another number of processes
+            sums = torch.cat([sums.sum(0, keepdim=True), sums.new_zeros(self.world.size - 1, 4)])
+        self.meter.sums = sums[self.world.rank].clone()
         return True
 
     # ------------------------------------------------------------------------------------------- the loop
@@ -231,16 +216,17 @@ class Trainer:
         left = min(self.steps_per_epoch - self.step_in_epoch, self.total_steps - self.step)
         bad_step = torch.full((), torch.iinfo(torch.int64).max, device=self.device)
         start, images_before = time.perf_counter(), self.train_images
-        progress = tqdm(total=left, desc=f"epoch {self.epoch + 1}/{self.epochs}", leave=False, disable=None)
+        hidden = None if self.folder.writes else True  # None: where there is no terminal
+        progress = tqdm(total=left, desc=f"epoch {self.epoch + 1}/{self.epochs}", leave=False, disable=hidden)
         signum = None
-        with progress:
+        with progress, closing(batches):
             for _, (images, labels) in zip(range(left), batches, strict=False):
                 signum = stop()
                 if signum is not None:
                     break
                 loss = self._train_step(images, labels)
                 bad_step = torch.where(loss.isfinite(), bad_step, bad_step.clamp(max=self.step))
-                self.train_images += len(labels)
+                self.train_images += self.config.train.batch_size
                 self.step += 1
                 self.step_in_epoch += 1
                 progress.update()
@@ -252,6 +238,7 @@ class Trainer:
         return signum
 
     def _train_step(self, images: Tensor, labels: Tensor) -> Tensor:
+        seed_step(self.config.seed, self.step, self.device)
         apply_schedule(self.model, self.config.schedule, self._time(self.step))
         if self.scheduler is not None:
             self.scheduler.step_update(self.step)
@@ -277,7 +264,7 @@ class Trainer:
         return step / max(self.total_steps - 1, 1)
 
     def _check_finite(self, bad_step: Tensor) -> None:
-        bad = int(bad_step)
+        bad = int(distributed.reduce(bad_step, "MIN"))
         if bad <= self.step:
             lr = self.optimizer.param_groups[0]["lr"]
             kept = self.folder.checkpoints / "last.pt"
@@ -292,7 +279,10 @@ class Trainer:
             apply_schedule(self.ema.module, self.config.schedule, time_now)
         start = time.perf_counter()
         row: dict[str, Any] = {"epoch": self.epoch, "step": self.step}
+        self.meter.sums = distributed.reduce(self.meter.sums)
         loss, top1, _ = self.meter.means()
+        seed_step(self.config.seed, self.step, self.device, evaluation=True)
+        distributed.share_buffers(self.model, self.eval_model)
         row |= {"train_loss": loss, "train_top1": None if self.mixup is not None else top1}
         for name in ("val", "test"):
             if name in self.batches:
@@ -331,9 +321,10 @@ class Trainer:
 
     def run(self, stop: Callable[[], int | None]) -> Result:
         """Train, write result.json and return it."""
-        self.folder.write_json("env.json", environment())
-        (self.folder.path / "swap.txt").write_text(str(self.report))
-        resumed = self.folder.resume and self.resume()
+        if self.folder.writes:
+            self.folder.write_json("env.json", environment())
+            (self.folder.path / "swap.txt").write_text(str(self.report))
+        resumed = self.folder.resume and distributed.joint(self.resume)
         log.info("run folder %s", self.folder.path)
         log.info("%s on %s, %s", self.config.backbone.name, self.device, self.config.data.name)
         for line in str(self.report).splitlines():
@@ -373,16 +364,13 @@ class Trainer:
                 result["exit_code"] = exit_code
                 self.folder.write_json("result.json", result)
             self.tracker.finish(result, exit_code)
+            seed_subsets(None)
         return result
 
     def result(self, status: str) -> Result:
         """Return the content of result.json. Accuracies are in percent; sizes in bytes; times in seconds."""
         row, best = self.last_row, self.best
         on_val = "val" in self.batches
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device)
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {
             "status": status,
             "fingerprint": fingerprint(self.config),
@@ -398,8 +386,10 @@ class Trainer:
             "params": count_parameters(self.model),
             "gflops": self.gflops,
             "images_per_second": round(self.train_images / self.train_seconds, 1) if self.train_seconds else None,
-            "peak_memory_bytes": peak,
+            "peak_memory_bytes": max(distributed.gather(peak_memory(self.device))),
+            "processes": self.world.size,
             "layers_replaced": len(self.report),
+            "classes": self.num_classes,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "versions": versions(),
         }
@@ -412,6 +402,11 @@ def run(config: Config) -> Result:
         ConfigError: if the configuration cannot work here.
         CheckpointError: if a run to be resumed has no usable checkpoint.
     """
+    with distributed.group(config.device):
+        return _run(config)
+
+
+def _run(config: Config) -> Result:
     pick_device(config.device)
     folder = open_run_folder(config)
     try:
@@ -425,7 +420,7 @@ def run(config: Config) -> Result:
             except Exception:
                 folder.discard()
                 raise
-            result = trainer.run(stop)
+            result = trainer.run(distributed.agreed(stop))
         if result["status"] == "complete":
             log.info(
                 "top-1 %.2f%% (last epoch), best on %s %.2f%%, %d parameters, %s",

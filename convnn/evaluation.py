@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convnn import distributed
 from convnn.backbones import create_backbone
 from convnn.checkpoint import load_checkpoint, load_model_state
-from convnn.config import Config, ConfigError
+from convnn.config import Config, ConfigError, ScheduleConfig
 from convnn.data import Batches, Dataset, load_dataset
 from convnn.flops import Cost, count_operations, on_meta
 from convnn.runtime import make_autocast, pick_device, seed_everything
+from convnn.schedule import apply_schedule
+from convnn.streaming import make_batches
 from convnn.swap import SwapReport, neighbor_layers, swap_layers
 
 # ------------------------------------------------------------------------------------------------ building
@@ -29,7 +32,7 @@ def build_model(config: Config, dataset: Dataset) -> tuple[nn.Module, SwapReport
     Raises:
         ConfigError: if the parts do not fit together.
     """
-    channels, height, width = dataset.train.images.shape[1:]
+    channels, height, width = dataset.train.shape
     image_size = config.data.image_size or config.backbone.image_size
     if image_size is None and height != width:
         raise ConfigError(f"data={config.data.name} has {height}x{width} images; set data.image_size")
@@ -76,6 +79,32 @@ def forward_cost(model: nn.Module, channels: int, image_size: int, watch: Iterab
             raise ConfigError(f"the model cannot process a {image_size}x{image_size} image: {line}") from error
 
 
+def idle_parameters(model: nn.Module, schedule: ScheduleConfig, channels: int, image_size: int) -> set[str]:
+    """Return the trainable parameters that get no gradient at the start, the middle or the end of a schedule.
+
+    An example: at blend 1 a layer whose neighbours all count alike selects by its queries and keys, but no gradient
+    passes a selection, so that what belongs to these alone gets none.
+    """
+    training, device = model.training, next(model.parameters()).device
+    idle: set[str] = set()
+    model.eval()
+    for time in (0.5, 1.0, 0.0):
+        apply_schedule(model, schedule, time)
+        with torch.random.fork_rng():
+            output = model(torch.zeros(1, channels, image_size, image_size, device=device))
+        seen: set[Any] = set()
+        left = [output.grad_fn]
+        while left:
+            node = left.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                left += [function for function, _ in node.next_functions]
+        reached = {id(node.variable) for node in seen if hasattr(node, "variable")}
+        idle |= {name for name, p in model.named_parameters() if p.requires_grad and id(p) not in reached}
+    model.train(training)
+    return idle
+
+
 # ---------------------------------------------------------------------------------------------- evaluation
 
 
@@ -106,15 +135,19 @@ class Meter:
 def evaluate(
     model: nn.Module, batches: Batches, autocast: Callable[[], Any] = nullcontext
 ) -> tuple[float, float, float]:
-    """Return mean loss, top-1 and top-5 (percent) over all samples of a split."""
+    """Return mean loss, top-1 and top-5 (percent) over all samples of a split, whichever process has them."""
     training = model.training
     model.eval()
-    meter = Meter.new(batches.split.images.device)
-    for images, labels in batches.epoch():
-        with autocast():
-            output = model(images)
-        output = output.float()
-        meter.add(F.cross_entropy(output, labels), output, labels)
+    meter = Meter.new(batches.device)
+    with closing(batches.epoch()) as epoch:
+        for images, labels in epoch:
+            with autocast():
+                output = model(images)
+            if len(labels):
+                output = output.float()
+                meter.add(F.cross_entropy(output, labels), output, labels)
+    if batches.world_size > 1:
+        meter.sums = distributed.reduce(meter.sums)
     model.train(training)
     return meter.means()
 
@@ -135,6 +168,7 @@ def load_run(config: Config, folder: Path, checkpoint: str, dataset: Dataset) ->
     load_model_state(model, state["ema"] or state["model"], path)
     for name, layer in neighbor_layers(model).items():
         layer.set_spectrum(**state["spectrum"][name])
+        layer.backend = "auto"  # a run that demanded kernels may be evaluated without them
     return model, image_size, state
 
 
@@ -152,7 +186,7 @@ def evaluate_run(config: Config, folder: Path, checkpoint: str) -> dict[str, Any
         model = model.to(memory_format=torch.channels_last)
     size = train.eval_batch_size or train.batch_size
     split = dataset.test.to(device)
-    batches = Batches(split, size, config.data, image_size, channels_last=train.channels_last)
+    batches = make_batches(split, size, config.data, image_size, channels_last=train.channels_last)
     loss, top1, top5 = evaluate(model.to(device), batches, make_autocast(train.amp, device))
     scores = {"loss": loss, "top1": top1, "top5": top5}
     return {"checkpoint": checkpoint, "epochs": state["epoch"], "images": len(split)} | scores

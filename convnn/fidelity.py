@@ -31,10 +31,10 @@ from convnn.hybrid import HybridConvNN2d
 from convnn.layers import ConvNN2d
 from convnn.swap import count_parameters, swap_layers
 
-CLASSES = {"cifar10": 10, "cifar100": 100, "imagefolder": 1000, "digits": 10}
-"""Classes of a data set, by ``data.name``; an image folder stands for ImageNet-1K."""
+CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000, "imagefolder": 1000, "digits": 10}
+"""Classes of a data set, by ``data.name``; an image folder may be ImageNet-1K."""
 
-SIDES = {"cifar10": 32, "cifar100": 32, "imagefolder": 256, "digits": 8}
+SIDES = {"cifar10": 32, "cifar100": 32, "imagenet": 224, "imagefolder": 256, "digits": 8}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _image(config: Config) -> tuple[int, int]:
 def _key(config: Config, num_classes: int | None) -> str:
     """Return what decides model and image; without classes, what decides all but the classifier's width."""
     own = [asdict(config.backbone), asdict(config.operator), asdict(config.swap)]
-    return json.dumps([own, _image(config), config.data.name == "imagefolder", config.data.image_size, num_classes])
+    return json.dumps([own, _image(config), config.data.name == "imagenet", config.data.image_size, num_classes])
 
 
 def facts(config: Config, num_classes: int | None = None) -> Facts:
@@ -112,7 +112,7 @@ def facts(config: Config, num_classes: int | None = None) -> Facts:
     if key not in _COSTS:
         model, image = build_meta(config, classes)
         # The authors' later code, which made the ImageNet runs, projects all keys before it samples.
-        honest, profiled = count(model, image, sampled_keys=config.data.name != "imagefolder")
+        honest, profiled = count(model, image, sampled_keys=config.data.name != "imagenet")
         head = model.get_classifier()  # type: ignore[operator]
         each = 2 * head.in_features if isinstance(head, nn.Linear) else 0  # operations of a class
         key = _key(config, None) if each else key

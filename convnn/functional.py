@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convnn import backend as kernels
 from convnn.aggregation import gather_tokens, mix, mix_candidates, mix_max_relative, neighbor_similarity, walks_edges
 from convnn.edges import Edges
 from convnn.geometry import Geometry, window_order
@@ -42,6 +43,7 @@ def neighbor_aggregate(
     groups: int = 1,
     straight_through: bool = False,
     training: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """Aggregate each query's ``num`` nearest neighbours (ConvNN, arXiv 2511.14137, section 3).
 
@@ -61,12 +63,24 @@ def neighbor_aggregate(
         groups: of conv.
         straight_through: let a gradient reach the selection, see ``selection_weights``.
         training: draw random candidates and dropout.
+        backend: ``auto``, ``torch`` or ``triton``, see ``convnn.backend``.
 
     Returns:
         (B, H, Q, O) for conv, else (B, H, Q, C).
+
+    Raises:
+        ConfigError: if ``backend`` is ``triton`` and its kernels cannot serve the case.
     """
     blend = blend if isinstance(blend, Tensor) else float(blend)
-    found = select_neighbors(q, k, geometry, selection, num=num, blend=blend, training=training)
+    found = select_neighbors(q, k, geometry, selection, num=num, blend=blend, training=training, backend=backend)
+    depthwise = aggregation == "depthwise" or (weight is not None and groups == v.shape[-1] == len(weight))
+    if weighting == "softmax" and (depthwise or aggregation == "sum"):
+        ranks = weight.flatten(1) if depthwise and weight is not None else None
+        case = {"dropout": dropout if training else 0.0, "straight_through": straight_through}
+        similarity = selection.similarity
+        if kernels.attends(backend, q, k, v, ranks, num=found.index.shape[-1], similarity=similarity, **case):
+            parts = q, k, v, found.index, found.valid, ranks
+            return kernels.attend_to_neighbors(*parts, similarity=similarity, temperature=temperature)
     graph = Edges(found.index, *v.shape[:3]) if walks_edges(v) else None
     rho = None if found.valid is None else found.valid.to(v.dtype)
     if weighting != "ones":

@@ -90,23 +90,25 @@ class Geometry:
         With (Chebyshev distance, raster index) as the order, the m*m nearest tokens of a query are the m x m window
         in one fixed order at every position; with Euclidean distance that fails from 7 x 7 on.
         """
-        offsets = []
         own, other = self.coordinates(queries), self.coordinates(keys)
-        far = sum(self.padded_shape)
-        radius = [m // 2 for m in self.kernel]
-        for axis, (side, margin) in enumerate(zip(self.padded_shape, self.margin, strict=True)):
-            centre = own[axis].clamp(margin, side - 1 - margin) if margin else own[axis]
-            delta = (centre - other[axis]).abs()
-            d = self.dilation[axis]
-            steps = (delta / d if d > 1 else delta).to(torch.float32)
-            if d > 1:
-                steps = steps + far * (delta % d != 0)
-            if radius[0] != radius[1]:
-                steps = steps * (max(radius) / radius[axis] if radius[axis] else far)
-            offsets.append(steps)
+        offsets = [self.steps(axis, own[axis], other[axis]) for axis in (0, 1)]
         if metric == "chebyshev":
             return torch.maximum(offsets[0], offsets[1])
         return (offsets[0].square() + offsets[1].square()).sqrt()
+
+    def steps(self, axis: int, own: Tensor, other: Tensor) -> Tensor:
+        """Return the distance along one axis from queries in rows (or columns) ``own`` to tokens in ``other``."""
+        side, margin, d = self.padded_shape[axis], self.margin[axis], self.dilation[axis]
+        far = sum(self.padded_shape)
+        radius = [m // 2 for m in self.kernel]
+        centre = own.clamp(margin, side - 1 - margin) if margin else own
+        delta = (centre - other).abs()
+        steps = (delta / d if d > 1 else delta).to(torch.float32)
+        if d > 1:
+            steps = steps + far * (delta % d != 0)
+        if radius[0] != radius[1]:
+            steps = steps * (max(radius) / radius[axis] if radius[axis] else far)
+        return steps
 
 
 def window_order(kernel: Pair) -> Tensor:

@@ -46,6 +46,7 @@ class ConvNN2d(NeighborLayer):
         shuffle: pixel unshuffle before and shuffle after by this factor; sizes must be its multiples.
         learn_blend: ``no`` or ``layer``.
         straight_through: see ``convnn.functional.selection_weights``.
+        backend: ``auto``, ``torch`` or ``triton``, see ``convnn.backend``.
         fast: let ``F.conv2d`` compute the position end.
         **selection: fields of ``convnn.selection.Selection``.
 
@@ -78,6 +79,7 @@ class ConvNN2d(NeighborLayer):
         shuffle: int = 1,
         learn_blend: str = "no",
         straight_through: bool = False,
+        backend: str = "auto",
         fast: bool = True,
         **selection: Any,
     ) -> None:
@@ -96,7 +98,7 @@ class ConvNN2d(NeighborLayer):
         self.coordinates, self.shuffle, self.fast = coordinates, shuffle, fast
         own = {"k": k, "blend": blend, "projection": projection, "weighting": weighting, "temperature": temperature}
         own |= {"aggregation": aggregation, "coordinates": coordinates, "shuffle": shuffle}
-        own |= {"learn_blend": learn_blend, "straight_through": straight_through}
+        own |= {"learn_blend": learn_blend, "straight_through": straight_through, "backend": backend}
         self._init_spectrum(CONV, 1, own | selection)
 
         wide, out = in_channels * shuffle**2, out_channels * shuffle**2
@@ -216,6 +218,7 @@ class ConvNN2d(NeighborLayer):
             groups=self.mix_groups,
             straight_through=self.straight_through,
             training=self.training,
+            backend=self.backend,
         )
         if self.aggregation == "max_relative":
             y = torch.cat([v[:, :, queries], y], dim=-1)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from convnn.config import Config, ConfigError, DataConfig
-from convnn.data import Batches, Split
+from convnn.data import AnySplit, Batches
 from convnn.neighborhood import Neighborhood, choosing_layers, neighbors_of
 from convnn.pictures import Pixel, default_pixels, draw_blends, draw_neighbors, draw_weights
+from convnn.streaming import make_batches
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +36,7 @@ class Shown:
     picture: Tensor
 
 
-def test_image(split: Split, index: int, config: DataConfig, image_size: int) -> Shown:
+def test_image(split: AnySplit, index: int, config: DataConfig, image_size: int) -> Shown:
     """Return an image of the test set.
 
     Raises:
@@ -44,7 +45,7 @@ def test_image(split: Split, index: int, config: DataConfig, image_size: int) ->
     if not -len(split) <= index < len(split):
         raise ConfigError(f"index={index}: the test set has images 0 to {len(split) - 1}")
     part = split.take(torch.tensor([index % len(split)]))
-    x = next(Batches(part, 1, config, image_size).epoch())[0]
+    x = next(make_batches(part, 1, config, image_size).epoch())[0]
     mean, std = _moments(config)
     return Shown(x, (x[0].cpu() * std + mean).clamp(0, 1))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from convnn.draws import same_subsets
 from convnn.geometry import Geometry, Pair
 from convnn.selection import Selection, select_neighbors
 from convnn.similarity import pair_similarity
@@ -134,8 +135,8 @@ def find_neighborhood(
 
 @contextmanager
 def same_draws(device: torch.device) -> Iterator[None]:
-    """Leave torch's random generators as they were, so that what follows draws what was drawn inside."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    """Leave the random generators as they were, so that what follows draws what was drawn inside."""
+    with same_subsets(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 
 

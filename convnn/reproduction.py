@@ -25,6 +25,9 @@ SCORES = {
 }
 """Columns of accuracies and what they mean."""
 
+IMAGENET_CLASSES = 1000
+"""Of ImageNet-1K; another folder at data.root is another experiment, which the configuration does not tell."""
+
 
 def select_rows(table: PaperTable, patterns: str | None) -> list[PaperRow]:
     """Return the rows that match one of the comma-separated globs; all of them for None.
@@ -159,10 +162,13 @@ def _comparison(row: PaperRow, published: Config, configs: Sequence[Config], fol
     old, new = identity(published), identity(configs[0])
     old.pop("seed"), new.pop("seed")
     first = results[0][0] if results else {}
+    changed = differences(old, new)
+    if published.data.name == "imagenet" and first.get("classes", IMAGENET_CLASSES) != IMAGENET_CLASSES:
+        changed.append(f"classes: {IMAGENET_CLASSES} -> {first['classes']}")
     return Comparison(
         row,
         scores,
-        tuple(differences(old, new)),
+        tuple(changed),
         first.get("params"),
         first.get("gflops"),
         len(results),

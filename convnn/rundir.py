@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import yaml
 from omegaconf import OmegaConf
 
+from convnn import distributed
 from convnn.checks import check, typed, typed_rule
 from convnn.config import Config, ConfigError, differences, fingerprint, identity, run_name
 from convnn.files import lock, lock_owner, read_json, write_json
@@ -73,6 +74,8 @@ class RunFolder:
     """A run of the same configuration was begun here and is to be continued."""
     done: dict[str, Any] | None = None
     """The result, if that run is complete and nothing is left to do."""
+    writes: bool = True
+    """False in all but the first of several processes: what they are asked to write, they do not."""
     _created: int = 0
     """Parent folders that had to be made."""
     _lock: TextIO | None = field(default=None, repr=False)
@@ -85,11 +88,12 @@ class RunFolder:
 
     def write_json(self, name: str, values: Any) -> None:
         """Write a JSON file in one step."""
-        write_json(self.path / name, values)
+        if self.writes:
+            write_json(self.path / name, values)
 
     def discard(self) -> None:
         """Remove a folder in which nothing was begun."""
-        if self.resume:
+        if self.resume or not self.writes:
             return
         for name in (*_OWN, ".lock"):
             (self.path / name).unlink(missing_ok=True)
@@ -107,11 +111,22 @@ class RunFolder:
 
 
 def open_run_folder(config: Config) -> RunFolder:
-    """Create or enter the folder of a run, as ``run.if_exists`` says, and lock it against other processes.
+    """Create or enter the folder of a run, as ``run.if_exists`` says, and lock it against other runs.
+
+    Of several processes the first does it; the others get the same folder, and write nothing.
 
     Raises:
         ConfigError: if the folder is taken, locked, of another configuration, or cannot be written.
     """
+    folder = distributed.joint(lambda: _open(config) if distributed.is_main() else None)
+    found = distributed.broadcast((folder.path, folder.resume, folder.done) if folder else None)
+    if folder is None and found is not None:
+        folder = RunFolder(*found, writes=False)
+    assert folder is not None
+    return folder
+
+
+def _open(config: Config) -> RunFolder:
     path = Path(config.run.dir or Path(config.run.root) / f"{run_name(config)}-{fingerprint(config)[:8]}")
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run.dir={path} is a file")

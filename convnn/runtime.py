@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from convnn import distributed
 from convnn.config import ConfigError
+from convnn.draws import seed_subsets
 
 log = logging.getLogger("convnn")
 
@@ -22,13 +25,15 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of ``device=``.
+    """Return the device of ``device=``; among several processes of a machine, each its own GPU.
 
     Raises:
         ConfigError: if it is CUDA and there is none.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.world().size > 1:
+        name = f"cuda:{distributed.world().local_rank}"
     device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -44,26 +49,20 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def rng_state(device: torch.device) -> dict[str, Any]:
-    """Return the state of all random generators as plain types and tensors."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": [str(kind), np.asarray(keys).tolist(), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
+def seed_step(seed: int, step: int, device: torch.device, *, evaluation: bool = False) -> None:
+    """Seed for one training step, or the evaluation before it, so that a run can be entered at any step.
 
-
-def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Go back to a state from ``rng_state``."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+    Python's and NumPy's generators (Mixup) and that of random candidates are alike in all processes of a run; torch's
+    (dropout, stochastic depth) is not.
+    """
+    common, own = (
+        int(np.random.SeedSequence([seed, step, evaluation], spawn_key=(stream,)).generate_state(1)[0])
+        for stream in (0, 1 + distributed.world().rank)
+    )
+    random.seed(common)
+    np.random.seed(common)
+    torch.manual_seed(own)
+    seed_subsets(common, device)
 
 
 def make_autocast(amp: str, device: torch.device) -> Callable[[], Any]:
@@ -71,6 +70,13 @@ def make_autocast(amp: str, device: torch.device) -> Callable[[], Any]:
     if amp == "bf16" or (amp == "auto" and device.type == "cuda"):
         return lambda: torch.autocast(device.type, torch.bfloat16)
     return nullcontext
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process had at once, on the GPU or else in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextmanager

@@ -8,10 +8,13 @@ from __future__ import annotations
 import random
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from convnn import backend as kernels
+from convnn.draws import random_subset
 from convnn.geometry import Geometry, window_order
 from convnn.similarity import ALIKE, deviation, pair_similarity, score_terms, span, with_positions
 
@@ -77,7 +80,7 @@ def candidate_tokens(
     """Return the tokens that may be chosen by any query, (M,) int64 in raster order, or None for all of them.
 
     Prefix tokens are always candidates. ``grid`` spans the map without its padding ring. ``random`` draws anew
-    from torch's global generator at each training step, one subset for the whole batch; ``eval_candidates`` says
+    at each training step, one subset for the whole batch (see ``draws``); ``eval_candidates`` says
     what happens at evaluation. A sample as large as the map is the whole map, and so is a grid with more points per
     side than the map has on either (as in the paper). ``window`` and ``stride`` further depend on the query, see
     ``out_of_reach``.
@@ -105,7 +108,7 @@ def candidate_tokens(
     count = selection.num_candidates
     if selection.candidates == "random" and count < len(tokens):
         if training or selection.eval_candidates == "resample":
-            tokens = tokens[torch.randperm(len(tokens), device=device)[:count].sort().values]
+            tokens = tokens[random_subset(len(tokens), count, tokens.device)]
         elif selection.eval_candidates == "same":
             subset = _fixed_subset(len(tokens), count, selection.candidate_seed)
             tokens = tokens[torch.tensor(subset, device=device)]
@@ -161,7 +164,15 @@ class Neighbors:
 
 
 def select_neighbors(
-    q: Tensor, k: Tensor, geometry: Geometry, selection: Selection, *, num: int, blend: float | Tensor, training: bool
+    q: Tensor,
+    k: Tensor,
+    geometry: Geometry,
+    selection: Selection,
+    *,
+    num: int,
+    blend: float | Tensor,
+    training: bool,
+    backend: str = "auto",
 ) -> Neighbors:
     """Return each query's neighbours: (B, H, Q, D), (B, H, N, D) -> index (B or 1, H or 1, Q, K).
 
@@ -178,8 +189,10 @@ def select_neighbors(
         num: neighbours per query.
         blend: one number, or a tensor (H,) strictly between 0 and 1.
         training: draw random candidates anew.
+        backend: ``auto``, ``torch`` or ``triton``, see ``convnn.backend``.
 
     Raises:
+        ConfigError: if ``backend`` is ``triton`` and its kernel cannot serve the case.
         ValueError: if ``num`` exceeds the candidates and ``k_policy`` is ``error``.
     """
     device = q.device
@@ -199,12 +212,16 @@ def select_neighbors(
     split = 0 if by_features else geometry.prefix
     # The meta device, on which costs are counted, has no autocast.
     with torch.no_grad(), nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False):
-        q, k = (t if t.dtype == torch.float64 else t.float() for t in (q, k))
+        best = _best
+        if not at_position and kernels.selects(backend, q, k, selection, num):
+            best = _best_by_kernel
+        else:
+            q, k = (t if t.dtype == torch.float64 else t.float() for t in (q, k))
         found = []
         for part, share in ((slice(0, split), 1.0), (slice(split, None), blend)):
             if len(queries[part]):
                 own = q[:, :, part], k, queries[part]
-                found.append(_best(*own, candidates, geometry, selection, num=num, blend=share, ranged=ranged))
+                found.append(best(*own, candidates, geometry, selection, num=num, blend=share, ranged=ranged))
         chosen = found[0] if len(found) == 1 else _join(*found)
         index, valid = chosen.index, chosen.valid
         if selection.slots == "raster":
@@ -218,6 +235,12 @@ def select_neighbors(
             index = torch.empty_like(index).scatter_(-1, slot, index)
             valid = None if valid is None else torch.empty_like(valid).scatter_(-1, slot, valid)
         return Neighbors(index, valid, chosen.low, chosen.high, candidates)
+
+
+def _best_by_kernel(*args: Any, **kwargs: Any) -> Neighbors:
+    """Return what ``_best`` returns, from ``convnn.backend``; float32 order, inputs in their own precision."""
+    index, low, high = kernels.best_tokens(*args, **kwargs)
+    return Neighbors(index, None, low, high)
 
 
 def _join(a: Neighbors, b: Neighbors) -> Neighbors:

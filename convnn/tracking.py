@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from convnn import distributed
 from convnn.config import TrackerConfig
 from convnn.files import write_text
 
@@ -29,17 +30,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Tracker:
-    """Writes one row per epoch to ``metrics.jsonl`` and, if asked, to W&B."""
+    """Writes one row per epoch to ``metrics.jsonl`` and, if asked, to W&B; of several processes, the first does."""
 
     def __init__(self, config: TrackerConfig, folder: Path, run_config: dict[str, Any], epochs_done: int = 0) -> None:
         """Open the folder's metrics; rows of epochs that will be run again are dropped."""
         self.path = folder / "metrics.jsonl"
+        self._wandb = None
+        if not distributed.is_main():
+            return
         rows = [row for row in read_metrics(self.path) if row["epoch"] < epochs_done]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self._wandb = _start_wandb(config, folder, run_config) if config.name == "wandb" else None
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Add a row; it is on disk when this returns."""
+        if not distributed.is_main():
+            return
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()

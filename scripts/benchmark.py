@@ -7,11 +7,15 @@ usage: uv run scripts/benchmark.py [quick=true] [device=auto|cpu|cuda] [out=DIR]
   out=DIR         benchmark.csv and benchmark.png go here; default: benchmarks
   threads=N       CPU threads; default: torch's
   compile=true    compiled layers too (minutes of compilation on a CPU)
-  groups=GLOB     conv*, attention*, tokens, neighbours, "training step"; default: all
+  groups=GLOB     conv*, attention*, tokens, neighbours, "training step", input, "input share", backend* (torch beside
+                  the Triton kernels, on CUDA only); default: all
   repeats, seconds   rounds of a group: at most so many, and no new one after so many seconds
 
 Times are medians over interleaved rounds, with quartiles; ratios are to the first case of each group. Peak memory is
 what one call needs above what was there before it.
+
+input: epochs of CIFAR-size images through convnn's batches on the device, torchvision's loader and the stream of JPEG
+files. input share: a training step with the same and with new batches; the ratio on CUDA is what the input costs.
 """
 
 import csv
@@ -43,7 +47,8 @@ def main() -> None:
     options: Options = script_options(Options, sys.argv[1:], __doc__ or "")
     import torch
 
-    from convnn.benchmarking import operator_cases, scaling_cases, training_cases
+    from convnn.benchmarking import backend_cases, operator_cases, scaling_cases, training_cases
+    from convnn.input_cases import input_cases, input_share_cases
     from convnn.rundir import environment
     from convnn.runtime import pick_device
 
@@ -51,7 +56,8 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     cases = [*operator_cases(options.quick, options.compile), *scaling_cases(options.quick)]
-    cases += training_cases(options.quick)
+    cases += training_cases(options.quick) + backend_cases(options.quick, device)
+    cases += input_cases(options.quick) + input_share_cases(options.quick)
     patterns = options.groups.split(",")
     cases = [c for c in cases if any(fnmatch.fnmatch(c.group, p) for p in patterns)]
     if not cases:
@@ -76,7 +82,7 @@ def run_all(cases: list, device: object, options: Options, facts: dict) -> list[
     for group in dict.fromkeys(c.group for c in cases):
         own = [c for c in cases if c.group == group]
         scaling = group in ("tokens", "neighbours")
-        peaks = [peak_memory(c, device) for c in own]  # type: ignore[arg-type]
+        peaks = [None if group == "input" else peak_memory(c, device) for c in own]  # type: ignore[arg-type]
         timings = measure(own, device, 5 if options.quick else options.repeats, 3 if options.quick else options.seconds)  # type: ignore[arg-type]
         print(f"\n{group}")
         for timing, peak in zip(timings, peaks, strict=True):
@@ -86,7 +92,7 @@ def run_all(cases: list, device: object, options: Options, facts: dict) -> list[
             text += f"  N={timing.case.tokens} k={timing.case.k}" if scaling else f"  x{ratio:.2f}"
             if timing.case.images:
                 text += f"  {1000 * timing.case.images / timing.median:.0f} images/s"
-            print(f"{text}  {peak / 2**20:.1f} MiB", flush=True)
+            print(text if peak is None else f"{text}  {peak / 2**20:.1f} MiB", flush=True)
             rows.append(
                 {
                     "group": group,
@@ -99,7 +105,7 @@ def run_all(cases: list, device: object, options: Options, facts: dict) -> list[
                     "rounds": len(timing.milliseconds),
                     "ratio": round(ratio, 4),
                     "images_per_second": round(1000 * timing.case.images / timing.median, 1) or "",
-                    "peak_mib": round(peak / 2**20, 2),
+                    "peak_mib": "" if peak is None else round(peak / 2**20, 2),
                     "device": facts["gpu"] or facts["processor"],
                     "threads": facts["threads"],
                     "torch": facts["versions"]["torch"],

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
 
     dataset = load_dataset(config.data)
     model, side, _ = load_run(config, folder, options.checkpoint, dataset)
-    channels = dataset.test.images.shape[1]
+    channels = dataset.test.shape[0]
     if options.image:
         shown = look_at_file(model, Path(options.image), config, channels, side)
     else:

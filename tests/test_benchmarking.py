@@ -5,12 +5,14 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 from torch import nn
 
-from convnn import ConvNN2d, ConvNNAttention
+from convnn import ConfigError, ConvNN2d, ConvNNAttention, backend, benchmarking
 from convnn.benchmarking import Case, NaiveConvNN2d, NaiveConvNNAttention, layer_step, measure, peak_memory
 from convnn.cli import CONF_DIR
+from convnn.input_cases import input_cases, input_share_cases
 
 CPU = torch.device("cpu")
 
@@ -37,6 +39,19 @@ def test_times_and_memory_are_of_what_is_measured():
     assert 60e6 < peak_memory(big, CPU) < 400e6  # its output alone is 66 MB
 
 
+def test_backends_are_compared_on_cuda_only(monkeypatch):
+    assert benchmarking.backend_cases(True, CPU) == []
+    monkeypatch.setattr(benchmarking, "missing", lambda device: None)
+    cases = benchmarking.backend_cases(True, torch.device("cuda"))
+    groups = {case.group: [c.name for c in cases if c.group == case.group] for case in cases}
+    assert all(names == ["torch", "torch compiled", "triton"] for names in groups.values()) and len(groups) == 10
+    for group in ("backend selection N=196 k=9 float32", "backend attention N=196 k=9 bfloat16"):
+        plain, _, ours = (case.build(CPU) for case in cases if case.group == group)
+        plain()
+        with pytest.raises(ConfigError, match="needs a CUDA device" if backend._installed() else "not installed"):
+            ours()
+
+
 def test_the_script_writes_its_table_and_picture(tmp_path):
     command = [sys.executable, str(CONF_DIR.parent / "scripts" / "benchmark.py"), "quick=true", "groups=neighbours"]
     done = subprocess.run([*command, f"out={tmp_path}"], capture_output=True, text=True, timeout=120)
@@ -47,3 +62,14 @@ def test_the_script_writes_its_table_and_picture(tmp_path):
     assert (tmp_path / "benchmark.png").stat().st_size > 5000
     bad = subprocess.run([*command, "groups=x"], capture_output=True, text=True, timeout=120)
     assert bad.returncode == 2 and "groups=x matches no group" in bad.stderr
+
+
+def test_all_input_cases_do_the_same_work():
+    """Each call is one epoch of all images; the stream's temporary files are JPEGs of the same noise."""
+    cases = input_cases(quick=True)
+    timings = measure(cases[:2], CPU, 1, 1)
+    assert [t.case.name for t in timings] == ["Batches", "torchvision, 2 workers"]
+    assert 3 * timings[0].median < timings[1].median  # 5 times and more; the margin is for a busy machine
+    still, fresh = input_share_cases(quick=True)
+    assert still.images == fresh.images == 16 and cases[0].images == 1280
+    fresh.build(CPU)()

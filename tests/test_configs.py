@@ -83,7 +83,7 @@ def test_data(data, tmp_path, monkeypatch):
     if data.startswith("cifar"):
         write_cifar(tmp_path / "data", data, monkeypatch)
         overrides += [f"data.root={tmp_path}/data", "data.download=false"]
-    if data == "imagefolder":
+    if data in ("imagefolder", "imagenet"):
         write_image_folder(tmp_path / "data")
         overrides += [f"data.root={tmp_path}/data", "data.image_size=8"]
     one_step(overrides, tmp_path)

@@ -174,7 +174,7 @@ def test_pictures_go_to_wandb_at_the_end_of_a_run(tmp_path):
     keys = set()
     for record in wandb_records(next(folder.glob("*.wandb"))):
         for item in record.history.item:
-            keys.add(".".join(item.nested_key) or item.key)
+            keys.add(item.nested_key[0])
     assert {"test_top1", "layers/layer4.0.conv1/overlap", "layers/layer4.0.conv1/agreement"} <= keys
     assert {"pictures/neighbors", "pictures/diagnostics"} <= keys
 

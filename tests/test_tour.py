@@ -19,10 +19,9 @@ STEP = re.compile(r"<!-- small:(.*?)-->\n(?:<!-- makes:(.*?)-->\n)?```sh\n(.*?)`
 
 def steps():
     """(small settings, files made, words of the command after `uv run`) of each step."""
-    found = [
-        (small.split(), (made or "").split(), shlex.split(code.replace("\\\n", " ")))
-        for small, made, code in STEP.findall(TOUR)
-    ]
+    found = []
+    for small, made, code in STEP.findall(TOUR):
+        found.append((small.split(), (made or "").split(), shlex.split(code.replace("\\\n", " "))))
     assert all(words[:2] == ["uv", "run"] for *_, words in found)
     return [(small, made, words[2:]) for small, made, words in found]
 

@@ -13,12 +13,13 @@ import convnn
 def test_the_reference_builds_and_names_what_is_public(tmp_path):
     pytest.importorskip("pdoc")
     root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-m", "pdoc", "convnn", "-o", str(tmp_path)]
+    modules = sorted(str(path) for path in (root / "convnn").glob("[a-z]*.py"))
+    command = [sys.executable, "-m", "pdoc", *modules, "-o", str(tmp_path)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    # Names that the package loads on first use stand on the pages of their modules; all else must resolve.
-    warnings = [line for line in done.stderr.splitlines() if "Warn" in line and "convnn.__all__" not in line]
+    # Inherited annotations that another module imports for the type checker alone stay text.
+    warnings = [line for line in done.stderr.splitlines() if "Warn" in line and "type annotation" not in line]
     assert done.returncode == 0 and not warnings, done.stderr
-    assert "uv run pdoc convnn -o build/api" in (root / "README.md").read_text()
+    assert "uv run pdoc convnn/[a-z]*.py -o build/api" in (root / "README.md").read_text()
     assert "build/" in (root / ".gitignore").read_text().split()
     page = (tmp_path / "convnn" / "neighborhood.html").read_text()
     assert "Token indices" in page and "neighbors_of" in page

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from convnn.config import differences
 from convnn.files import write_atomically
 
-FORMAT = 1
+FORMAT = 2
+"""Version of what a checkpoint holds; it changes whenever a reader of another version could misread it."""
+
+log = logging.getLogger("convnn")
 
 
 class CheckpointError(RuntimeError):
@@ -56,11 +62,52 @@ def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is not a safe or whole checkpoint: {_line(error)}") from error
-    if not isinstance(state, dict) or "format" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         raise CheckpointError(f"{path} was not written by convnn")
-    if state["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {state['format']}; this version reads format {FORMAT}")
+    found = state["format"]
+    if found != FORMAT:
+        age, way = ("a newer", "update convnn") if found > FORMAT else ("an older", "use the version in env.json")
+        raise CheckpointError(f"{path} has format {found} of {age} convnn; this one reads format {FORMAT}: {way}")
     return state
+
+
+def load_latest(folder: Path, map_location: Any = "cpu") -> tuple[Path, dict[str, Any]] | None:
+    """Return path and content of the newest whole checkpoint in a folder, None if there is none at all.
+
+    That is ``last.pt``; if it is damaged or missing, the one of most steps among the one before it and the best ones,
+    with a warning. Damaged ones are then renamed (``last.damaged.pt``), so that they take no good one's place.
+
+    Raises:
+        CheckpointError: if there are checkpoints, and none of them is whole.
+    """
+    last, best = folder / "last.pt", folder / "best.pt"
+    others = [path for path in (previous_of(last), best, previous_of(best)) if path.exists()]
+    if not last.exists() and not others:
+        return None
+    try:
+        return last, load_checkpoint(last, map_location)
+    except CheckpointError as error:
+        first = error
+    good, damaged = [], [last] if last.exists() else []
+    for path in others:
+        try:
+            good.append((path, load_checkpoint(path, map_location)))
+        except CheckpointError:
+            damaged.append(path)
+    if not good:
+        raise CheckpointError(f"{first}; no other checkpoint there is whole either; begin anew elsewhere") from first
+    found = max(good, key=lambda item: item[1]["step"])
+    log.warning("%s; going on from %s, step %d", first, found[0].name, found[1]["step"])
+    for path in damaged:
+        path.replace(path.with_name(f"{path.stem}.damaged{path.suffix}"))
+    return found
+
+
+def check_identity(path: Path, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raise CheckpointError, naming what differs, unless the checkpoint is of this configuration."""
+    changed = differences(state["identity"], identity)
+    if changed:
+        raise CheckpointError(f"{path} belongs to another configuration ({'; '.join(changed[:5])}); set these back")
 
 
 def _line(error: BaseException) -> str:

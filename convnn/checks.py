@@ -376,6 +376,7 @@ def check(config: Config) -> Config:
     _range("train.mixup", train.mixup, 0)
     _range("train.cutmix", train.cutmix, 0)
     _range("train.ema", train.ema, 0, 1, open_low=True, open_high=True)
+    _range("train.skip_nonfinite", train.skip_nonfinite, 0)
     _choice("train.amp", train.amp, ["auto", "bf16", "off"])
     _choice("train.sync_batchnorm", train.sync_batchnorm, ["auto", "true", "false"])
     _choice("train.deterministic", train.deterministic, ["false", "warn", "true"])

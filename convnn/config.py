@@ -115,8 +115,8 @@ class OperatorConfig:
     """Let a gradient reach the selection: forward as ever, backward as if each neighbour were weighed by the softmax
     of its selection score. Always on where the blend is learned."""
     backend: str = "auto"
-    """What computes: ``torch``; ``triton``: its kernels on CUDA, or an error; ``auto``: the kernels where a measurement
-    is known in which they were faster (none yet), else torch."""
+    """What computes: ``torch``: plain operations; ``triton``: its kernels on CUDA, or an error; ``auto``: edges on a
+    CPU (``convnn.edges``), on CUDA the kernels where a measurement is known in which they were faster (none yet)."""
     branch_ratio: float | None = None
     """Share of the output channels from the neighbour branch, the rest from the replaced kind of layer; null: none."""
     branch_kernel: int | None = None
@@ -256,6 +256,9 @@ class TrainConfig:
     ``false``: over each process' part, with the first one's running statistics; ``auto``: true on GPUs."""
     deterministic: str = "false"
     """``false``, ``warn`` or ``true``: torch's deterministic algorithms."""
+    skip_nonfinite: int = 0
+    """Steps with an infinite or NaN loss or gradient to skip in all, such as spikes in bf16, before the run counts as
+    diverged. Above 0, every step waits for the device."""
 
     def __post_init__(self) -> None:
         self.deterministic = self.deterministic.lower()  # YAML's true arrives as "True"

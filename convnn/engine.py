@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import signal
@@ -20,28 +21,35 @@ from tqdm import tqdm
 
 from convnn import distributed
 from convnn.backend import require
-from convnn.checkpoint import CheckpointError, load_checkpoint, load_model_state, previous_of, save_checkpoint
+from convnn.checkpoint import check_identity, load_latest, load_model_state, save_checkpoint
 from convnn.config import Config, ConfigError, fingerprint, identity
 from convnn.data import AnySplit, Batches, Dataset, load_dataset
 from convnn.diagnostics import Probe
 from convnn.draws import seed_subsets
+from convnn.drift import record_environment
 from convnn.evaluation import Meter, build_model, evaluate, forward_cost, idle_parameters
+from convnn.guard import DivergedError, StepGuard
 from convnn.looking import draw_at_end
 from convnn.optimizing import make_optimizer, make_scheduler
-from convnn.rundir import RunFolder, environment, open_run_folder, versions
-from convnn.runtime import make_autocast, peak_memory, pick_device, seed_step, set_determinism, stop_on_signal
+from convnn.rundir import RunFolder, open_run_folder, versions
+from convnn.runtime import (
+    StoppedError,
+    explain_memory,
+    make_autocast,
+    peak_memory,
+    pick_device,
+    seed_step,
+    set_determinism,
+    stop_on_signal,
+)
 from convnn.schedule import apply_schedule, describe_schedule
 from convnn.streaming import make_batches
 from convnn.swap import count_parameters, neighbor_layers
-from convnn.tracking import Tracker
+from convnn.tracking import Tracker, describe_row
 
 log = logging.getLogger("convnn")
 
 Result = dict[str, Any]
-
-
-class DivergedError(RuntimeError):
-    """The loss is no longer finite."""
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -96,7 +104,8 @@ class Trainer:
         self.best: dict[str, float] = {}
         self.meter = Meter.new(self.device)
         self.train_seconds, self.train_images = 0.0, 0
-        self.last_row: dict[str, Any] = {}
+        self.rows: list[dict[str, Any]] = []
+        self.environment_changes: list[str] = []
 
     def _check_sizes(self, dataset: Dataset) -> None:
         train, data = self.config.train, self.config.data
@@ -128,6 +137,7 @@ class Trainer:
             self.mixup = Mixup(mixup_alpha=train.mixup, cutmix_alpha=train.cutmix, **args)
             self.criterion = SoftTargetCrossEntropy()
         self.ema = ModelEmaV3(self.model, decay=train.ema) if train.ema else None
+        self.guard = StepGuard(self.model, optim.clip_grad, train.skip_nonfinite)
         self.autocast = make_autocast(train.amp, self.device)
 
     @property
@@ -150,7 +160,8 @@ class Trainer:
             "step": self.step,
             "meter": distributed.gather(self.meter.sums.tolist()),
             "best": self.best,
-            "last_row": self.last_row,
+            "rows": json.dumps(self.rows),
+            "skipped_steps": self.guard.skipped,
             "train_seconds": self.train_seconds,
             "train_images": self.train_images,
             "spectrum": {name: layer.movable() for name, layer in neighbor_layers(self.model).items()},
@@ -164,31 +175,24 @@ class Trainer:
             save_checkpoint(self.folder.checkpoints / f"{name}.pt", state)
 
     def resume(self) -> bool:
-        """Load the last good checkpoint; return whether there was one.
+        """Load the newest whole checkpoint; return whether there was one.
 
         Raises:
-            CheckpointError: if it fits another configuration or model.
+            CheckpointError: if it fits another configuration or model, or if none is whole.
         """
-        path = self.folder.checkpoints / "last.pt"
-        if not path.exists() and not previous_of(path).exists():
+        found = load_latest(self.folder.checkpoints, self.device)
+        if found is None:
             return False
-        try:
-            state = load_checkpoint(path, self.device)
-        except CheckpointError as error:
-            if not previous_of(path).exists():
-                raise
-            log.warning("%s; going on from the one before it", error)
-            path = previous_of(path)
-            state = load_checkpoint(path, self.device)
-        if state["fingerprint"] != fingerprint(self.config):
-            raise CheckpointError(f"{path} belongs to another configuration")
+        path, state = found
+        check_identity(path, state, identity(self.config))
         load_model_state(self.model, state["model"], path)
         if self.ema is not None:
             load_model_state(self.ema.module, state["ema"], path)
         self.optimizer.load_state_dict(state["optimizer"])
-        for key in ("epoch", "step_in_epoch", "step", "best", "last_row", "train_seconds", "train_images"):
+        for key in ("epoch", "step_in_epoch", "step", "best", "train_seconds", "train_images"):
             setattr(self, key, state[key])
         self.probe.before = state.get("neighbors", {})
+        self.rows, self.guard.skipped = json.loads(state["rows"]), state["skipped_steps"]
         sums = torch.tensor(state["meter"], dtype=torch.float64, device=self.device).view(-1, 4)
         if len(sums) != self.world.size:  # written by another number of processes
             sums = torch.cat([sums.sum(0, keepdim=True), sums.new_zeros(self.world.size - 1, 4)])
@@ -200,21 +204,24 @@ class Trainer:
     def fit(self, stop: Callable[[], int | None]) -> int | None:
         """Train to the end, or until ``stop()`` names a signal, which is returned after a checkpoint."""
         self.model.train()
-        while self.step < self.total_steps:
+        while self.epoch < self.epochs:
             signum = self._train_epoch(stop)
+            try:
+                if signum is None:
+                    self._end_epoch(stop)
+            except StoppedError as stopped:  # a run that goes on evaluates anew
+                signum = stopped.signum
             if signum is not None:
                 self.save("last")
                 return signum
-            self._end_epoch()
             signum = stop()
-            if signum is not None and self.step < self.total_steps:
+            if signum is not None and self.epoch < self.epochs:
                 return signum
         return None
 
     def _train_epoch(self, stop: Callable[[], int | None]) -> int | None:
         batches = self.batches["train"].epoch(self.epoch, self.step_in_epoch)
         left = min(self.steps_per_epoch - self.step_in_epoch, self.total_steps - self.step)
-        bad_step = torch.full((), torch.iinfo(torch.int64).max, device=self.device)
         start, images_before = time.perf_counter(), self.train_images
         hidden = None if self.folder.writes else True  # None: where there is no terminal
         progress = tqdm(total=left, desc=f"epoch {self.epoch + 1}/{self.epochs}", leave=False, disable=hidden)
@@ -224,20 +231,19 @@ class Trainer:
                 signum = stop()
                 if signum is not None:
                     break
-                loss = self._train_step(images, labels)
-                bad_step = torch.where(loss.isfinite(), bad_step, bad_step.clamp(max=self.step))
+                self._train_step(images, labels)
                 self.train_images += self.config.train.batch_size
                 self.step += 1
                 self.step_in_epoch += 1
                 progress.update()
                 if self.step % 50 == 0 or self.device.type == "cpu":
-                    self._check_finite(bad_step)
-        self._check_finite(bad_step)  # on CUDA this also waits for the last step
+                    self._check_finite()
+        self._check_finite()  # on CUDA this also waits for the last step
         if self.train_images > images_before:
             self.train_seconds += time.perf_counter() - start
         return signum
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _train_step(self, images: Tensor, labels: Tensor) -> None:
         seed_step(self.config.seed, self.step, self.device)
         apply_schedule(self.model, self.config.schedule, self._time(self.step))
         if self.scheduler is not None:
@@ -245,33 +251,37 @@ class Trainer:
         targets = labels
         if self.mixup is not None:
             images, targets = self.mixup(images, labels)
+        self.guard.before_forward()
         with self.autocast():
             output = self.forward(images)
             loss = self.criterion(output.float(), targets)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if self.config.optim.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
+        if not self.guard.may_step(loss, self.step):
+            return
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model)
         with torch.no_grad():
             self.meter.add(loss.detach(), output.detach(), labels)
-        return loss.detach()
 
     def _time(self, step: int) -> float:
         """Fraction of training at a step: 0 at the first, 1 at the last."""
         return step / max(self.total_steps - 1, 1)
 
-    def _check_finite(self, bad_step: Tensor) -> None:
-        bad = int(distributed.reduce(bad_step, "MIN"))
-        if bad <= self.step:
-            lr = self.optimizer.param_groups[0]["lr"]
-            kept = self.folder.checkpoints / "last.pt"
-            good = f"the last good checkpoint is {kept}" if kept.exists() else "there is no checkpoint yet"
-            raise DivergedError(f"loss is not finite at step {bad} (epoch {self.epoch + 1}, lr {lr:.3g}); {good}")
+    def _check_finite(self) -> None:
+        bad = self.guard.first_bad()
+        if bad is None:
+            return
+        step, what = bad
+        if self.scheduler is not None:
+            self.scheduler.step_update(step)
+        lr = self.optimizer.param_groups[0]["lr"]
+        kept = self.folder.checkpoints / "last.pt"
+        good = f"the last good checkpoint is {kept}" if kept.exists() else "there is no checkpoint yet"
+        raise DivergedError(f"{what} is not finite at step {step} (epoch {self.epoch + 1}, lr {lr:.3g}); {good}")
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, stop: Callable[[], int | None]) -> None:
         """Evaluate, log and checkpoint; the run is then at the start of the next epoch."""
         time_now = self._time(self.step - 1)
         apply_schedule(self.model, self.config.schedule, time_now)
@@ -279,14 +289,13 @@ class Trainer:
             apply_schedule(self.ema.module, self.config.schedule, time_now)
         start = time.perf_counter()
         row: dict[str, Any] = {"epoch": self.epoch, "step": self.step}
-        self.meter.sums = distributed.reduce(self.meter.sums)
-        loss, top1, _ = self.meter.means()
+        loss, top1, _ = Meter(distributed.reduce(self.meter.sums)).means()
         seed_step(self.config.seed, self.step, self.device, evaluation=True)
         distributed.share_buffers(self.model, self.eval_model)
         row |= {"train_loss": loss, "train_top1": None if self.mixup is not None else top1}
         for name in ("val", "test"):
             if name in self.batches:
-                scores = evaluate(self.eval_model, self.batches[name], self.autocast)
+                scores = evaluate(self.eval_model, self.batches[name], self.autocast, stop)
                 row |= dict(zip((f"{name}_loss", f"{name}_top1", f"{name}_top5"), scores, strict=True))
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         row["layers"] = [{"name": n, **layer.spectrum()} for n, layer in neighbor_layers(self.model).items()]
@@ -298,33 +307,23 @@ class Trainer:
         if is_best:
             self.best = {k: row[k] for k in ("epoch", "val_top1", "test_top1") if k in row}
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
-        self.meter, self.last_row = Meter.new(self.device), row
+        self.meter = Meter.new(self.device)
+        self.rows.append(row)
         self.tracker.log(row)
-        self._print(row)
+        log.info("%s", describe_row(row, self.epochs, moving=self.config.schedule.blend.shape != "constant"))
         if is_best:
             self.save("best")
         self.save("last")
-
-    def _print(self, row: dict[str, Any]) -> None:
-        text = f"epoch {row['epoch'] + 1:>3}/{self.epochs}  train loss {row['train_loss']:.4f}"
-        if row["train_top1"] is not None:
-            text += f" top1 {row['train_top1']:.2f}"
-        for name in ("val", "test"):
-            if name in self.batches:
-                text += f"  {name} loss {row[f'{name}_loss']:.4f} top1 {row[f'{name}_top1']:.2f}"
-        blends = [layer["blend"] for layer in row["layers"] if "blend" in layer]
-        if blends and self.config.schedule.blend.shape != "constant":
-            text += f"  blend {min(blends):.2f}..{max(blends):.2f}"
-        log.info("%s  %.1f s", text, row["train_seconds"])
 
     # ------------------------------------------------------------------------------------------- results
 
     def run(self, stop: Callable[[], int | None]) -> Result:
         """Train, write result.json and return it."""
-        if self.folder.writes:
-            self.folder.write_json("env.json", environment())
-            (self.folder.path / "swap.txt").write_text(str(self.report))
+        distributed.joint(lambda: self.folder.begin(self.config))
         resumed = self.folder.resume and distributed.joint(self.resume)
+        if self.folder.writes:
+            self.environment_changes = record_environment(self.folder.path, self._device_name(), self.step)
+            (self.folder.path / "swap.txt").write_text(str(self.report))
         log.info("run folder %s", self.folder.path)
         log.info("%s on %s, %s", self.config.backbone.name, self.device, self.config.data.name)
         for line in str(self.report).splitlines():
@@ -336,7 +335,7 @@ class Trainer:
                 log.warning("the schedule moves nothing: no replaced layer lies on the spectrum")
         if resumed:
             log.info("resumed at epoch %d, step %d", self.epoch + 1, self.step)
-        self.tracker = Tracker(self.config.tracker, self.folder.path, asdict(self.config), self.epoch)
+        self.tracker = Tracker(self.config.tracker, self.folder.path, asdict(self.config), self.rows)
         exit_code = 1
         result: Result = {}
         try:
@@ -356,9 +355,6 @@ class Trainer:
                 raise
             size = self.config.train.batch_size
             raise ConfigError(f"train.batch_size={size}: batch normalisation needs more than one value") from error
-        except torch.cuda.OutOfMemoryError as error:
-            half = max(self.config.train.batch_size // 2, 1)
-            raise ConfigError(f"out of CUDA memory; try train.batch_size={half}") from error
         finally:
             if result:
                 result["exit_code"] = exit_code
@@ -369,7 +365,7 @@ class Trainer:
 
     def result(self, status: str) -> Result:
         """Return the content of result.json. Accuracies are in percent; sizes in bytes; times in seconds."""
-        row, best = self.last_row, self.best
+        row, best = self.rows[-1] if self.rows else {}, self.best
         on_val = "val" in self.batches
         return {
             "status": status,
@@ -382,6 +378,7 @@ class Trainer:
             "best_epoch": best.get("epoch"),
             "epochs": self.epoch,
             "steps": self.step,
+            "skipped_steps": self.guard.skipped,
             "seconds": round(self.train_seconds, 3),
             "params": count_parameters(self.model),
             "gflops": self.gflops,
@@ -390,9 +387,13 @@ class Trainer:
             "processes": self.world.size,
             "layers_replaced": len(self.report),
             "classes": self.num_classes,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "device": self._device_name(),
             "versions": versions(),
+            "environment_changes": self.environment_changes,
         }
+
+    def _device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
 
 def run(config: Config) -> Result:
@@ -414,7 +415,7 @@ def _run(config: Config) -> Result:
             log.info("%s is complete (top-1 %.2f); nothing to do", folder.path, folder.done["top1_last"])
             return folder.done
         set_determinism(config.train.deterministic)
-        with stop_on_signal() as stop:
+        with stop_on_signal() as stop, explain_memory(config.train.batch_size):
             try:
                 trainer = Trainer(config, folder)
             except Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from convnn.checkpoint import load_checkpoint, load_model_state
 from convnn.config import Config, ConfigError, ScheduleConfig
 from convnn.data import Batches, Dataset, load_dataset
 from convnn.flops import Cost, count_operations, on_meta
-from convnn.runtime import make_autocast, pick_device, seed_everything
+from convnn.runtime import StoppedError, make_autocast, pick_device, seed_everything
 from convnn.schedule import apply_schedule
 from convnn.streaming import make_batches
 from convnn.swap import SwapReport, neighbor_layers, swap_layers
@@ -126,21 +127,31 @@ class Meter:
         self.sums += torch.stack([loss.double() * n, top[:, 0].sum(), top.any(1).sum(), n])
 
     def means(self) -> tuple[float, float, float]:
-        """Return mean loss, top-1 and top-5 in percent, averaged over samples."""
+        """Return mean loss, top-1 and top-5 in percent, averaged over samples; NaN of none."""
         loss, top1, top5, n = self.sums.tolist()
+        n = n or math.nan
         return loss / n, 100 * top1 / n, 100 * top5 / n
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Batches, autocast: Callable[[], Any] = nullcontext
+    model: nn.Module,
+    batches: Batches,
+    autocast: Callable[[], Any] = nullcontext,
+    stop: Callable[[], int | None] | None = None,
 ) -> tuple[float, float, float]:
-    """Return mean loss, top-1 and top-5 (percent) over all samples of a split, whichever process has them."""
+    """Return mean loss, top-1 and top-5 (percent) over all samples of a split, whichever process has them.
+
+    Raises:
+        StoppedError: when ``stop()`` names a signal.
+    """
     training = model.training
     model.eval()
     meter = Meter.new(batches.device)
     with closing(batches.epoch()) as epoch:
         for images, labels in epoch:
+            if stop is not None and (signum := stop()) is not None:
+                raise StoppedError(signum)
             with autocast():
                 output = model(images)
             if len(labels):
@@ -164,6 +175,7 @@ def load_run(config: Config, folder: Path, checkpoint: str, dataset: Dataset) ->
     path = folder / "checkpoints" / f"{checkpoint}.pt"
     state = load_checkpoint(path)
     config.backbone.pretrained = False  # the checkpoint has all weights
+    config.backbone.kwargs.pop("checkpoint_path", None)  # and timm is not to open other files
     model, _, image_size = build_model(config, dataset)
     load_model_state(model, state["ema"] or state["model"], path)
     for name, layer in neighbor_layers(model).items():

@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -15,10 +16,12 @@ from typing import Any, BinaryIO, TextIO
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
     """Call ``write(file)`` on a temporary file and put it in place in one step, so that readers see old or new.
 
+    At every moment, and after a power cut too, ``path`` is there if it was before.
+
     Args:
         path: the file.
         write: writes the content.
-        keep: where what stood at ``path`` goes first, if given.
+        keep: where what stands at ``path`` is kept, if given.
 
     Raises:
         OSError: if the disk refuses; what stood at ``path`` still does.
@@ -30,11 +33,46 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any], keep: Path | 
             file.flush()
             os.fsync(file.fileno())
         if keep is not None and path.exists():
-            path.replace(keep)
+            _keep(path, keep)
         temporary.replace(path)
+        _sync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _keep(path: Path, keep: Path) -> None:
+    """Give a file a second name, in one step, in place of what had that name."""
+    link = path.with_name(f".{keep.name}.{os.getpid()}.tmp")
+    try:
+        link.unlink(missing_ok=True)
+        link.hardlink_to(path)
+    except OSError:  # a file system without links
+        path.replace(keep)
+    else:
+        link.replace(keep)
+        link.unlink(missing_ok=True)  # still there where both names were of one file already
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where the system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def is_leftover(path: Path) -> bool:
+    """Return whether a file is a temporary one of ``write_atomically``, whose process may have been killed."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of a folder; call it under a lock."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -80,6 +118,13 @@ def lock(path: Path, *, wait: float = 0.0) -> TextIO | None:
     file.write(f"pid {os.getpid()} on {platform.node()}\n")
     file.flush()
     return file
+
+
+def release(file: TextIO) -> None:
+    """Give a lock back. What it says of its owner goes, so that only owners that died are still named."""
+    with suppress(OSError):
+        file.truncate(0)
+    file.close()
 
 
 def is_locked(path: Path) -> bool:

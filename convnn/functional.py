@@ -81,7 +81,7 @@ def neighbor_aggregate(
         if kernels.attends(backend, q, k, v, ranks, num=found.index.shape[-1], similarity=similarity, **case):
             parts = q, k, v, found.index, found.valid, ranks
             return kernels.attend_to_neighbors(*parts, similarity=similarity, temperature=temperature)
-    graph = Edges(found.index, *v.shape[:3]) if walks_edges(v) else None
+    graph = Edges(found.index, *v.shape[:3]) if backend == "auto" and walks_edges(v) else None
     rho = None if found.valid is None else found.valid.to(v.dtype)
     if weighting != "ones":
         score = neighbor_similarity(q, k, found.index, selection.similarity, graph) / temperature

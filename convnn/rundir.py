@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,9 +21,9 @@ from omegaconf import OmegaConf
 from convnn import distributed
 from convnn.checks import check, typed, typed_rule
 from convnn.config import Config, ConfigError, differences, fingerprint, identity, run_name
-from convnn.files import lock, lock_owner, read_json, write_json
+from convnn.files import is_leftover, lock, lock_owner, read_json, release, remove_leftovers, write_json, write_text
 
-_OWN = ("config.yaml", "env.json", "train.log", "metrics.jsonl", "swap.txt", "result.json", "wandb_id")
+_OWN = ("env.json", "train.log", "metrics.jsonl", "swap.txt", "result.json", "wandb_id")
 _OWN_FOLDERS = ("checkpoints", "wandb", "pictures")
 _PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "wandb")
 
@@ -53,7 +54,7 @@ def load_config(folder: Path) -> Config:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"{folder} is not a run folder: it has no readable config.yaml") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is damaged: it holds no mapping")
@@ -79,7 +80,7 @@ class RunFolder:
     _created: int = 0
     """Parent folders that had to be made."""
     _lock: TextIO | None = field(default=None, repr=False)
-    _handler: logging.Handler | None = field(default=None, repr=False)
+    _handler: logging.FileHandler | None = field(default=None, repr=False)
 
     @property
     def checkpoints(self) -> Path:
@@ -91,12 +92,37 @@ class RunFolder:
         if self.writes:
             write_json(self.path / name, values)
 
+    def begin(self, config: Config) -> None:
+        """Write what says whose folder this is, once the run is known to be possible.
+
+        What an earlier run left goes now (``run.if_exists=overwrite``), and no sooner.
+
+        Raises:
+            ConfigError: if the folder cannot be written.
+        """
+        if not self.writes:
+            return
+        try:
+            if not self.resume:
+                for name in _OWN_FOLDERS:
+                    shutil.rmtree(self.path / name, ignore_errors=True)
+                for name in _OWN:
+                    (self.path / name).unlink(missing_ok=True)
+                write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+            for folder in (self.path, self.checkpoints):
+                remove_leftovers(folder)
+            self._handler = _LogFile(self.path / "train.log")
+        except OSError as error:
+            self.discard()
+            raise ConfigError(f"run.dir={self.path} cannot be written: {error.strerror}") from error
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(self._handler)
+
     def discard(self) -> None:
         """Remove a folder in which nothing was begun."""
-        if self.resume or not self.writes:
+        if self.resume or not self.writes or (self.path / "config.yaml").exists():
             return
-        for name in (*_OWN, ".lock"):
-            (self.path / name).unlink(missing_ok=True)
+        (self.path / ".lock").unlink(missing_ok=True)
         for folder in (self.path, *self.path.parents[: self._created]):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -107,13 +133,27 @@ class RunFolder:
             log.removeHandler(self._handler)
             self._handler.close()
         if self._lock is not None:
-            self._lock.close()
+            release(self._lock)
+
+
+class _LogFile(logging.FileHandler):
+    """Drops messages that a full disk does not take."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Stay quiet: what stops the run says so itself."""
+
+    def close(self) -> None:
+        """Close, even if the last message cannot be written."""
+        with suppress(OSError):
+            super().close()
 
 
 def open_run_folder(config: Config) -> RunFolder:
     """Create or enter the folder of a run, as ``run.if_exists`` says, and lock it against other runs.
 
     Of several processes the first does it; the others get the same folder, and write nothing.
+
+    Nothing is written but the lock until ``begin``.
 
     Raises:
         ConfigError: if the folder is taken, locked, of another configuration, or cannot be written.
@@ -127,10 +167,10 @@ def open_run_folder(config: Config) -> RunFolder:
 
 
 def _open(config: Config) -> RunFolder:
-    path = Path(config.run.dir or Path(config.run.root) / f"{run_name(config)}-{fingerprint(config)[:8]}")
+    path = _path(config)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run.dir={path} is a file")
-    used = path.is_dir() and any(f.name not in (".lock", "train.log") for f in path.iterdir())
+    used = path.is_dir() and any(f.name not in (".lock", "train.log") and not is_leftover(f) for f in path.iterdir())
     policy = config.run.if_exists
     if used and not (path / "config.yaml").exists():
         raise ConfigError(f"run.dir={path} is not empty and not a run folder; choose another run.dir")
@@ -140,20 +180,15 @@ def _open(config: Config) -> RunFolder:
         raise ConfigError(
             f"run.dir={path} already holds a run ({state}); set run.if_exists=resume, skip or overwrite, or run.dir"
         )
-    created = sum(not parent.exists() for parent in path.parents)
+    folder = RunFolder(path, resume=False, _created=sum(not parent.exists() for parent in path.parents))
     try:
         path.mkdir(parents=True, exist_ok=True)
-        own_lock = _lock(path)
+        folder._lock = _lock(path)
     except OSError as error:
+        folder.discard()
         raise ConfigError(f"run.dir={path} cannot be written: {error.strerror}") from error
-    folder = RunFolder(path, resume=False, _created=created, _lock=own_lock)
     try:
-        if used and policy == "overwrite":
-            for name in _OWN:
-                (path / name).unlink(missing_ok=True)
-            for name in _OWN_FOLDERS:
-                shutil.rmtree(path / name, ignore_errors=True)
-        elif used:
+        if used and policy != "overwrite":
             changed = differences(identity(load_config(path)), identity(config))
             if changed:
                 raise ConfigError(
@@ -166,20 +201,29 @@ def _open(config: Config) -> RunFolder:
     except BaseException:
         folder.close()
         raise
-    if folder.done is None:
-        folder._handler = logging.FileHandler(path / "train.log")
-        folder._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(folder._handler)
-    if not folder.resume:
-        (path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
     return folder
+
+
+def _path(config: Config) -> Path:
+    """Return a run's folder; ``run.name`` does not lead out of ``run.root``."""
+    if config.run.dir:
+        return Path(config.run.dir)
+    name = f"{run_name(config)}-{fingerprint(config)[:8]}"
+    if name.startswith("/") or ".." in Path(name).parts:
+        raise ConfigError(f"run.name={config.run.name} leads out of run.root={config.run.root}; set run.dir instead")
+    return Path(config.run.root) / name
 
 
 def _lock(path: Path) -> TextIO:
     """Lock the folder until this process ends, however it ends."""
+    owner = lock_owner(path / ".lock")
     file = lock(path / ".lock")
     if file is None:
-        raise ConfigError(f"run.dir={path} is in use by another process ({lock_owner(path / '.lock')})")
+        raise ConfigError(f"run.dir={path} is in use by another process ({lock_owner(path / '.lock')}); end it first")
+    if owner != "unknown":  # it never gave the lock back
+        host = owner.partition(" on ")[2]
+        doubt = "is gone" if host == platform.node() else f"seems gone; make sure that nothing runs there ({host})"
+        log.warning("run.dir=%s was in use by %s, which %s; going on", path, owner, doubt)
     return file
 
 

@@ -24,6 +24,14 @@ log = logging.getLogger("convnn")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
+class StoppedError(Exception):
+    """A signal asked the run to stop where it cannot return."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
 def pick_device(name: str) -> torch.device:
     """Return the device of ``device=``; among several processes of a machine, each its own GPU.
 
@@ -77,6 +85,15 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def explain_memory(batch_size: int) -> Iterator[None]:
+    """Turn a full GPU into a ConfigError that names a batch size to try."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"out of CUDA memory; try train.batch_size={max(batch_size // 2, 1)}") from error
 
 
 @contextmanager

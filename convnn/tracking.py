@@ -21,7 +21,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a metrics.jsonl; a torn last line (from a kill) is left out."""
     rows = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
@@ -29,16 +29,31 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def describe_row(row: Mapping[str, Any], epochs: int, *, moving: bool) -> str:
+    """Return the line of an epoch; with the range of the layers' blends where a schedule is moving them."""
+    text = f"epoch {row['epoch'] + 1:>3}/{epochs}  train loss {row['train_loss']:.4f}"
+    if row["train_top1"] is not None:
+        text += f" top1 {row['train_top1']:.2f}"
+    for name in ("val", "test"):
+        if f"{name}_loss" in row:
+            text += f"  {name} loss {row[f'{name}_loss']:.4f} top1 {row[f'{name}_top1']:.2f}"
+    blends = [layer["blend"] for layer in row["layers"] if "blend" in layer]
+    if blends and moving:
+        text += f"  blend {min(blends):.2f}..{max(blends):.2f}"
+    return f"{text}  {row['train_seconds']:.1f} s"
+
+
 class Tracker:
     """Writes one row per epoch to ``metrics.jsonl`` and, if asked, to W&B; of several processes, the first does."""
 
-    def __init__(self, config: TrackerConfig, folder: Path, run_config: dict[str, Any], epochs_done: int = 0) -> None:
-        """Open the folder's metrics; rows of epochs that will be run again are dropped."""
+    def __init__(
+        self, config: TrackerConfig, folder: Path, run_config: dict[str, Any], rows: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        """Begin the folder's metrics with the rows of the checkpoint, whatever has become of the file since."""
         self.path = folder / "metrics.jsonl"
         self._wandb = None
         if not distributed.is_main():
             return
-        rows = [row for row in read_metrics(self.path) if row["epoch"] < epochs_done]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self._wandb = _start_wandb(config, folder, run_config) if config.name == "wandb" else None
 

@@ -3,3 +3,5 @@ import os
 # Tests run side by side (pytest-xdist), so each process takes one thread; child processes inherit it. One number of
 # threads also makes the sums of a run, and so its metrics, the same in every process.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+from programs import call  # noqa: F401  (a fixture of all tests; it imports NumPy, which reads the number above)

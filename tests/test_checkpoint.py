@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from convnn.checkpoint import (
+    FORMAT,
     CheckpointError,
     load_checkpoint,
     load_model_state,
@@ -80,8 +81,11 @@ def test_missing_truncated_hostile_and_foreign_files(tmp_path, monkeypatch):
     torch.save([1, 2], path)
     with pytest.raises(CheckpointError, match="not written by convnn"):
         load_checkpoint(path)
-    torch.save({"format": 99}, path)
-    with pytest.raises(CheckpointError, match="format 99; this version reads format 1"):
+    torch.save({"format": FORMAT + 1}, path)
+    with pytest.raises(CheckpointError, match="of a newer convnn; this one reads format 2: update convnn"):
+        load_checkpoint(path)
+    torch.save({"format": FORMAT - 1}, path)
+    with pytest.raises(CheckpointError, match=r"of an older convnn; .*: use the version in env.json"):
         load_checkpoint(path)
 
 

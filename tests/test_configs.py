@@ -9,6 +9,7 @@ from helpers import TINY, TINY_VIT, tiny, write_cifar, write_image_folder
 from convnn.cli import compose_config, config_groups
 from convnn.config import ConfigError, differences, fingerprint, identity, run_name
 from convnn.engine import run
+from convnn.fidelity import facts
 
 GROUPS = config_groups()
 CONV = [o for o in GROUPS["operator"] if compose_config([f"operator={o}"]).operator.kind == "conv"]
@@ -89,14 +90,27 @@ def test_data(data, tmp_path, monkeypatch):
     one_step(overrides, tmp_path)
 
 
-@pytest.mark.parametrize("backbone", GROUPS["backbone"])
-def test_backbone(backbone, tmp_path):
-    vit = backbone.startswith("vit")
-    swap = ["operator=convnn_attention", "swap=all_attention"] if vit else ["swap.depths=[-1]", "operator.k=4"]
+def backbone_overrides(backbone):
+    swap = ["swap.depths=[-1]", "operator.k=4"]
+    if backbone.startswith("vit"):
+        swap = ["operator=convnn_attention", "swap=all_attention"]
     name = ["backbone.name=resnet10t"] if backbone == "timm" else []
     data = ["data=synthetic", "data.size=8", "train.batch_size=2", "tracker=jsonl", "device=cpu"]
-    result = one_step([f"backbone={backbone}", *name, *swap, *data], tmp_path)
-    assert result["layers_replaced"] == (12 if vit else 1) and result["gflops"] > 0.01
+    return [f"backbone={backbone}", *name, *swap, *data]
+
+
+@pytest.mark.parametrize("backbone", GROUPS["backbone"])
+def test_backbone(backbone):
+    """Built, swapped and run without numbers (meta device); the next test trains them."""
+    found = facts(compose_config(backbone_overrides(backbone)))
+    assert found.params > 1e6 and found.gflops > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", GROUPS["backbone"])
+def test_backbone_trains(backbone, tmp_path):
+    result = one_step(backbone_overrides(backbone), tmp_path)
+    assert result["layers_replaced"] == (12 if backbone.startswith("vit") else 1) and result["gflops"] > 0.01
 
 
 @pytest.mark.parametrize("experiment", GROUPS["experiment"])

@@ -97,6 +97,17 @@ def test_where_edges_do_not_serve(autocast):
     assert aggregation.walks_edges(x.float())
 
 
+def test_backend_torch_gathers_and_can_be_differentiated_twice():
+    layer = ConvNN2d(2, 2, 3, backend="torch").double()
+    x = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(layer, x)
+    layer.backend = "auto"
+    y = layer(x)
+    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y, requires_grad=True), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_topk_with_and_without_ties():
     """The look for ties changes nothing: against a stable sort."""
     torch.manual_seed(0)

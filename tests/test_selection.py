@@ -170,3 +170,26 @@ def test_window_slots_change_one_slot_per_newcomer():
         ranked = neighbours.flip(-1)
         slots = torch.empty_like(ranked).scatter_(-1, window_slots(ranked, queries, geometry), ranked)[0, 0, 0].tolist()
         assert slots == [0 if j == leaver else j for j in window]
+
+
+def test_float32_keeps_the_order_and_lower_precision_does_not():
+    """The rule: scores are float32, whatever the precision of the features and autocast say."""
+    torch.manual_seed(0)
+    geometry, selection = Geometry(12, 12), Selection(self_first=False)
+    tokens = torch.randn(2, 1, 144, 64, dtype=torch.float64)
+
+    def chosen(x, autocast=False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return select_neighbors(x, x, geometry, selection, num=9, blend=1.0, training=False).index
+
+    unit = torch.nn.functional.normalize(tokens, dim=-1)
+    exact = (unit @ unit.mT).sort(dim=-1, descending=True, stable=True)
+    clear = (exact.values[..., :9] - exact.values[..., 1:10]).amin(-1) > 1e-6  # float32 can tell them apart
+    want, keeps = exact.indices[..., :9][clear], clear.float().mean()
+    assert keeps > 0.9
+    assert torch.equal(chosen(tokens)[clear], want)
+    assert torch.equal(chosen(tokens.float())[clear], want)
+    assert torch.equal(chosen(tokens.float(), autocast=True)[clear], want)
+    rounded = unit.bfloat16()
+    low = (rounded @ rounded.mT).float().sort(dim=-1, descending=True, stable=True).indices[..., :9][clear]
+    assert (low != want).any(-1).float().mean() > 0.1  # of the queries have other neighbours, or another order

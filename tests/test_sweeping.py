@@ -252,12 +252,12 @@ def test_a_missing_plugin_names_the_extra(monkeypatch):
             run_sweep(["seed=0,1", f"hydra/launcher={launcher}"])
 
 
-def test_dry_run_tells_and_does_nothing(driver, tmp_path):
+def test_dry_run_tells_and_does_nothing(driver, tmp_path, capsys):
     assert sweep(driver, tmp_path, "seed=0,1")[0] == 0
-    code, text = sweep(
-        driver, tmp_path, "seed=0,1,2,2", "sweep.dry_run=true", "data=digits", "backbone.stem=small", "operator.k=4"
-    )
-    assert code == 0 and "3 points" in text and "3 todo; 1 duplicates merged" in text and "FLOP" in text
+    overrides = [f"sweep.dir={tmp_path}/sweep", "tracker=jsonl", "seed=0,1,2,2", "sweep.dry_run=true"]
+    assert run_sweep([*overrides, "data=digits", "backbone.stem=small", "operator.k=4"]) == 0
+    text = capsys.readouterr().out
+    assert "3 points" in text and "3 todo; 1 duplicates merged" in text and "FLOP" in text
     before = sorted(p.name for p in (tmp_path / "sweep" / "points").iterdir())
     assert len(before) == 2
 

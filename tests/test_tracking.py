@@ -19,18 +19,15 @@ def no_key(monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
 
 
-def test_rows_after_the_checkpoint_are_dropped_on_resume(tmp_path):
-    config = TrackerConfig(name="jsonl")
-    tracker = Tracker(config, tmp_path, {})
-    for epoch in range(4):
-        tracker.log({"epoch": epoch, "step": epoch, "x": 0.1 * epoch})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"epoch": 4, "torn')
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 4
-    Tracker(config, tmp_path, {}, epochs_done=2)
-    assert [row["epoch"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
+def test_metrics_begin_with_the_rows_of_the_checkpoint(tmp_path):
+    config, path = TrackerConfig(name="jsonl"), tmp_path / "metrics.jsonl"
+    kept = [{"epoch": epoch, "step": epoch, "x": 0.1 * epoch} for epoch in range(2)]
+    path.write_text('{"epoch": 0}\n{"epoch": 4, "torn')
+    assert read_metrics(path) == [{"epoch": 0}]
+    Tracker(config, tmp_path, {}, kept).log({"epoch": 2, "step": 2})
+    assert read_metrics(path) == [*kept, {"epoch": 2, "step": 2}]
     Tracker(config, tmp_path, {})
-    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    assert read_metrics(path) == []
 
 
 def test_wandb_offline_run_is_written_and_kept_across_resumes(tmp_path):

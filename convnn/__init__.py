@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from convnn.functional import neighbor_aggregate
     from convnn.hybrid import HybridConvNN2d, HybridConvNNAttention
     from convnn.layers import ConvNN2d
+    from convnn.neighborhood import Neighborhood, neighbors_of
     from convnn.schedule import apply_schedule
     from convnn.swap import export_layers, neighbor_layers, swap_layers
 
@@ -27,6 +28,7 @@ _HOME = {
     "ConvNNAttention": "attention",
     "HybridConvNN2d": "hybrid",
     "HybridConvNNAttention": "hybrid",
+    "Neighborhood": "neighborhood",
     "OperatorConfig": "config",
     "SwapRule": "config",
     "apply_schedule": "schedule",
@@ -34,6 +36,7 @@ _HOME = {
     "export_layers": "swap",
     "neighbor_aggregate": "functional",
     "neighbor_layers": "swap",
+    "neighbors_of": "neighborhood",
     "swap_layers": "swap",
 }
 
@@ -44,6 +47,7 @@ __all__ = [
     "ConvNNAttention",
     "HybridConvNN2d",
     "HybridConvNNAttention",
+    "Neighborhood",
     "OperatorConfig",
     "SwapRule",
     "apply_schedule",
@@ -51,6 +55,7 @@ __all__ = [
     "export_layers",
     "neighbor_aggregate",
     "neighbor_layers",
+    "neighbors_of",
     "swap_layers",
 ]
 

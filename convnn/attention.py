@@ -19,6 +19,7 @@ from convnn.base import NeighborLayer, Site, layer_settings
 from convnn.config import ATTENTION, ConfigError, OperatorConfig
 from convnn.functional import attend, attends_to_all, neighbor_aggregate
 from convnn.geometry import Geometry, Pair
+from convnn.neighborhood import Neighborhood, find_neighborhood
 
 __all__ = ["Attention", "ConvNNAttention"]
 
@@ -192,16 +193,51 @@ class ConvNNAttention(NeighborLayer):
         every = attends_to_all(geometry, self.selection, **settings)  # type: ignore[arg-type]
         return self.fast and every and not self.straight_through
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """(B, N, C) -> (B, N, dim_out). A mask is refused rather than ignored."""
-        refuse_mask(attn_mask, is_causal)
+    def _heads(self, x: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values per head: (B, N, C) -> three (B, H, N, D), the latter two with the ring."""
         b, n, _ = x.shape
-        geometry = self.layout_of(n)
         qkv = self.qkv(x).view(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # (B, H, N, D)
+        q, k, v = qkv.unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
         if any(geometry.padding):
             k, v = (add_ring(t, geometry) for t in (k, v))
+        return q, k, v
+
+    def neighborhood(self, x: Tensor, *, blend: float | None = None) -> Neighborhood:
+        """Return what the layer chooses in a sequence (B, N, C), at its own blend or another."""
+        geometry = self.layout_of(x.shape[1]) if blend is None else self.geometry(x.shape[1])
+        q, k, _ = self._heads(x, geometry)
+        seen, side = geometry, 2 * (math.isqrt(self.k_max) // 2) + 1
+        if not any(geometry.padding) and geometry.height == 1:  # laid out on a line, as far as the selection cares
+            try:
+                size = grid_of(x.shape[1], self.num_prefix_tokens, self.grid_size)
+                seen = Geometry(*size, prefix=self.num_prefix_tokens)
+            except ValueError:
+                pass
+        return find_neighborhood(
+            q,
+            k,
+            geometry,
+            self.selection,
+            num=self.k,
+            blend=self.blend_value() if blend is None else float(blend),
+            weighting=self.weighting,
+            temperature=self.temperature,
+            training=self.training,
+            window=(side, side),
+            seen=seen,
+        )
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, return_neighbors: bool = False
+    ) -> Any:
+        """(B, N, C) -> (B, N, dim_out), with ``return_neighbors`` a Neighborhood too. A mask is refused."""
+        refuse_mask(attn_mask, is_causal)
+        if return_neighbors:
+            return self.with_neighbors(x)
+        b, n, _ = x.shape
+        geometry = self.layout_of(n)
+        q, k, v = self._heads(x, geometry)
         drop = self.attn_drop.p if self.training else 0.0
         if self.is_fused(geometry):
             pads, temperature = self._pads(), self.temperature

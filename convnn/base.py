@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from convnn.checks import check_operator
 from convnn.config import OperatorConfig
 from convnn.geometry import Pair
+from convnn.neighborhood import Neighborhood, same_draws
 from convnn.selection import Selection
 
 
@@ -118,6 +119,19 @@ class NeighborLayer(nn.Module):
         if self.blend_logit is not None:
             del values["blend"]
         return values
+
+    def neighborhood(self, x: Tensor, *, blend: float | None = None) -> Neighborhood:
+        """Return what the layer chooses on an input, at its own blend or another.
+
+        With random candidates it draws what ``forward`` would draw in its place.
+        """
+        raise NotImplementedError
+
+    def with_neighbors(self, x: Tensor) -> tuple[Tensor, Neighborhood]:
+        """Return the output and the neighbours that it comes from."""
+        with same_draws(x.device):
+            found = self.neighborhood(x)
+        return self.forward(x), found
 
     def to_layer(self) -> nn.Module:
         """Return the plain layer that this one equals.

@@ -387,6 +387,8 @@ def check(config: Config) -> Config:
     _choice("tracker.name", config.tracker.name, ["wandb", "jsonl"])
     _choice("tracker.mode", config.tracker.mode, ["offline", "online", "disabled"])
     _range("tracker.init_timeout", config.tracker.init_timeout, 1)
+    _range("diagnostics.images", config.diagnostics.images, 1)
+    _range("diagnostics.every", config.diagnostics.every, 1)
     _choice("run.if_exists", config.run.if_exists, ["fail", "resume", "skip", "overwrite"])
     _range("seed", config.seed, 0, 2**32 - 1)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):

@@ -281,6 +281,22 @@ class TrackerConfig:
 
 
 @dataclass
+class DiagnosticsConfig:
+    """What each layer chooses on a few fixed test images, measured at the end of an epoch (convnn/diagnostics.py).
+
+    It changes nothing about the training, so it is no part of a run's identity.
+    """
+
+    enabled: bool = True
+    images: int = 8
+    """Number of images, evenly spread over the test set."""
+    every: int = 1
+    """Epochs between measurements."""
+    pictures: bool = True
+    """Draw the pictures of scripts/visualize.py at the end of a run whose tracker is W&B, and log them there."""
+
+
+@dataclass
 class RunConfig:
     """The run folder."""
 
@@ -305,6 +321,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     run: RunConfig = field(default_factory=RunConfig)
     seed: int = 0
     device: str = "auto"
@@ -315,11 +332,11 @@ class Config:
 
 # ----------------------------------------------------------------------------------------- identity of a run
 
-_NOT_IDENTITY = ("run", "tracker", "device", "debug")
+_NOT_IDENTITY = ("run", "tracker", "diagnostics", "device", "debug")
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """Return what decides the outcome of a run: all but where it is kept, tracked and computed, and by what."""
+    """Return what decides the outcome of a run: all but where it is kept, watched and computed, and by what."""
     return identity_of(asdict(config))
 
 

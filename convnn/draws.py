@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,18 @@ def seed_subsets(seed: int | None, device: torch.device | None = None) -> None:
     """Draw from a generator of their own on ``device``, seeded here; None: from torch's global one, as at first."""
     global _generator
     _generator = None if seed is None else torch.Generator(device or "cpu").manual_seed(seed)
+
+
+@contextmanager
+def same_subsets() -> Iterator[None]:
+    """Leave the subsets' own generator as it was, so that what follows draws what was drawn inside."""
+    generator = _generator
+    state = None if generator is None else generator.get_state()
+    try:
+        yield
+    finally:
+        if generator is not None and state is not None:
+            generator.set_state(state)
 
 
 # An operator to the compiler, which cannot trace generators.

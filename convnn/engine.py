@@ -24,10 +24,12 @@ from convnn.backend import require
 from convnn.checkpoint import check_identity, load_latest, load_model_state, save_checkpoint
 from convnn.config import Config, ConfigError, fingerprint, identity
 from convnn.data import AnySplit, Batches, Dataset, load_dataset
+from convnn.diagnostics import Probe
 from convnn.draws import seed_subsets
 from convnn.drift import record_environment
 from convnn.evaluation import Meter, build_model, evaluate, forward_cost, idle_parameters
 from convnn.guard import DivergedError, StepGuard
+from convnn.looking import draw_at_end
 from convnn.optimizing import make_optimizer, make_scheduler
 from convnn.rundir import RunFolder, open_run_folder, versions
 from convnn.runtime import (
@@ -97,6 +99,7 @@ class Trainer:
         forward_cost(self.model, channels, self.image_size)
         self.num_classes = len(dataset.classes)
         self._build_training()
+        self.probe = Probe(config.diagnostics, self.batches["test"], self.autocast)
         self.epoch = self.step_in_epoch = self.step = 0
         self.best: dict[str, float] = {}
         self.meter = Meter.new(self.device)
@@ -162,6 +165,7 @@ class Trainer:
             "train_seconds": self.train_seconds,
             "train_images": self.train_images,
             "spectrum": {name: layer.movable() for name, layer in neighbor_layers(self.model).items()},
+            "neighbors": self.probe.before,
         }
 
     def save(self, name: str) -> None:
@@ -187,6 +191,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         for key in ("epoch", "step_in_epoch", "step", "best", "train_seconds", "train_images"):
             setattr(self, key, state[key])
+        self.probe.before = state.get("neighbors", {})
         self.rows, self.guard.skipped = json.loads(state["rows"]), state["skipped_steps"]
         sums = torch.tensor(state["meter"], dtype=torch.float64, device=self.device).view(-1, 4)
         if len(sums) != self.world.size:  # written by another number of processes
@@ -294,6 +299,7 @@ class Trainer:
                 row |= dict(zip((f"{name}_loss", f"{name}_top1", f"{name}_top5"), scores, strict=True))
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         row["layers"] = [{"name": n, **layer.spectrum()} for n, layer in neighbor_layers(self.model).items()]
+        self.probe.add_to(row, self.eval_model)
         row["train_seconds"] = round(self.train_seconds, 3)
         row["eval_seconds"] = round(time.perf_counter() - start, 3)
         chosen_on = "val_top1" if "val" in self.batches else "test_top1"
@@ -334,6 +340,8 @@ class Trainer:
         result: Result = {}
         try:
             signum = self.fit(stop)
+            if signum is None and self.tracker.takes_images and self.config.diagnostics.pictures:
+                self.tracker.log_images(draw_at_end(self.eval_model, self.batches["test"], self.folder.path))
             result = self.result("complete" if signum is None else "interrupted")
             if signum is not None:
                 result["signal"] = signal.Signals(signum).name

@@ -5,6 +5,8 @@ Shapes: B batch, N tokens, C input and O output channels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from convnn.base import Site, pair
 from convnn.config import ConfigError, OperatorConfig
 from convnn.geometry import Pair
 from convnn.layers import ConvNN2d, check_conv
+from convnn.neighborhood import Neighborhood, same_draws
 
 
 def _split(total: int, ratio: float, name: str) -> int:
@@ -35,7 +38,28 @@ def _dense_kernel(conv: nn.Conv2d) -> Tensor:
     return dense.flatten(0, 1).flatten(1, 2)
 
 
-class HybridConvNN2d(nn.Module):
+class _Hybrid(nn.Module):
+    """A layer with a neighbour branch, which may be None."""
+
+    neighbors: Any
+
+    def neighborhood(self, x: Tensor, *, blend: float | None = None) -> Neighborhood:
+        """Return what the neighbour branch chooses, at its own blend or another.
+
+        Raises:
+            ValueError: if there is no neighbour branch.
+        """
+        if self.neighbors is None:
+            raise ValueError("branch_ratio=0 leaves no neighbour branch that could be asked")
+        return self.neighbors.neighborhood(x, blend=blend)
+
+    def _with_neighbors(self, x: Tensor) -> tuple[Tensor, Neighborhood]:
+        with same_draws(x.device):
+            found = self.neighborhood(x)
+        return self.forward(x), found
+
+
+class HybridConvNN2d(_Hybrid):
     """Hybrid branching: some output channels from neighbours, the rest from a convolution, then a 1x1 convolution.
 
     Both branches read all input channels. A ratio of 0 or 1 keeps one branch and the 1x1 convolution.
@@ -57,8 +81,10 @@ class HybridConvNN2d(nn.Module):
         out = sum(branch.out_channels for branch in (neighbors, conv) if branch is not None)
         self.pointwise = nn.Conv2d(out, out, 1) if fuse else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, O, h', w')."""
+    def forward(self, x: Tensor, return_neighbors: bool = False) -> Any:
+        """(B, C, h, w) -> (B, O, h', w'); with ``return_neighbors`` the neighbour branch's Neighborhood too."""
+        if return_neighbors:
+            return self._with_neighbors(x)
         branches = [branch(x) for branch in (self.neighbors, self.conv) if branch is not None]
         y = torch.cat(branches, dim=1) if len(branches) > 1 else branches[0]
         return y if self.pointwise is None else self.pointwise(y)
@@ -137,7 +163,7 @@ class HybridConvNN2d(nn.Module):
         return hybrid
 
 
-class HybridConvNNAttention(nn.Module):
+class HybridConvNNAttention(_Hybrid):
     """Hybrid branching: some output channels from neighbours, the rest from full attention, then a linear layer.
 
     Both branches read all channels with projections of their own. A ratio of 0 or 1 keeps one branch.
@@ -158,9 +184,13 @@ class HybridConvNNAttention(nn.Module):
         out = sum(branch.proj.out_features for branch in (neighbors, attention) if branch is not None)
         self.pointwise = nn.Linear(out, out)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """(B, N, C) -> (B, N, O). A mask is refused rather than ignored."""
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, return_neighbors: bool = False
+    ) -> Any:
+        """(B, N, C) -> (B, N, O), as ``ConvNNAttention``. A mask is refused rather than ignored."""
         refuse_mask(attn_mask, is_causal)
+        if return_neighbors:
+            return self._with_neighbors(x)
         branches = [branch(x) for branch in (self.neighbors, self.attention) if branch is not None]
         return self.pointwise(torch.cat(branches, dim=-1) if len(branches) > 1 else branches[0])
 

@@ -16,6 +16,7 @@ from convnn.base import NeighborLayer, Site, layer_settings, pair
 from convnn.config import CONV, ConfigError, OperatorConfig
 from convnn.functional import convolve, is_convolution, kernel_to_slots, neighbor_aggregate, slots_to_kernel
 from convnn.geometry import Geometry, Pair
+from convnn.neighborhood import Neighborhood, find_neighborhood
 
 
 class ConvNN2d(NeighborLayer):
@@ -138,8 +139,18 @@ class ConvNN2d(NeighborLayer):
         """Return where tokens and queries lie on a map of this size (after the unshuffle)."""
         return Geometry(height, width, self.kernel_size, self.stride, self.padding, self.dilation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, O, h', w')."""
+    def forward(self, x: Tensor, return_neighbors: bool = False) -> Any:
+        """(B, C, h, w) -> (B, O, h', w'); with ``return_neighbors`` a Neighborhood too."""
+        if return_neighbors:
+            return self.with_neighbors(x)
+        x, geometry = self._unshuffled(x)
+        y = self._convolve(x, geometry)
+        if y is None:
+            y = self._aggregate(x, geometry)
+        return F.pixel_shuffle(y, self.shuffle) if self.shuffle > 1 else y
+
+    def _unshuffled(self, x: Tensor) -> tuple[Tensor, Geometry]:
+        """Check the input; return it as the operator sees it, and where its tokens lie."""
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"expected (batch, {self.in_channels}, height, width), got {tuple(x.shape)}")
         if self.shuffle > 1:
@@ -149,10 +160,30 @@ class ConvNN2d(NeighborLayer):
         geometry = self.geometry(x.shape[2], x.shape[3])
         if min(geometry.out_shape) < 1:
             raise ValueError(f"a {x.shape[2]}x{x.shape[3]} map is smaller than the window {self.kernel_size}")
-        y = self._convolve(x, geometry)
-        if y is None:
-            y = self._aggregate(x, geometry)
-        return F.pixel_shuffle(y, self.shuffle) if self.shuffle > 1 else y
+        return x, geometry
+
+    def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of every token: (B, C, h, w) -> three (B, 1, N, C)."""
+        ph, pw = self.padding
+        tokens = F.pad(x, (pw, pw, ph, ph)).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
+        return (tokens,) * 3 if self.qkv is None else self.qkv(tokens).chunk(3, dim=-1)
+
+    def neighborhood(self, x: Tensor, *, blend: float | None = None) -> Neighborhood:
+        """Return what the layer chooses on a map (B, C, h, w), at its own blend or another."""
+        x, geometry = self._unshuffled(x)
+        q, k, _ = self._qkv(x)
+        return find_neighborhood(
+            q[:, :, geometry.query_index(x.device)],
+            k,
+            geometry,
+            self.selection,
+            num=self.k,
+            blend=self.blend_value() if blend is None else float(blend),
+            weighting=self.weighting,
+            temperature=self.temperature,
+            training=self.training,
+            window=self.kernel_size,
+        )
 
     def _convolve(self, x: Tensor, geometry: Geometry) -> Tensor | None:
         """Return what ``F.conv2d`` gives if it is the same."""
@@ -167,9 +198,7 @@ class ConvNN2d(NeighborLayer):
         )
 
     def _aggregate(self, x: Tensor, geometry: Geometry) -> Tensor:
-        (ph, pw), out = self.padding, geometry.out_shape
-        tokens = F.pad(x, (pw, pw, ph, ph)).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()  # (B, 1, N, C)
-        q, k, v = (tokens,) * 3 if self.qkv is None else self.qkv(tokens).chunk(3, dim=-1)
+        q, k, v = self._qkv(x)
         if self.coordinates:
             positions = geometry.positions(v.device).to(v.dtype)
             v = torch.cat([v, positions.expand(*v.shape[:-1], 2)], dim=-1)
@@ -198,7 +227,7 @@ class ConvNN2d(NeighborLayer):
                 y = linear(y)
         if self.bias is not None:
             y = y + self.bias
-        return y.squeeze(1).transpose(1, 2).unflatten(2, out)
+        return y.squeeze(1).transpose(1, 2).unflatten(2, geometry.out_shape)
 
     def extra_repr(self) -> str:
         """State the configuration in one line."""

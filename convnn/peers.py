@@ -19,6 +19,7 @@ from convnn.config import ConfigError, OperatorConfig
 from convnn.functional import attend
 from convnn.geometry import Geometry, Pair
 from convnn.layers import check_conv
+from convnn.neighborhood import Neighborhood, find_neighborhood
 from convnn.selection import Selection
 
 
@@ -116,7 +117,13 @@ class GatedPositionalAttention(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, N, C) -> (B, N, C). A mask is refused rather than ignored."""
         refuse_mask(attn_mask, is_causal)
-        b, n, c = x.shape
+        weights, v = self._weights(x)
+        y = self.attn_drop(weights) @ v
+        return self.proj_drop(self.proj(y.transpose(1, 2).reshape(x.shape)))
+
+    def _weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return attention weights (B, H, N, N) and values (B, H, N, D)."""
+        b, n, _ = x.shape
         p = self.num_prefix_tokens
         height, width = grid_of(n, p, self.grid_size)
         q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # (B, H, N, D)
@@ -124,9 +131,16 @@ class GatedPositionalAttention(nn.Module):
         position = self.pos_proj(self.relative_positions(height, width)).permute(2, 0, 1).softmax(dim=-1)  # (H, ...)
         position = F.pad(position, (p, 0, p, 0))
         gate = self.gating.sigmoid()[:, None, None] * (torch.arange(n, device=x.device) >= p)[:, None]  # (H, N, 1)
-        weights = (1 - gate) * content + gate * position
-        y = self.attn_drop(weights) @ v
-        return self.proj_drop(self.proj(y.transpose(1, 2).reshape(b, n, c)))
+        return (1 - gate) * content + gate * position, v
+
+    @torch.no_grad()
+    def neighborhood(self, x: Tensor) -> Neighborhood:
+        """Return all tokens as neighbours, largest weight first; the window is that of the convolutional start."""
+        weights, index = self._weights(x)[0].sort(dim=-1, descending=True, stable=True)
+        grid = grid_of(x.shape[1], self.num_prefix_tokens, self.grid_size)
+        geometry = Geometry(*grid, prefix=self.num_prefix_tokens)
+        side = math.isqrt(self.num_heads)
+        return Neighborhood(index, torch.ones_like(index, dtype=torch.bool), weights, geometry, (side, side))
 
     @classmethod
     def from_layer(cls, layer: Attention, config: OperatorConfig, init: str, site: Site) -> GatedPositionalAttention:
@@ -210,19 +224,42 @@ class ACmix2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, O, h', w')."""
         b, _, h, w = x.shape
-        maps = self.qkv(x).view(b, 3 * self.heads, self.head_dim, h * w)
-        q, k, v = maps.view(b, 3, self.heads, self.head_dim, h * w).mT.unbind(1)  # (B, H, h * w, D)
-        geometry = Geometry(h, w, self.kernel_size, self.stride, self.padding)
-        selection = Selection("dot", candidates="window", num_candidates=self.window // 2, k_policy="clamp")
-        q, k, v = (add_ring(t, geometry) for t in (q, k, v))
-        q = q[:, :, geometry.query_index(x.device)]
-        attended = attend(q, k, v, geometry, selection, pads=False, temperature=1.0, dropout=0.0)
+        maps, q, k, v, geometry = self._project(x)
+        attended = attend(q, k, v, geometry, self._window(), pads=False, temperature=1.0, dropout=0.0)
         attended = attended.mT.reshape(b, self.out_channels, *geometry.out_shape)
         tap_maps = self.mix(maps.movedim(1, -1)).movedim(-1, 2)  # (B, D, h * w, taps) -> (B, D, taps, h * w)
         tap_maps = tap_maps.reshape(b, -1, h, w)
         # Channel d * H + i of the convolution reads the taps of head channel d.
         convolved = F.conv2d(tap_maps, self.shift, self.bias, self.stride, self.padding, groups=self.head_dim)
         return self.alpha * attended + self.beta * convolved
+
+    def _window(self) -> Selection:
+        return Selection(
+            "dot",
+            candidates="window",
+            num_candidates=self.window // 2,
+            pad_candidates=False,
+            self_first=False,
+            k_policy="clamp",
+        )
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Geometry]:
+        """Return the projected maps (B, 3 H, D, h * w), queries (B, H, Q, D), keys and values (B, H, N, D)."""
+        b, _, h, w = x.shape
+        maps = self.qkv(x).view(b, 3 * self.heads, self.head_dim, h * w)
+        q, k, v = maps.view(b, 3, self.heads, self.head_dim, h * w).mT.unbind(1)  # (B, H, h * w, D)
+        geometry = Geometry(h, w, self.kernel_size, self.stride, self.padding)
+        q, k, v = (add_ring(t, geometry) for t in (q, k, v))
+        return maps, q[:, :, geometry.query_index(x.device)], k, v, geometry
+
+    @torch.no_grad()
+    def neighborhood(self, x: Tensor) -> Neighborhood:
+        """Return what the attention path attends to, largest weight first; padding is never valid."""
+        _, q, k, _, geometry = self._project(x)
+        num = self.window**2
+        return find_neighborhood(
+            q, k, geometry, self._window(), num=num, blend=1.0, weighting="softmax", window=self.kernel_size
+        )
 
     def extra_repr(self) -> str:
         """State the configuration in one line."""

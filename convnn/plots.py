@@ -42,6 +42,7 @@ from convnn.plotting import (
     styles,
 )
 from convnn.results import COMPLETE
+from convnn.spectrum_plots import draw_along, draw_layers
 from convnn.tables import METRICS, describe, grouped, is_missing, main_keys, short_name, show, sort_key, varying_keys
 
 if TYPE_CHECKING:
@@ -49,9 +50,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_NAMES = ("over_*", "heatmap", "configurations", "gflops", "seconds", "curves")
-PICTURES = [f"{name}.{kind}" for name in _NAMES for kind in ("png", "svg")]
-"""Glob patterns of all files that ``draw_all`` may write."""
+_NAMES = ("over_*", "heatmap", "configurations", "gflops", "seconds", "curves", "spectrum", "layers_*")
+PICTURES = [f"{name}.{kind}" for name in (*_NAMES, "run?_*") for kind in ("png", "svg")]
+"""Glob patterns of all pictures that a report may write."""
 
 
 @dataclass
@@ -83,7 +84,10 @@ def draw_all(
         )
         seconds = against(view, "seconds", "measured training time (s)")
         drawn.append(("seconds", "Accuracy against training time", seconds and _with_devices(seconds, frame)))
+        along = draw_along(frame, summary, folders)
+        drawn.append(("spectrum", "Accuracy, loss and cost along the spectrum", along))
         drawn.append(("curves", "Training curves", curves(frame, summary, folders)))
+        drawn += draw_layers(frame, summary, folders)
         return [_save(name, title, *made, out) for name, title, made in drawn if made is not None]
 
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["Report", "make_report", "read_runs", "summarize"]
 
 MAX_TEXT_ROWS = 60
+MAX_RUNS = 2
+"""Runs whose own pictures a report holds."""
 _COST_NAMES = {"seconds": "seconds", "params": "M params", "gflops": "GFLOPs", "images_per_second": "images/s"}
 
 Table = tuple[list[str], list[list[str]]]
@@ -141,9 +143,33 @@ def make_report(folders: Sequence[Path], out: Path, metric: str = "top1_last") -
     for old in (path for pattern in PICTURES for path in out.glob(pattern)):
         old.unlink()
     report.pictures = draw_all(runs, summary, metric, [run.folder for run in findings.runs], out)
+    report.pictures += run_pictures(findings, out)
     (out / "table.md").write_text(markdown(report), encoding="utf-8")
     (out / "index.html").write_text(html_page(report), encoding="utf-8")
     return report
+
+
+def run_pictures(findings: Findings, out: Path) -> list[Picture]:
+    """Return what scripts/visualize.py left in the run folders, of at most ``MAX_RUNS`` runs, copied to ``out``."""
+    from convnn.plots import Picture
+
+    titles = {
+        "neighbors": "Which tokens the layers mix",
+        "blends": "One query from convolution to attention",
+        "weights": "How much each token weighs",
+    }
+    folders = [run.folder for run in findings.runs if (run.folder / "pictures" / "neighbors.svg").is_file()]
+    pictures = []
+    for i, folder in enumerate(folders[:MAX_RUNS]):
+        for name, title in titles.items():
+            files = [folder / "pictures" / f"{name}.{kind}" for kind in ("png", "svg")]
+            if all(file.is_file() for file in files):
+                copies = [out / f"run{i + 1}_{file.name}" for file in files]
+                for file, copy in zip(files, copies, strict=True):
+                    copy.write_bytes(file.read_bytes())
+                caption = f"Drawn by scripts/visualize.py for {tidy(folder.name)}."
+                pictures.append(Picture(copies[0].stem, title, caption, *copies))
+    return pictures
 
 
 def metric_title(metric: str) -> str:

@@ -24,7 +24,7 @@ from convnn.config import Config, ConfigError, differences, fingerprint, identit
 from convnn.files import is_leftover, lock, lock_owner, read_json, release, remove_leftovers, write_json, write_text
 
 _OWN = ("env.json", "train.log", "metrics.jsonl", "swap.txt", "result.json", "wandb_id")
-_OWN_FOLDERS = ("checkpoints", "wandb")
+_OWN_FOLDERS = ("checkpoints", "wandb", "pictures")
 _PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "wandb")
 
 log = logging.getLogger("convnn")

@@ -238,9 +238,9 @@ class Sweep:
         if configs:
             from convnn.tracking import publish_report
 
-            rows = json.loads(report.summary.to_json(orient="records"))
-            images = {p.png.stem: p.png for p in report.pictures}
-            publish_report(configs[0].tracker, self.folder, self.options.name, rows, images)
+            rows, runs = (json.loads(t.to_json(orient="records")) for t in (report.summary, report.runs))
+            images = [p.png for p in report.pictures]
+            publish_report(configs[0].tracker, self.folder, self.options.name, rows, runs, images)
             print(f"upload all runs with: wandb sync {self.folder}/points/*/wandb/offline-run-* "
                   f"{self.folder}/wandb/offline-run-*")  # fmt: skip
 

@@ -37,7 +37,7 @@ def describe_row(row: Mapping[str, Any], epochs: int, *, moving: bool) -> str:
     for name in ("val", "test"):
         if f"{name}_loss" in row:
             text += f"  {name} loss {row[f'{name}_loss']:.4f} top1 {row[f'{name}_top1']:.2f}"
-    blends = [layer["blend"] for layer in row["layers"]]
+    blends = [layer["blend"] for layer in row["layers"] if "blend" in layer]
     if blends and moving:
         text += f"  blend {min(blends):.2f}..{max(blends):.2f}"
     return f"{text}  {row['train_seconds']:.1f} s"
@@ -68,6 +68,16 @@ class Tracker:
         if self._wandb is not None:
             self._guard(lambda: self._wandb.log(_flat(row), step=row["step"]))
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether pictures have somewhere to go."""
+        return self._wandb is not None
+
+    def log_images(self, files: Sequence[Path]) -> None:
+        """Add pictures to W&B as media, named after their files."""
+        if self._wandb is not None:
+            self._guard(lambda: self._wandb.log(_media(files)))
+
     def finish(self, result: Mapping[str, Any], exit_code: int) -> None:
         """Hand W&B the final numbers and close it."""
         if self._wandb is not None:
@@ -82,17 +92,29 @@ class Tracker:
             self._wandb = None
 
 
+def _media(files: Sequence[Path]) -> dict[str, Any]:
+    import wandb
+
+    return {f"pictures/{file.stem}": wandb.Image(str(file)) for file in files}
+
+
 def publish_report(
-    config: TrackerConfig, folder: Path, group: str, rows: Sequence[Mapping[str, Any]], images: Mapping[str, Path]
+    config: TrackerConfig,
+    folder: Path,
+    group: str,
+    rows: Sequence[Mapping[str, Any]],
+    runs: Sequence[Mapping[str, Any]],
+    images: Sequence[Path],
 ) -> None:
-    """Give a sweep's W&B group a run of its own that holds the summary table and the plots.
+    """Give a sweep's W&B group a run of its own that holds the summary, the table of runs, and the plots.
 
     Args:
         config: of the sweep's runs.
         folder: of the sweep.
         group: of the sweep's runs.
-        rows: of the table, with the same keys.
-        images: files of the plots, by name.
+        rows: of the summary, with the same keys.
+        runs: of the table of runs, with the same keys.
+        images: files of the plots.
     """
     run = _start_wandb(config, folder, {}, group=group, job_type="report")
     if run is None:
@@ -100,10 +122,10 @@ def publish_report(
     try:
         import wandb
 
-        columns: list[Any] = list(rows[0]) if rows else []
-        cells = [[row[c] for c in columns] for row in rows]
-        run.log({"summary": wandb.Table(columns=columns, data=cells)})
-        run.log({name: wandb.Image(str(path)) for name, path in images.items()})
+        for name, table in (("summary", rows), ("runs", runs)):
+            columns: list[Any] = list(table[0]) if table else []
+            run.log({name: wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in table])})
+        run.log(_media(images))
         run.finish()
     except Exception as error:
         log.warning("W&B failed (%s); the report in %s is complete without it", error, folder)

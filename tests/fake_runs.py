@@ -6,6 +6,7 @@ from dataclasses import asdict
 import yaml
 
 from convnn.config import Config, fingerprint_of, identity_of
+from convnn.measures import MEASURES
 
 
 def set_key(values, key, value):
@@ -15,7 +16,18 @@ def set_key(values, key, value):
     values[leaf] = value
 
 
-def write_run(folder, keys=None, top1=80.0, epochs=3, seed=0, status="complete", **result):
+def fake_layers(blend, epoch, layers):
+    """Rows of metrics as the diagnostics write them, of layers that leave the window with rising blend and depth."""
+    rows = []
+    for i in range(layers):
+        moved = blend * (i + 1) / layers
+        measures = dict.fromkeys(MEASURES, 0.1) | {"overlap": 1 - moved, "distance_mean": 0.1 + 0.4 * moved}
+        measures |= {"entropy": None, "agreement": None if epoch == 0 else 1 - 0.5 * moved}
+        rows.append({"name": f"layer{i + 1}.conv1", "blend": blend, "k": 9, **measures})
+    return rows
+
+
+def write_run(folder, keys=None, top1=80.0, epochs=3, seed=0, status="complete", layers=0, **result):
     """Write a run folder in the engine's format; ``status=None`` leaves out result.json."""
     config = asdict(Config())
     config["seed"] = seed
@@ -29,7 +41,8 @@ def write_run(folder, keys=None, top1=80.0, epochs=3, seed=0, status="complete",
             "step": e + 1,
             "train_loss": 2.3 / (e + 1),
             "test_top1": top1 - 30 / (e + 1) + 30 / epochs,
-            "layers": [{"name": "conv1", "blend": 1.0, "k": 9}],
+            "test_loss": 2.0 / (e + 1),
+            "layers": fake_layers(config["operator"]["blend"], e, layers) or [{"name": "conv1", "blend": 1.0, "k": 9}],
         }
         for e in range(epochs)
     ]
@@ -61,15 +74,14 @@ def write_run(folder, keys=None, top1=80.0, epochs=3, seed=0, status="complete",
     return folder
 
 
-def grid(root, blends=(0.0, 0.5, 1.0), ks=(4, 9, 16), seeds=(0, 1)):
+def grid(root, blends=(0.0, 0.5, 1.0), ks=(4, 9, 16), seeds=(0, 1), layers=0):
     """Write blends x ks x seeds; top-1 is 80 + k, and a point more for each seed."""
     for blend in blends:
         for k in ks:
             for seed in seeds:
                 keys = {"operator.blend": blend, "operator.k": k}
-                write_run(
-                    root / f"b{blend}-k{k}-s{seed}", keys, 80.0 + k + seed, seed=seed, gflops=k / 4, seconds=float(k)
-                )
+                result = {"gflops": k / 4, "seconds": float(k), "layers": layers}
+                write_run(root / f"b{blend}-k{k}-s{seed}", keys, 80.0 + k + seed, seed=seed, **result)
     return root
 
 

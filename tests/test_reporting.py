@@ -209,7 +209,7 @@ def test_a_sweep_without_a_valid_point_is_reported(tmp_path):
 
 def test_pictures_for_a_grid(tmp_path):
     report = make_report([grid(tmp_path)], tmp_path / "out")
-    assert [p.name for p in report.pictures] == ["over_blend", "heatmap", "gflops", "seconds", "curves"]
+    assert [p.name for p in report.pictures] == ["over_blend", "heatmap", "gflops", "seconds", "spectrum", "curves"]
     for picture in report.pictures:
         assert picture.png.stat().st_size > 10_000
         assert ElementTree.parse(picture.svg).getroot().tag.endswith("svg")

@@ -31,12 +31,13 @@ from convnn.evaluation import Meter, build_model, evaluate, forward_cost, idle_p
 from convnn.guard import DivergedError, StepGuard
 from convnn.looking import draw_at_end
 from convnn.optimizing import make_optimizer, make_scheduler
-from convnn.rundir import RunFolder, open_run_folder, versions
+from convnn.outcome import result_of
+from convnn.rundir import RunFolder, open_run_folder
 from convnn.runtime import (
     StoppedError,
+    device_name,
     explain_memory,
     make_autocast,
-    peak_memory,
     pick_device,
     seed_step,
     set_determinism,
@@ -44,7 +45,7 @@ from convnn.runtime import (
 )
 from convnn.schedule import apply_schedule, describe_schedule
 from convnn.streaming import make_batches
-from convnn.swap import count_parameters, neighbor_layers
+from convnn.swap import neighbor_layers
 from convnn.tracking import Tracker, describe_row
 
 log = logging.getLogger("convnn")
@@ -322,7 +323,7 @@ class Trainer:
         distributed.joint(lambda: self.folder.begin(self.config))
         resumed = self.folder.resume and distributed.joint(self.resume)
         if self.folder.writes:
-            self.environment_changes = record_environment(self.folder.path, self._device_name(), self.step)
+            self.environment_changes = record_environment(self.folder.path, device_name(self.device), self.step)
             (self.folder.path / "swap.txt").write_text(str(self.report))
         log.info("run folder %s", self.folder.path)
         log.info("%s on %s, %s", self.config.backbone.name, self.device, self.config.data.name)
@@ -342,12 +343,12 @@ class Trainer:
             signum = self.fit(stop)
             if signum is None and self.tracker.takes_images and self.config.diagnostics.pictures:
                 self.tracker.log_images(draw_at_end(self.eval_model, self.batches["test"], self.folder.path))
-            result = self.result("complete" if signum is None else "interrupted")
+            result = result_of(self, "complete" if signum is None else "interrupted")
             if signum is not None:
                 result["signal"] = signal.Signals(signum).name
             exit_code = 0 if signum is None else 128 + signum
         except DivergedError as error:
-            result = self.result("diverged") | {"reason": str(error)}
+            result = result_of(self, "diverged") | {"reason": str(error)}
             exit_code = 3
             log.error("diverged: %s", error)
         except ValueError as error:
@@ -362,38 +363,6 @@ class Trainer:
             self.tracker.finish(result, exit_code)
             seed_subsets(None)
         return result
-
-    def result(self, status: str) -> Result:
-        """Return the content of result.json. Accuracies are in percent; sizes in bytes; times in seconds."""
-        row, best = self.rows[-1] if self.rows else {}, self.best
-        on_val = "val" in self.batches
-        return {
-            "status": status,
-            "fingerprint": fingerprint(self.config),
-            "top1_last": row.get("test_top1"),
-            "top5_last": row.get("test_top5"),
-            "top1_best_on_test": None if on_val else best.get("test_top1"),
-            "top1_at_best_val": best.get("test_top1") if on_val else None,
-            "val_top1_best": best.get("val_top1"),
-            "best_epoch": best.get("epoch"),
-            "epochs": self.epoch,
-            "steps": self.step,
-            "skipped_steps": self.guard.skipped,
-            "seconds": round(self.train_seconds, 3),
-            "params": count_parameters(self.model),
-            "gflops": self.gflops,
-            "images_per_second": round(self.train_images / self.train_seconds, 1) if self.train_seconds else None,
-            "peak_memory_bytes": max(distributed.gather(peak_memory(self.device))),
-            "processes": self.world.size,
-            "layers_replaced": len(self.report),
-            "classes": self.num_classes,
-            "device": self._device_name(),
-            "versions": versions(),
-            "environment_changes": self.environment_changes,
-        }
-
-    def _device_name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
 
 def run(config: Config) -> Result:

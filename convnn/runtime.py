@@ -80,6 +80,11 @@ def make_autocast(amp: str, device: torch.device) -> Callable[[], Any]:
     return nullcontext
 
 
+def device_name(device: torch.device) -> str:
+    """Return what the device is called."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes that this process had at once, on the GPU or else in memory."""
     if device.type == "cuda":

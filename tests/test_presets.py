@@ -58,17 +58,18 @@ def test_every_preset_trains_in_every_backbone(preset, name, init):
 
     before = loss_now()
     before.backward()
-    start = {key: p.detach().clone() for key, p in model.named_parameters()}
     for key, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), key
-    # The choice of neighbours jumps, so a step must be large enough for the descent to outweigh the jumps.
-    after = []
-    for lr in (0.01, 0.003, 0.001):
-        model.load_state_dict(start, strict=False)
-        torch.optim.Adam(model.parameters(), lr).step()
-        with torch.no_grad():
-            after.append(loss_now().item())
-    assert min(after) < before.item()
+    # The choice of neighbours jumps, so that a single step may go up.
+    optimizer = torch.optim.Adam(model.parameters(), 0.003)
+    for _ in range(10):
+        optimizer.step()
+        optimizer.zero_grad()
+        after = loss_now()
+        if after < before:
+            break
+        after.backward()
+    assert after < before
 
 
 @pytest.mark.parametrize("preset", [p for p in PRESETS if p not in TRANSFER])

@@ -78,14 +78,16 @@ def run_all(cases: list, device: object, options: Options, facts: dict) -> list[
     """Measure group by group, print as it goes, and return the rows of the CSV file."""
     from convnn.benchmarking import measure, peak_memory
 
+    # Memory first: what timing leaves free in this process, a fork of it would fill before it grows.
+    peak_of = {id(c): None if c.group == "input" else peak_memory(c, device) for c in cases}  # type: ignore[arg-type]
     rows = []
     for group in dict.fromkeys(c.group for c in cases):
         own = [c for c in cases if c.group == group]
         scaling = group in ("tokens", "neighbours")
-        peaks = [None if group == "input" else peak_memory(c, device) for c in own]  # type: ignore[arg-type]
         timings = measure(own, device, 5 if options.quick else options.repeats, 3 if options.quick else options.seconds)  # type: ignore[arg-type]
         print(f"\n{group}")
-        for timing, peak in zip(timings, peaks, strict=True):
+        for timing in timings:
+            peak = peak_of[id(timing.case)]
             ratio = timing.median / timings[0].median
             low, high = timing.quartiles
             text = f"  {timing.case.name:<36} {timing.median:>9.2f} ms  [{low:.2f}, {high:.2f}]"

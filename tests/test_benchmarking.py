@@ -1,8 +1,6 @@
 """The benchmark's references compute what ours compute, and its clock and memory counters count."""
 
 import csv
-import subprocess
-import sys
 import time
 
 import pytest
@@ -11,7 +9,6 @@ from torch import nn
 
 from convnn import ConfigError, ConvNN2d, ConvNNAttention, backend, benchmarking
 from convnn.benchmarking import Case, NaiveConvNN2d, NaiveConvNNAttention, layer_step, measure, peak_memory
-from convnn.cli import CONF_DIR
 from convnn.input_cases import input_cases, input_share_cases
 
 CPU = torch.device("cpu")
@@ -52,16 +49,15 @@ def test_backends_are_compared_on_cuda_only(monkeypatch):
             ours()
 
 
-def test_the_script_writes_its_table_and_picture(tmp_path):
-    command = [sys.executable, str(CONF_DIR.parent / "scripts" / "benchmark.py"), "quick=true", "groups=neighbours"]
-    done = subprocess.run([*command, f"out={tmp_path}"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+def test_the_script_writes_its_table_and_picture(tmp_path, call):
+    code, err = call("scripts/benchmark.py", ["quick=true", "groups=neighbours", f"out={tmp_path}"])
+    assert code == 0, err
     with (tmp_path / "benchmark.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["k"] for row in rows] == ["1", "9"] and all(float(row["ms_median"]) > 0 for row in rows)
     assert (tmp_path / "benchmark.png").stat().st_size > 5000
-    bad = subprocess.run([*command, "groups=x"], capture_output=True, text=True, timeout=120)
-    assert bad.returncode == 2 and "groups=x matches no group" in bad.stderr
+    code, err = call("scripts/benchmark.py", ["quick=true", "groups=x"])
+    assert code == 2 and "groups=x matches no group" in err
 
 
 def test_all_input_cases_do_the_same_work():

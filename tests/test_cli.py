@@ -120,7 +120,7 @@ def uninterrupted(tmp_path_factory):
     return [without_times(r) for r in read_metrics(folder / "w" / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_stopped_and_resumed_equals_uninterrupted(signum, tmp_path, uninterrupted):
     process = start(*LONG, f"run.dir={tmp_path}/r")
     wait_for(tmp_path / "r" / "metrics.jsonl", '"epoch": 1', process)
@@ -138,6 +138,7 @@ def test_stopped_and_resumed_equals_uninterrupted(signum, tmp_path, uninterrupte
     assert rows == uninterrupted and len(rows) == 4
 
 
+@pytest.mark.slow
 def test_a_signal_that_arrives_twice_at_once_still_leaves_a_checkpoint(tmp_path):
     process = start(*LONG, f"run.dir={tmp_path}/r")
     wait_for(tmp_path / "r" / "metrics.jsonl", '"epoch": 0', process)

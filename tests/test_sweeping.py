@@ -19,6 +19,7 @@ from convnn.sweeping import run_sweep
 
 ROOT = CONF_DIR.parent
 FAKE = Path(__file__).with_name("fake_train.py")
+SUBMITIT = pytest.param("submitit_local", marks=pytest.mark.slow)
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_faults_do_not_sink_the_sweep_and_are_run_again(driver, tmp_path):
     check_faults(tmp_path, lambda *o: sweep(driver, tmp_path, *o))
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.parametrize("launcher", ["joblib", SUBMITIT])
 def test_faults_with_parallel_launchers(launcher, driver, tmp_path):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
     more = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
@@ -168,9 +169,14 @@ def alive(tmp_path):
 
 @pytest.mark.parametrize(
     "signum, launcher",
-    [(signal.SIGTERM, "basic"), (signal.SIGINT, "basic"), (signal.SIGUSR2, "basic"), (signal.SIGTERM, "joblib"),
-     (signal.SIGINT, "submitit_local")],
-)  # fmt: skip
+    [
+        (signal.SIGTERM, "joblib"),
+        (signal.SIGINT, "basic"),
+        pytest.param(signal.SIGTERM, "basic", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR2, "basic", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "submitit_local", marks=pytest.mark.slow),
+    ],
+)
 def test_signals_leave_checkpoints_and_no_process(signum, launcher, driver, tmp_path):
     if launcher != "basic":
         pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
@@ -299,7 +305,7 @@ def test_a_point_that_waits_for_its_gpu_is_waited_for(driver, tmp_path, monkeypa
     assert [len(p.read_text().splitlines()) for p in tmp_path.glob("sweep/points/*/calls")] == [1]
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.parametrize("launcher", ["joblib", SUBMITIT])
 def test_a_killed_sweep_takes_its_workers_along(launcher, driver, tmp_path):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
     process = sweep(driver, tmp_path, "data.name=sleep", "seed=1,2", f"hydra/launcher={launcher}", wait=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from convnn.cli import CONF_DIR, from_hydra
 from convnn.config import ConfigError, fingerprint
 from convnn.files import write_json
 from convnn.grid import Point, SweepConfig, key_of, load_point, point_name, quoted
-from convnn.points import point_state, run_point
+from convnn.points import point_state, run_point, sweep_is_gone
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="sweep")
@@ -44,6 +45,8 @@ def main(values: DictConfig) -> float | str | None:
         jobs_per_device=sweep.jobs_per_device,
         parallel=parallel,
     )
+    if sweep_is_gone(sweep.token):
+        os._exit(1)  # a worker without a sweep would wait for ever to hand over its result
     return point_state(folder, point).top1 if status == "complete" else status
 
 

@@ -158,13 +158,14 @@ def wait_for(pattern, tmp_path, seconds=60):
 
 
 def alive(tmp_path):
-    """Processes whose command line names the test's folder."""
-    found = []
+    """Processes whose command line or environment names the test's folder."""
+    found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            if str(tmp_path).encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
-                found.append(path.parent.name)
-    return found
+            seen = path.read_bytes() + path.with_name("environ").read_bytes()
+            if str(tmp_path).encode() in seen and int(path.parent.name) != os.getpid():
+                found.add(path.parent.name)
+    return sorted(found)
 
 
 @pytest.mark.parametrize(

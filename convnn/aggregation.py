@@ -22,7 +22,7 @@ _blocks_only: ContextVar[bool] = ContextVar("blocks_only", default=False)
 
 @contextmanager
 def in_blocks() -> Iterator[None]:
-    """Let layers gather blocks of neighbours here: to count operations, or to differentiate twice."""
+    """Let layers gather blocks of neighbours here, to count operations."""
     token = _blocks_only.set(True)
     try:
         yield
@@ -31,8 +31,13 @@ def in_blocks() -> Iterator[None]:
 
 
 def walks_edges(x: Tensor) -> bool:
-    """Return whether ``convnn.edges`` serves: on a CPU in float32 or float64, outside of compiled graphs."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+    """Return whether ``convnn.edges`` serves: on a CPU in float32 or float64, where torch runs what it is told at once.
+
+    Compiled and traced graphs and the transforms of ``torch.func`` take no ``Function`` with a graph as an argument.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
     return not (torch.is_autocast_enabled("cpu") or _blocks_only.get())
 

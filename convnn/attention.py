@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -207,14 +208,14 @@ class ConvNNAttention(NeighborLayer):
         """Return what the layer chooses in a sequence (B, N, C), at its own blend or another."""
         geometry = self.layout_of(x.shape[1]) if blend is None else self.geometry(x.shape[1])
         q, k, _ = self._heads(x, geometry)
-        seen, side = geometry, 2 * (math.isqrt(self.k_max) // 2) + 1
+        seen = geometry
         if not any(geometry.padding) and geometry.height == 1:  # laid out on a line, as far as the selection cares
             try:
                 size = grid_of(x.shape[1], self.num_prefix_tokens, self.grid_size)
                 seen = Geometry(*size, prefix=self.num_prefix_tokens)
             except ValueError:
                 pass
-        return find_neighborhood(
+        found = find_neighborhood(
             q,
             k,
             geometry,
@@ -224,9 +225,13 @@ class ConvNNAttention(NeighborLayer):
             weighting=self.weighting,
             temperature=self.temperature,
             training=self.training,
-            window=(side, side),
             seen=seen,
         )
+        limit = self.k_max
+        if found.index.shape[-1] < self.k:  # clamped: a window of the neighbours there are
+            limit = min(limit, int(found.on_grid.sum(-1).amax()))
+        side = 2 * (math.isqrt(limit) // 2) + 1
+        return replace(found, window=(side, side))
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, return_neighbors: bool = False

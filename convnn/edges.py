@@ -2,7 +2,8 @@
 
 A gather of the neighbours is K times as large as the tokens, and on a CPU moving it costs more than the arithmetic.
 Here sums go through ``F.embedding_bag``, products through ``torch.sparse.sampled_addmm``, and what needs the
-neighbours themselves holds a part of them at a time. Backward, the same edges are walked from the neighbours' side.
+neighbours themselves holds a part of them at a time. Backward, the same edges are walked from the neighbours' side;
+with ``create_graph``, for a second derivative, the neighbours are gathered after all.
 
 Shapes: B batch, H heads, Q queries, N tokens, K neighbours, E = B H Q queries and T = B H N tokens in all, D or C
 channels, O output channels.
@@ -11,14 +12,13 @@ channels, O output channels.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterator
+from functools import cached_property, lru_cache, wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 BLOCK = 1 << 19
 """Gathered elements held at once: 2 MiB in float32, which stay in a core's cache."""
@@ -79,6 +79,41 @@ def _accept_sparse() -> None:
         torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
 
 
+Backward = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
+
+
+def differentiated(plain: Callable[..., Tensor]) -> Callable[[Backward], Backward]:
+    """Let a backward pass whose own derivative may be asked for (``create_graph``) differentiate ``plain`` instead.
+
+    Args:
+        plain: the forward pass in torch's own operations, of the saved tensors and the edges.
+    """
+
+    def decorate(backward: Backward) -> Backward:
+        @wraps(backward)
+        def chosen(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            if not torch.is_grad_enabled():
+                return backward(ctx, grad)
+            shape = ctx.edges.num_tokens, grad.shape[1]
+            # A table that was not saved enters linearly. Views: one input may have been computed from another.
+            saved = [grad.new_zeros(shape, requires_grad=True) if need and x is None else x
+                     for x, need in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)]  # fmt: skip
+            inputs = [None if x is None else x.view_as(x) for x in saved]
+            wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need and x is not None]
+            found = iter(torch.autograd.grad(plain(*inputs, ctx.edges), wanted, grad, create_graph=True))
+            return tuple(next(found) if need else None for need in ctx.needs_input_grad)
+
+        return chosen
+
+    return decorate
+
+
+def _gathered(table: Tensor, weights: Tensor | None, edges: Edges) -> Tensor:
+    """Return each query's weighed tokens: (T, D) -> (E, K, D)."""
+    taken = table.index_select(0, edges.rows.flatten()).view(*edges.rows.shape, -1)
+    return taken if weights is None else taken * weights[..., None]
+
+
 class Dot(torch.autograd.Function):
     """Products of queries (E, D) with their tokens (T, D): (E, K)."""
 
@@ -89,7 +124,7 @@ class Dot(torch.autograd.Function):
         return edges.dot(queries, table)
 
     @staticmethod
-    @once_differentiable
+    @differentiated(lambda queries, table, edges: (_gathered(table, None, edges) * queries[:, None]).sum(-1))
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         (queries, table), edges = ctx.saved_tensors, ctx.edges
         grad = grad.contiguous()
@@ -108,7 +143,7 @@ class Sum(torch.autograd.Function):
         return edges.gather_sum(table, weights)
 
     @staticmethod
-    @once_differentiable
+    @differentiated(lambda table, weights, edges: _gathered(table, weights, edges).sum(1))
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         (table, weights), edges = ctx.saved_tensors, ctx.edges
         grad = grad.contiguous()
@@ -135,7 +170,7 @@ class Depthwise(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiated(lambda table, weights, slots, edges: (_gathered(table, weights, edges) * slots).sum(1))
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         (table, weights, slots), edges = ctx.saved_tensors, ctx.edges
         for_table, for_slots = torch.zeros_like(table), torch.zeros_like(slots)
@@ -170,7 +205,7 @@ class Conv(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiated(lambda table, weights, slots, edges: _gathered(table, weights, edges).flatten(1) @ slots)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         (table, weights, slots), edges = ctx.saved_tensors, ctx.edges
         grad = grad.contiguous()

@@ -61,7 +61,7 @@ def image_file(path: Path, channels: int, config: DataConfig, image_size: int, s
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file).convert("L" if channels == 1 else "RGB")
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(f"image={path} cannot be read as an image ({error})") from error
     grain = math.gcd(image_size, _GRAIN)
     short = min(image.size)

@@ -337,6 +337,7 @@ def _history(folder: Path) -> list[Row]:
     try:
         for line in (folder / "metrics.jsonl").read_text().splitlines():
             row = json.loads(line)
+            row["train_loss"] = math.nan if row["train_loss"] is None else row["train_loss"]  # all steps skipped
             rows.append({name: float(row[name]) for name in ("epoch", "test_top1", "train_loss")})
     except (OSError, ValueError, TypeError, KeyError):
         pass  # what stands before a damaged line counts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             except json.JSONDecodeError:
                 break
     return rows
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """Return a row as a line of JSON, which has no NaN: the loss of an epoch whose steps were all skipped is null."""
+    whole = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(whole) + "\n"
 
 
 def describe_row(row: Mapping[str, Any], epochs: int, *, moving: bool) -> str:
@@ -54,7 +61,7 @@ class Tracker:
         self._wandb = None
         if not distributed.is_main():
             return
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(self.path, "".join(_line(row) for row in rows))
         self._wandb = _start_wandb(config, folder, run_config) if config.name == "wandb" else None
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -62,7 +69,7 @@ class Tracker:
         if not distributed.is_main():
             return
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(_line(row))
             file.flush()
             os.fsync(file.fileno())
         if self._wandb is not None:

@@ -97,15 +97,38 @@ def test_where_edges_do_not_serve(autocast):
     assert aggregation.walks_edges(x.float())
 
 
-def test_backend_torch_gathers_and_can_be_differentiated_twice():
-    layer = ConvNN2d(2, 2, 3, backend="torch").double()
-    x = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(layer, x)
-    layer.backend = "auto"
-    y = layer(x)
-    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y, requires_grad=True), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_second_derivatives(options):
+    """They are those of gathered neighbours, through the layers around too, and none is left out in silence."""
+    torch.manual_seed(0)
+    layer = ConvNN2d(4, 4, 5, 1, 1, **options).double()
+    first = torch.nn.Conv2d(2, 4, 3).double()
+    x, found = torch.randn(2, 2, 6, 6, dtype=torch.float64), []
+    for backend in ("auto", "torch"):
+        layer.backend = backend
+        torch.manual_seed(1)
+        y = layer(first(x).tanh()).square().sum()
+        parts = [first.weight, *layer.parameters()]
+        gradients = torch.autograd.grad(y, parts, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), parts))
+    for own, plain in zip(*found, strict=True):
+        torch.testing.assert_close(own, plain, rtol=1e-9, atol=1e-10)
+
+
+def test_transforms_of_torch_func():
+    """``torch.func.grad`` gives what ``backward`` gives."""
+    layer = ConvNN2d(2, 2, 3, weighting="softmax")
+    x = torch.randn(1, 2, 4, 4)
+    own = torch.func.grad(lambda p: torch.func.functional_call(layer, p, (x,)).sum())(dict(layer.named_parameters()))
+    layer(x).sum().backward()
+    torch.testing.assert_close(own["weight"], layer.weight.grad)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
+def test_a_traced_layer_computes_the_same():
+    layer = ConvNN2d(2, 2, 3, blend=0.5, weighting="softmax").eval()
+    x, other = torch.randn(2, 1, 2, 4, 4)
+    torch.testing.assert_close(torch.jit.trace(layer, x)(other), layer(other))
 
 
 def test_topk_with_and_without_ties():

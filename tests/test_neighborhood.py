@@ -143,3 +143,17 @@ def test_convit_answers_with_every_token():
     assert found.index.shape == (1, 4, 17, 17) and found.window == (2, 2)
     assert (found.weights.diff(dim=-1) <= 0).all()
     torch.testing.assert_close(found.weights.sum(-1), torch.ones(1, 4, 17))
+
+
+def test_the_window_of_a_layer_with_fewer_candidates_than_k():
+    """Without a limit to k, full attention's window is that of its tokens; a k lowered later keeps the layer's."""
+    x = torch.randn(1, 17, 8)
+    full = ConvNNAttention(8, 2, 65536, k_policy="clamp", aggregation="sum", num_prefix_tokens=1)
+    assert full.neighborhood(x).window == (5, 5)
+    local = ConvNNAttention(
+        8, 2, 65536, k_policy="clamp", candidates="window", num_candidates=1, aggregation="sum", num_prefix_tokens=1
+    )
+    assert local.neighborhood(x).window == (3, 3)
+    layer = ConvNNAttention(8, 2, 9, num_prefix_tokens=1)
+    layer.set_spectrum(k=2)
+    assert layer.neighborhood(x).window == (3, 3)

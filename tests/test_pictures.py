@@ -219,3 +219,13 @@ def test_the_reports_run_holds_tables_and_plots(tmp_path):
     runs = json.loads(next((files / "table").glob("runs_*.table.json")).read_text())
     assert len(runs["data"]) == 3 and {"name", "status", "operator.blend", "top1_last"} <= set(runs["columns"])
     assert any(path.name.startswith("spectrum") for path in (files / "images" / "pictures").iterdir())
+
+
+def test_an_image_file_that_pillow_refuses_is_named(tmp_path, monkeypatch):
+    """Pillow refuses with other errors than OSError too: a picture of too many pixels."""
+    from PIL import Image
+
+    Image.new("RGB", (40, 40)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ConfigError, match=r"large\.png cannot be read as an image"):
+        image_file(tmp_path / "large.png", 3, tiny().data, 8, square=True)

@@ -9,6 +9,7 @@ from helpers import tiny
 
 from convnn.config import TrackerConfig
 from convnn.engine import run
+from convnn.plots import _history
 from convnn.tracking import Tracker, read_metrics
 
 
@@ -82,3 +83,14 @@ def test_metrics_hold_each_layers_place_on_the_spectrum(tmp_path):
         (1.0, 9, 1.0),
     ]
     assert {"train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "lr", "step"} <= row.keys()
+
+
+def test_an_epoch_without_a_loss_is_null_and_ends_no_curve(tmp_path):
+    """JSON has no NaN; the curve goes on after an epoch whose steps were all skipped."""
+    tracker = Tracker(
+        TrackerConfig(name="jsonl"), tmp_path, {}, [{"epoch": 0, "train_loss": float("nan"), "test_top1": 5.0}]
+    )
+    tracker.log({"epoch": 1, "train_loss": 2.0, "test_top1": 6.0})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0], parse_constant=pytest.fail)["train_loss"] is None
+    assert [row["test_top1"] for row in _history(tmp_path)] == [5.0, 6.0]

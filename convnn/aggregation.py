@@ -15,6 +15,7 @@ from torch import Tensor
 
 from convnn import edges
 from convnn.edges import Edges
+from convnn.selection import runs_at_once
 from convnn.similarity import pair_similarity, unit
 
 _blocks_only: ContextVar[bool] = ContextVar("blocks_only", default=False)
@@ -35,9 +36,7 @@ def walks_edges(x: Tensor) -> bool:
 
     Compiled and traced graphs and the transforms of ``torch.func`` take no ``Function`` with a graph as an argument.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-        return False
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+    if not runs_at_once() or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
     return not (torch.is_autocast_enabled("cpu") or _blocks_only.get())
 

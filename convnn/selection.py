@@ -44,6 +44,13 @@ class Selection:
     k_policy: str = "error"
 
 
+def runs_at_once() -> bool:
+    """Return whether values can be looked at: not in compiled or traced graphs, nor in transforms of ``torch.func``."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return not torch._C._are_functorch_transforms_active()
+
+
 def stable_topk(score: Tensor, k: int) -> Tensor:
     """Return the indices of the k largest of the last axis, larger first, ties to the lower index.
 
@@ -51,7 +58,7 @@ def stable_topk(score: Tensor, k: int) -> Tensor:
     they mostly do, it is right; else for float32 the score and the index are packed into one int64 whose order is the
     wanted one, so that no two keys are equal. Only a CPU looks first: elsewhere the look would wait for the device.
     """
-    if score.device.type == "cpu" and k < score.shape[-1] and not torch.compiler.is_compiling():
+    if score.device.type == "cpu" and k < score.shape[-1] and runs_at_once():
         values, indices = score.topk(k + 1, dim=-1)
         if bool((values[..., 1:] < values[..., :-1]).all()):
             return indices[..., :k]

@@ -62,7 +62,7 @@ def stable_topk(score: Tensor, k: int) -> Tensor:
         values, indices = score.topk(k + 1, dim=-1)
         if bool((values[..., 1:] < values[..., :-1]).all()):
             return indices[..., :k]
-    if score.dtype != torch.float32:
+    if score.dtype != torch.float32 or torch.jit.is_tracing():  # whose graphs have no view of other bits
         return score.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     bits = (score + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # now integers compare as the floats do

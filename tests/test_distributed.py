@@ -56,6 +56,7 @@ VIT = [
     "train.cutmix=0.5",
     "train.label_smoothing=0.1",
     "train.ema=0.9",
+    "diagnostics.enabled=false",
 ]
 
 

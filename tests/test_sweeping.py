@@ -105,7 +105,8 @@ def test_faults_do_not_sink_the_sweep_and_are_run_again(driver, tmp_path):
     check_faults(tmp_path, lambda *o: sweep(driver, tmp_path, *o))
 
 
-@pytest.mark.parametrize("launcher", ["joblib", SUBMITIT])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_faults_with_parallel_launchers(launcher, driver, tmp_path):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
     more = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []

@@ -124,8 +124,11 @@ class NeighborLayer(nn.Module):
         """Return what the layer chooses on an input, at its own blend or another.
 
         With random candidates it draws what ``forward`` would draw in its place.
+
+        Raises:
+            ValueError: if the layer has no answer.
         """
-        raise NotImplementedError
+        raise ValueError(f"{type(self).__name__} does not say which neighbours it chooses")
 
     def with_neighbors(self, x: Tensor) -> tuple[Tensor, Neighborhood]:
         """Return the output and the neighbours that it comes from."""

@@ -147,16 +147,19 @@ def training_step(make: Callable[[], nn.Module], shape: Sequence[int]) -> Callab
         images, labels = torch.randn(*shape, device=device), torch.arange(shape[0], device=device) % 10
         optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
 
-        def step() -> None:
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = F.cross_entropy(model(images), labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-
-        return step
+        return partial(train_once, model, optimizer, images, labels)
 
     return build
+
+
+def train_once(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
+    """Take one step, in bfloat16 on CUDA."""
+    kind = images.device.type
+    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+        loss = F.cross_entropy(model(images), labels)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
 
 
 def operator_cases(quick: bool, compiled: bool) -> list[Case]:

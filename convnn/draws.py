@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 _generator: torch.Generator | None = None
 
@@ -30,7 +30,7 @@ def same_subsets() -> Iterator[None]:
 
 
 # An operator to the compiler, which cannot trace generators.
-@torch.library.custom_op("convnn::random_subset", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+@library.custom_op("convnn::random_subset", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def random_subset(total: int, count: int, device: torch.device) -> Tensor:
     """Return ``count`` of ``range(total)`` drawn at random, sorted: (count,) int64."""
     own = _generator is not None and _generator.device.type == device.type

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from convnn.backbones import create_backbone
-from convnn.benchmarking import Case, Step
+from convnn.benchmarking import Case, Step, train_once
 from convnn.config import BackboneConfig, DataConfig
 from convnn.data import Batches, Split, load_dataset
 from convnn.streaming import make_batches
@@ -139,15 +138,7 @@ def input_share_cases(quick: bool) -> list[Case]:
             running = endless()
             kept = next(running)
 
-            def step() -> None:
-                images, labels = next(running) if fresh else kept
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    loss = F.cross_entropy(model(images), labels)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-
-            return step
+            return lambda: train_once(model, optimizer, *(next(running) if fresh else kept))
 
         return build
 

@@ -2,10 +2,10 @@
 
 import sys
 
-from convnn import distributed
-from convnn.cli import guarded
-from convnn.jobs import main
-from convnn.sweeping import run_sweep
+from convnn.cli.program import guarded
+from convnn.runtime import distributed
+from convnn.sweep.job import main
+from convnn.sweep.sweep import run_sweep
 
 
 def sweep() -> int:

@@ -8,50 +8,77 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from convnn.attention import ConvNNAttention
-    from convnn.backbones import create_backbone
-    from convnn.config import Config, ConfigError, OperatorConfig, SwapRule
-    from convnn.functional import neighbor_aggregate
-    from convnn.hybrid import HybridConvNN2d, HybridConvNNAttention
-    from convnn.layers import ConvNN2d
-    from convnn.neighborhood import Neighborhood, neighbors_of
-    from convnn.schedule import apply_schedule
-    from convnn.swap import export_layers, neighbor_layers, swap_layers
+from convnn.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from convnn.config.schema import Config, DataConfig, OperatorConfig, SwapRule
+    from convnn.data.splits import Dataset, Split
+    from convnn.errors import CheckpointError, ConfigError
+    from convnn.figures.neighbors import draw_neighbors
+    from convnn.models.backbones import create_backbone
+    from convnn.models.inspect import neighbors_of
+    from convnn.models.schedule import apply_schedule
+    from convnn.models.swap import export_layers, neighbor_layers, swap_layers
+    from convnn.nn.acmix import ACmix2d
+    from convnn.nn.attention import ConvNNAttention
+    from convnn.nn.conv import ConvNN2d
+    from convnn.nn.convit import GatedPositionalAttention
+    from convnn.nn.hybrid import HybridConvNN2d, HybridConvNNAttention
+    from convnn.ops.functional import neighbor_aggregate
+    from convnn.ops.geometry import Geometry
+    from convnn.ops.neighborhood import Neighborhood
+    from convnn.ops.settings import Selection
 
 _HOME = {
-    "Config": "config",
-    "ConfigError": "config",
-    "ConvNN2d": "layers",
-    "ConvNNAttention": "attention",
-    "HybridConvNN2d": "hybrid",
-    "HybridConvNNAttention": "hybrid",
-    "Neighborhood": "neighborhood",
-    "OperatorConfig": "config",
-    "SwapRule": "config",
-    "apply_schedule": "schedule",
-    "create_backbone": "backbones",
-    "export_layers": "swap",
-    "neighbor_aggregate": "functional",
-    "neighbor_layers": "swap",
-    "neighbors_of": "neighborhood",
-    "swap_layers": "swap",
+    "ACmix2d": "nn.acmix",
+    "CheckpointError": "errors",
+    "Config": "config.schema",
+    "ConfigError": "errors",
+    "ConvNN2d": "nn.conv",
+    "ConvNNAttention": "nn.attention",
+    "DataConfig": "config.schema",
+    "Dataset": "data.splits",
+    "GatedPositionalAttention": "nn.convit",
+    "Geometry": "ops.geometry",
+    "HybridConvNN2d": "nn.hybrid",
+    "HybridConvNNAttention": "nn.hybrid",
+    "Neighborhood": "ops.neighborhood",
+    "OperatorConfig": "config.schema",
+    "Selection": "ops.settings",
+    "Split": "data.splits",
+    "SwapRule": "config.schema",
+    "apply_schedule": "models.schedule",
+    "create_backbone": "models.backbones",
+    "draw_neighbors": "figures.neighbors",
+    "export_layers": "models.swap",
+    "neighbor_aggregate": "ops.functional",
+    "neighbor_layers": "models.swap",
+    "neighbors_of": "models.inspect",
+    "swap_layers": "models.swap",
 }
 
 __all__ = [
+    "ACmix2d",
+    "CheckpointError",
     "Config",
     "ConfigError",
     "ConvNN2d",
     "ConvNNAttention",
+    "DataConfig",
+    "Dataset",
+    "GatedPositionalAttention",
+    "Geometry",
     "HybridConvNN2d",
     "HybridConvNNAttention",
     "Neighborhood",
     "OperatorConfig",
+    "Selection",
+    "Split",
     "SwapRule",
+    "__version__",
     "apply_schedule",
     "create_backbone",
+    "draw_neighbors",
     "export_layers",
     "neighbor_aggregate",
     "neighbor_layers",
@@ -62,5 +89,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(importlib.import_module(f"convnn.{_HOME[name]}"), name)
+        value = getattr(importlib.import_module(f"convnn.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module 'convnn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -24,8 +24,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from convnn.cli import guarded, script_options
-from convnn.config import ConfigError
+from convnn.cli.program import guarded, script_options
+from convnn.errors import ConfigError
 
 
 @dataclass
@@ -46,11 +46,11 @@ def main() -> None:
     """Run the script."""
     options: Options = script_options(Options, sys.argv[1:], __doc__ or "")
     import torch
+    from benchmark_cases import backend_cases, operator_cases, scaling_cases, training_cases
+    from benchmark_input import input_cases, input_share_cases
 
-    from convnn.benchmarking import backend_cases, operator_cases, scaling_cases, training_cases
-    from convnn.input_cases import input_cases, input_share_cases
-    from convnn.rundir import environment
-    from convnn.runtime import pick_device
+    from convnn.runs.environment import environment
+    from convnn.runtime.device import pick_device
 
     device = pick_device(options.device)
     if options.threads:
@@ -76,7 +76,7 @@ def main() -> None:
 
 def run_all(cases: list, device: object, options: Options, facts: dict) -> list[dict]:
     """Measure group by group, print as it goes, and return the rows of the CSV file."""
-    from convnn.benchmarking import measure, peak_memory
+    from benchmark_cases import measure, peak_memory
 
     # Memory first: what timing leaves free in this process, a fork of it would fill before it grows.
     peak_of = {id(c): None if c.group == "input" else peak_memory(c, device) for c in cases}  # type: ignore[arg-type]

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from convnn.cli import guarded, script_options
-from convnn.config import ConfigError
-from convnn.files import write_text
-from convnn.published import TABLE_DIR, PaperRow
+from convnn.cli.program import guarded, script_options
+from convnn.errors import ConfigError
+from convnn.paper.published import TABLE_DIR, PaperRow
+from convnn.runtime.files import write_text
 
 USAGE = """
 usage: uv run scripts/collect_published.py from=DIR [out=FOLDER]

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 
-from convnn.cli import guarded, script_options
+from convnn.cli.program import guarded, script_options
 
 USAGE = """
 usage: uv run scripts/draw_spectrum.py [out=docs/spectrum.png] [k=9] [row=10] [column=33]
@@ -31,8 +31,9 @@ def main(argv: list[str]) -> None:
     import torch.nn.functional as F
     from sklearn.datasets import load_sample_image
 
-    from convnn.geometry import Geometry
-    from convnn.selection import Selection, select_neighbors
+    from convnn.ops.geometry import Geometry
+    from convnn.ops.selection import select_neighbors
+    from convnn.ops.settings import Selection
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from convnn.cli import guarded, script_options
-from convnn.config import ConfigError
+from convnn.cli.program import guarded, script_options
+from convnn.errors import ConfigError
 
 USAGE = """
 usage: uv run scripts/evaluate.py run=DIR [checkpoint=last|best] [data_root=DIR] [device=auto|cpu|cuda]
@@ -37,13 +37,13 @@ def main(argv: list[str]) -> None:
     options: Options = script_options(Options, argv, USAGE)
     if options.checkpoint not in ("last", "best"):
         raise ConfigError(f"checkpoint={options.checkpoint} is not one of last, best")
-    from convnn.rundir import load_config
+    from convnn.config.load import load_config
 
     config = load_config(Path(options.run))
     if options.data_root:
         config.data.root = options.data_root
     config.device = options.device
-    from convnn.evaluation import evaluate_run
+    from convnn.train.restore import evaluate_run
 
     print(json.dumps(evaluate_run(config, Path(options.run), options.checkpoint)))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from convnn.cli import guarded, script_options
-from convnn.config import ConfigError
+from convnn.cli.program import guarded, script_options
+from convnn.errors import ConfigError
 
 USAGE = """
 usage: uv run scripts/export.py run=DIR [checkpoint=last|best] [out=FILE] [data_root=DIR]
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     options: Options = script_options(Options, argv, USAGE)
     if options.checkpoint not in ("last", "best"):
         raise ConfigError(f"checkpoint={options.checkpoint} is not one of last, best")
-    from convnn.rundir import load_config
+    from convnn.config.load import load_config
 
     folder = Path(options.run)
     config = load_config(folder)
@@ -47,10 +47,10 @@ def main(argv: list[str]) -> None:
         config.data.root = options.data_root
     import torch
 
-    from convnn.data import load_dataset
-    from convnn.evaluation import load_run
-    from convnn.files import write_atomically
-    from convnn.swap import export_layers
+    from convnn.data.datasets import load_dataset
+    from convnn.models.swap import export_layers
+    from convnn.runtime.files import write_atomically
+    from convnn.train.restore import load_run
 
     model, _, _ = load_run(config, folder, options.checkpoint, load_dataset(config.data))
     names = export_layers(model)

@@ -35,9 +35,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from convnn.cli import EXIT_FAILED, compose_config, guarded, script_options
-from convnn.config import ConfigError
-from convnn.trials import RUN, Operations, compare, metrics, start, wait
+from fault_runs import RUN, Operations, compare, metrics, start, wait
+
+from convnn.cli.program import guarded, script_options
+from convnn.config.compose import compose_config
+from convnn.errors import EXIT_FAILED, ConfigError
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
@@ -280,8 +282,8 @@ def prepare(bench: Bench) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from convnn.engine import Trainer, evaluate
-    from convnn.rundir import open_run_folder
+    from convnn.runs.folder import open_run_folder
+    from convnn.train.trainer import Trainer, evaluate
 
     config = compose_config([*RUN.split(), f"run.dir={bench.folder}/warm"])
     folder = open_run_folder(config)

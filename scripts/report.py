@@ -4,8 +4,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from convnn.cli import guarded, script_options
-from convnn.config import ConfigError
+from convnn.cli.program import guarded, script_options
+from convnn.errors import ConfigError
 
 USAGE = """
 usage: uv run scripts/report.py DIR [DIR ...] [out=FOLDER] [metric=top1_last]
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     options: Options = script_options(Options, [arg for arg in argv if Path(arg) not in folders], USAGE)
     if not folders:
         raise ConfigError("name a folder that holds runs; see --help")
-    from convnn.reporting import make_report
+    from convnn.report.build import make_report
 
     out = Path(options.out) if options.out else folders[0] / "report"
     print(make_report(folders, out, options.metric).text())

@@ -24,11 +24,9 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from convnn.cli import EXIT_FAILED, guarded, script_options
-from convnn.config import ConfigError
-from convnn.published import PaperRow, PaperTable, load_table, table_names
-from convnn.reproduction import (
-    aligned,
+from convnn.cli.program import guarded, script_options
+from convnn.errors import EXIT_FAILED, ConfigError
+from convnn.paper.compare import (
     check_seeds,
     compare,
     comparison_table,
@@ -37,7 +35,9 @@ from convnn.reproduction import (
     sweep_of,
     write_comparison,
 )
-from convnn.sweeping import carry_out
+from convnn.paper.published import PaperRow, PaperTable, load_table, table_names
+from convnn.sweep.sweep import carry_out
+from convnn.text import aligned
 
 
 @dataclass
@@ -57,8 +57,8 @@ _OWN = tuple(f"{name}=" for name in ("table", "rows", "careful", "seeds", "dry_r
 
 def check_counts(table: PaperTable, rows: list[PaperRow], given: list[str], careful: bool) -> int:
     """List the rows with published figures, and parameters and operations of both; return the exit code."""
-    from convnn.fidelity import facts
-    from convnn.grid import Composer
+    from convnn.config.composer import Composer
+    from convnn.paper.counts import facts
 
     composer, lines, different = Composer(), [], 0
     for row in rows:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from convnn.cli import guarded, script_options
-from convnn.config import ConfigError
+from convnn.cli.program import guarded, script_options
+from convnn.errors import ConfigError
 
 USAGE = """
 usage: uv run scripts/visualize.py run=DIR [index=N | image=FILE] [queries=ROW,COLUMN;...] [layers=NAME,...] [out=DIR]
@@ -64,17 +64,17 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"head={options.head} must be at least 0")
     if options.checkpoint not in ("last", "best"):
         raise ConfigError(f"checkpoint={options.checkpoint} is not one of last, best")
-    from convnn.rundir import load_config
-    from convnn.tables import import_pandas
+    from convnn.config.load import load_config
+    from convnn.report.tables import import_pandas
 
     config = load_config(folder)
     import_pandas()  # whose extra brings matplotlib too
     if options.data_root:
         config.data.root = options.data_root
-    from convnn.data import load_dataset
-    from convnn.evaluation import load_run
-    from convnn.looking import draw_run, look_at_file, save_figures, test_image
-    from convnn.trends import draw_trends
+    from convnn.data.datasets import load_dataset
+    from convnn.figures.curves import draw_trends
+    from convnn.train.pictures import draw_run, look_at_file, save_figures, test_image
+    from convnn.train.restore import load_run
 
     dataset = load_dataset(config.data)
     model, side, _ = load_run(config, folder, options.checkpoint, dataset)

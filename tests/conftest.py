@@ -5,3 +5,4 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from programs import call  # noqa: F401  (a fixture of all tests; it imports NumPy, which reads the number above)
+from sweeps import driver  # noqa: F401

@@ -1,0 +1,89 @@
+"""What the command-line programs share: composing with Hydra, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from convnn.config.keys import check_keys
+from convnn.errors import EXIT_CONFIG, EXIT_FAILED, ConfigError, first_line
+from convnn.runtime import distributed
+
+
+def setup_logging() -> None:
+    """Send the program's messages to standard output."""
+    logger = logging.getLogger("convnn")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if not any(isinstance(h, _TqdmHandler) for h in logger.handlers):
+        handler = _TqdmHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+
+
+class _TqdmHandler(logging.Handler):
+    """Prints lines above a progress bar; warnings and errors go to standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        tqdm.write(self.format(record), file=stream)
+        stream.flush()
+
+
+def fail(error: Exception, code: int) -> NoReturn:
+    """Print an error as one line, unless another process of the run speaks, and leave."""
+    if distributed.speaks():
+        print(f"error: {distributed.name()}" + " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def guarded(call: Callable[[], Any], debug: bool = False) -> Any:
+    """Call, and turn the errors that a user can mend into one line and an exit code (``debug`` shows the traceback)."""
+    try:
+        return call()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except distributed.PeerError as error:
+        distributed.stand_back()
+        sys.exit(EXIT_CONFIG if error.config else EXIT_FAILED)
+    except Exception as error:
+        config, lost = isinstance(error, ConfigError), distributed.lost(error)
+        if not debug and (config or lost or isinstance(error, OSError) or type(error).__name__ == "CheckpointError"):
+            fail(
+                RuntimeError(f"another process of the run has ended ({error})") if lost else error,
+                EXIT_CONFIG if config else EXIT_FAILED,
+            )
+        if not distributed.speaks():
+            sys.exit(EXIT_CONFIG if config else EXIT_FAILED)
+        if distributed.name():
+            print(f"error: {distributed.name()}{type(error).__name__}", file=sys.stderr)
+        raise
+
+
+def script_options(schema: type, argv: Sequence[str], usage: str) -> Any:
+    """Read ``key=value`` arguments of a script into a dataclass; ``--help`` prints ``usage``.
+
+    Raises:
+        ConfigError: for unknown or missing keys and wrong types.
+    """
+    if any(arg in ("-h", "--help") for arg in argv):
+        print(usage.strip())
+        sys.exit(0)
+    for arg in argv:
+        if "=" not in arg:
+            raise ConfigError(f"'{arg}' is not key=value; see --help")
+    given = OmegaConf.from_dotlist(list(argv))
+    check_keys(OmegaConf.to_container(given), schema)  # type: ignore[arg-type]
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
+    except OmegaConfBaseException as error:
+        missing = "is required; see --help" if "missing" in str(error).lower() else first_line(error)
+        raise ConfigError(f"{getattr(error, 'full_key', '')}: {missing}") from error

@@ -1,0 +1,94 @@
+"""Composing ``conf/`` with Hydra into a checked Config, and Hydra's errors in one line. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from convnn.config.keys import all_keys, nearest, unknown_key_error
+from convnn.config.load import to_config
+from convnn.config.schema import Config
+from convnn.errors import ConfigError, first_line
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+CONF_DIR = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
+"""The configuration groups: packed into an installed package, beside it in a checkout."""
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def config_groups() -> dict[str, list[str]]:
+    """Return the options of each configuration group."""
+    return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in sorted(CONF_DIR.iterdir()) if d.is_dir()}
+
+
+def compose_config(overrides: Sequence[str] = (), config_name: str = "config") -> Config:
+    """Compose ``conf/`` with Hydra overrides into a checked Config. Imports no torch.
+
+    Raises:
+        ConfigError: one line, naming the key and the way out.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            values = compose(config_name, list(overrides))
+        return from_hydra(values)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise translate(error, overrides) from error
+
+
+def from_hydra(values: DictConfig) -> Config:
+    """Turn what Hydra composed into a checked Config."""
+    return to_config(OmegaConf.to_container(values, resolve=True))
+
+
+_ELSEWHERE = {"grid": "sweep.py grid=NAME", "table": "scripts/reproduce.py table=NAME"}
+"""Folders of conf/ that are no groups of a run."""
+
+
+def translate(error: Exception, overrides: Sequence[str], schema: type = Config) -> ConfigError:
+    """Say what Hydra means in one line."""
+    text = str(error)
+    groups = config_groups()
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        if group in groups:
+            return ConfigError(f"{group}={option}: no such option{nearest(option, groups[group])}")
+        if error.options:
+            return ConfigError(f"{group}={option}: no such option{nearest(option, error.options)}")
+    found = re.search(r"Could not override '([^']+)'", text)
+    if found:
+        key = found.group(1).split("@")[0]
+        if "." in key:
+            return unknown_key_error(key, schema)
+        if key in _ELSEWHERE:
+            return ConfigError(f"{key}= is no part of this command; use {_ELSEWHERE[key]}")
+        return ConfigError(f"unknown key '{key}'{nearest(key, [*all_keys(schema), *groups])}")
+    if "Ambiguous value for argument" in text or "requires --multirun" in text:
+        given = next((o for o in overrides if "," in o or "(" in o), "")
+        return ConfigError(f"{given} is a sweep over several values, where one is needed; sweep.py takes several")
+    if isinstance(error, OverrideParseException):
+        return ConfigError(f"{error.override}: Hydra cannot read this override: {text.splitlines()[0]}")
+    key = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if key and error.__cause__ is not None:
+        lines = [first_line(error.__cause__)]
+    shown = next((o for o in overrides if key and o.lstrip("+~").startswith(f"{key}=")), key)
+    return ConfigError(f"{shown}: {lines[0]}" if shown else " ".join(lines[:2]))
+
+
+@contextmanager
+def hydra_context() -> Iterator[None]:
+    """Let ``compose`` read ``conf/``, whatever Hydra was doing before."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        yield

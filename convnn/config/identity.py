@@ -1,0 +1,90 @@
+"""What makes two runs the same run: identity, fingerprint and name. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from convnn.config.schema import Config
+
+FIRST_NAMES = {
+    "convnn.ACmix2d": "convnn.peers.ACmix2d",
+    "convnn.ConvNN2d": "convnn.layers.ConvNN2d",
+    "convnn.ConvNNAttention": "convnn.attention.ConvNNAttention",
+    "convnn.GatedPositionalAttention": "convnn.peers.GatedPositionalAttention",
+    "convnn.HybridConvNN2d": "convnn.hybrid.HybridConvNN2d",
+    "convnn.HybridConvNNAttention": "convnn.hybrid.HybridConvNNAttention",
+}
+"""The operators as version 0.1 named them. Identities keep these names: the fingerprint of a configuration, and with
+it the name of its run folder and its place in a sweep's plan, must not change when a class moves."""
+
+_NOT_IDENTITY = ("run", "tracker", "diagnostics", "device", "debug")
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """Return what decides the outcome of a run: all but where it is kept, watched and computed, and by what."""
+    return identity_of(asdict(config))
+
+
+def identity_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``identity`` from the plain values of a whole configuration, as a run folder's config.yaml has them."""
+    kept = {key: value for key, value in values.items() if key not in _NOT_IDENTITY}
+    unused = {"download", "stream", "workers", "prefetch"}
+    if values["data"]["name"] != "imagefolder":
+        unused.add("root")
+    own = {"data": unused, "operator": {"backend"}}
+    kept |= {group: {k: v for k, v in values[group].items() if k not in own[group]} for group in own}
+    kept["operator"] = _first_named(kept["operator"])
+    kept["swap"] = kept["swap"] | {"operator": _first_named(kept["swap"]["operator"])}
+    kept["swap"]["rules"] = {
+        name: rule | {"operator": _first_named(rule.get("operator", {}))}
+        for name, rule in kept["swap"]["rules"].items()
+    }
+    return kept
+
+
+def _first_named(operator: Mapping[str, Any]) -> dict[str, Any]:
+    """Return operator settings whose target, if they have one, bears its first name."""
+    target = {"target": FIRST_NAMES.get(operator["target"], operator["target"])} if "target" in operator else {}
+    return {**operator, **target}
+
+
+def fingerprint(config: Config) -> str:
+    """Return a hash of ``identity(config)``, 16 hexadecimal digits."""
+    return fingerprint_of(identity(config))
+
+
+def fingerprint_of(identity: Mapping[str, Any]) -> str:
+    """Return the hash of what ``identity`` or ``identity_of`` returned, 16 hexadecimal digits."""
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return ``key: old -> new`` for each leaf in which two nested mappings differ."""
+    rows = []
+    for key in sorted(set(old) | set(new)):
+        a, b = old.get(key, "(missing)"), new.get(key, "(missing)")
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            rows += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            rows.append(f"{prefix}{key}: {a} -> {b}")
+    return rows
+
+
+def run_name(config: Config) -> str:
+    """Return the readable part of the run folder's name, such as ``resnet18-convnn-k9-b1-s0``."""
+    if config.run.name:
+        return config.run.name
+    parts = [config.backbone.name]
+    if config.swap.effective_rules():
+        o = config.operator
+        parts += [o.name, f"k{o.k}", f"b{o.blend:g}"]
+        if o.branch_ratio is not None:
+            parts.append(f"r{o.branch_ratio:g}")
+    parts.append(f"s{config.seed}")
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(parts))[:80]

@@ -1,0 +1,114 @@
+"""Keys of the schema: finding them, nearest names, plain values with the schema's types. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from convnn.config.schema import Config, OperatorConfig, SwapConfig, SwapRule
+from convnn.errors import ConfigError, first_line
+
+T = TypeVar("T")
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return ``"; did you mean 'x'?"`` for the nearest known name (after ``prefix``), else the list of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{prefix}{close[0]}'?"
+    return f"; known: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}"
+
+
+def all_keys(schema: type = Config, prefix: str = "") -> list[str]:
+    """Return every dotted key of the schema, leaves and groups."""
+    keys = []
+    for f in fields(schema):
+        keys.append(prefix + f.name)
+        default = f.default_factory() if callable(f.default_factory) else None
+        if is_dataclass(default):
+            keys += all_keys(type(default), f"{prefix}{f.name}.")
+    return keys
+
+
+_FREE = (
+    "backbone.kwargs",
+    "operator.options",
+    "data.options",
+    "swap.operator",
+    "swap.rules",
+    "sweep.axes",
+    "sweep.points",
+)
+
+
+def unknown_key_error(key: str, schema: type = Config) -> ConfigError:
+    """Return the error for a key that the schema lacks, with the nearest key that it has."""
+    known = all_keys(schema)
+    parent, _, leaf = key.rpartition(".")
+    free = next((k for k in _FREE if key == k or key.startswith(f"{k}.")), None)
+    if free:
+        example = key if key != free else f"{free}.KEY"
+        return ConfigError(f"'{key}' is not set yet; add an entry with a plus sign: +{example}=VALUE")
+    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent]
+    close = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.5)
+    if close:
+        return ConfigError(f"unknown key '{key}'; did you mean '{f'{parent}.' if parent else ''}{close[0]}'?")
+    return ConfigError(f"unknown key '{key}'{nearest(key, siblings if siblings and parent else known)}")
+
+
+def check_keys(values: Mapping[str, Any], schema: type = Config, prefix: str = "") -> None:
+    """Raise ConfigError for any key of ``values`` that the schema lacks (``+key=`` gets past Hydra's own check)."""
+    by_name = {f.name: f for f in fields(schema)}
+    for name, value in values.items():
+        if name not in by_name:
+            if not prefix:
+                raise unknown_key_error(str(name), schema)
+            raise ConfigError(f"unknown key '{prefix}{name}'{nearest(str(name), by_name, prefix)}")
+        factory = by_name[name].default_factory
+        default = factory() if callable(factory) else None
+        if is_dataclass(default) and isinstance(value, Mapping):
+            check_keys(value, type(default), f"{prefix}{name}.")
+    if schema is SwapConfig:
+        for name, rule in (values.get("rules") or {}).items():
+            if not isinstance(rule, Mapping):
+                raise ConfigError(f"{prefix}rules.{name}={rule} is not a rule; write {prefix}rules.{name}.match=GLOB")
+            check_keys(rule, SwapRule, f"{prefix}rules.{name}.")
+
+
+def typed(schema: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """Return plain values as a dataclass, converted to its types.
+
+    Raises:
+        ConfigError: for an unknown key or a wrong type; ``prefix`` comes before the key.
+    """
+    check_keys(values, schema, prefix)
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{prefix}{error.full_key}: {first_line(error)}") from error
+
+
+def typed_rule(values: Mapping[str, Any], operator: OperatorConfig, prefix: str) -> SwapRule:
+    """Return a swap rule whose own operator settings have the types of ``operator``, over which they stand.
+
+    Raises:
+        ConfigError: for an unknown key or a wrong type.
+    """
+    rule = typed(SwapRule, values, f"{prefix}.")
+    rule.operator = {name: getattr(own_operator(rule, operator, prefix), name) for name in rule.operator}
+    return rule
+
+
+def own_operator(rule: SwapRule, operator: OperatorConfig, prefix: str) -> OperatorConfig:
+    """Return the operator of a rule's layers: its own settings over the common ones.
+
+    Raises:
+        ConfigError: for an unknown key or a wrong type.
+    """
+    return typed(OperatorConfig, asdict(operator) | rule.operator, f"{prefix}.operator.")

@@ -1,0 +1,44 @@
+"""From plain values, or a run folder's config.yaml, to a checked Config. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from convnn.config.checks import check
+from convnn.config.keys import typed, typed_rule
+from convnn.config.schema import Config
+from convnn.errors import ConfigError, first_line
+
+
+def to_config(values: Any) -> Config:
+    """Build and check a Config from plain values.
+
+    Raises:
+        ConfigError: for unknown keys, wrong types and impossible combinations.
+    """
+    config = typed(Config, values)
+    swap = config.swap
+    swap.operator = typed_rule({"operator": swap.operator}, config.operator, "swap").operator
+    swap.rules = {name: typed_rule(rule, config.operator, f"swap.rules.{name}") for name, rule in swap.rules.items()}
+    return check(config)
+
+
+def load_config(folder: Path) -> Config:
+    """Read the configuration of a run folder.
+
+    Raises:
+        ConfigError: if the folder is none, or its file is damaged.
+    """
+    path = folder / "config.yaml"
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{folder} is not a run folder: it has no readable config.yaml") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is damaged: {first_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is damaged: it holds no mapping")
+    return to_config(values)

@@ -1,0 +1,390 @@
+"""Typed configuration: one dataclass per group of ``conf/``. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+_FILE_TRANSFORMS = ("scale", "rand_augment", "color_jitter", "random_erasing", "crop_pct")
+
+
+@dataclass
+class DataConfig:
+    """The data set, and what is done to a batch on the training device."""
+
+    name: str = "digits"
+    target: str = "convnn.data.load_digits"
+    """Function ``(config) -> convnn.data.Dataset``."""
+    root: str = "data"
+    """Folder of the files; below it the layout that torchvision uses, or train/CLASS and test/CLASS (or val/CLASS)."""
+    download: bool = True
+    """Fetch what is missing (cifar10, cifar100)."""
+    limit: int | None = None
+    """Use this many training images, spread evenly over the classes, chosen by ``split_seed``."""
+    limit_test: int | None = None
+    """The same for test images."""
+    val_fraction: float = 0.0
+    """Share of the training images held out to choose the best checkpoint; 0 chooses it on the test set and says so."""
+    split_seed: int = 0
+    """Seed of the validation split and of ``limit``."""
+    image_size: int | None = None
+    """Side in pixels of what the network sees; null takes the backbone's, else the images' own."""
+    load_size: int | None = None
+    """Side in pixels of the squares that an image folder's files become; null keeps the first image's shorter side."""
+    crop_padding: int = 0
+    """Random crops after padding by this many pixels (of the stored image); 0: none."""
+    flip: bool = False
+    """Random horizontal flips."""
+    mean: list[float] = field(default_factory=lambda: [0.5])
+    """Per channel, for pixels in [0, 1]; one value serves all channels."""
+    std: list[float] = field(default_factory=lambda: [0.5])
+    stream: str = "auto"
+    """Image folders: ``false`` keeps the images in memory; ``true`` reads the files batch by batch, with the same
+    result; ``auto`` streams what exceeds 8 GiB, or has one of the next five settings: timm's transforms, made at the
+    size that the network sees, need a stream."""
+    scale: list[float] | None = None
+    """Range of the area that RandomResizedCrop keeps, such as [0.08, 1]; null: the largest square at the centre."""
+    rand_augment: str | None = None
+    """timm's name of a RandAugment, such as rand-m9-mstd0.5-inc1; null: none."""
+    color_jitter: float = 0.0
+    """Largest change of brightness, contrast and saturation; timm leaves it out beside ``rand_augment``."""
+    random_erasing: float = 0.0
+    """Probability that a rectangle of an image is erased."""
+    crop_pct: float | None = None
+    """Share of the shorter side that the central crop keeps at evaluation; null: all of it."""
+    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    """Range of the aspect ratio of RandomResizedCrop."""
+    erasing_mode: str = "pixel"
+    """What replaces an erased rectangle: ``pixel`` (noise), ``rand`` (one random colour) or ``const`` (the mean)."""
+    interpolation: str = "bicubic"
+    """Of timm's transforms: bilinear, bicubic, nearest, lanczos, box, hamming; or ``random``: bilinear or bicubic
+    in training, bicubic at evaluation."""
+    workers: int | None = None
+    """Processes that read a stream, 0: the training process itself; null: one a CPU core, at most 16."""
+    prefetch: int = 2
+    """Batches that each worker reads ahead."""
+    size: int = 2048
+    """Number of images of the synthetic set."""
+    num_classes: int = 10
+    """Number of classes of the synthetic set."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Free settings for data sets from other modules."""
+
+    def __post_init__(self) -> None:
+        self.stream = self.stream.lower()  # YAML's true arrives as "True"
+
+    def file_transforms(self) -> list[str]:
+        """Return the settings in use that only streamed files can have."""
+        return [name for name in _FILE_TRANSFORMS if getattr(self, name)]
+
+
+CONV, ATTENTION = "conv", "attention"
+
+
+@dataclass
+class BackboneConfig:
+    """The network, from timm's registry, before any layer is swapped."""
+
+    name: str = "resnet18"
+    """Name in timm's registry, see ``timm.list_models()``."""
+    module: str | None = None
+    """Python module to import first, for models registered outside timm with ``timm.models.register_model``."""
+    pretrained: bool = False
+    """Load timm's pretrained weights (needs a network or a filled cache)."""
+    stem: str = "default"
+    """``default``, or ``small``: 3x3 stride-1 first convolution without max-pooling, for images below 64 pixels."""
+    image_size: int | None = None
+    """Side in pixels that images are resized to; null keeps the size of the data set."""
+    patch_size: int | None = None
+    """Side of a ViT patch in pixels; null keeps timm's."""
+    pos_embed: str = "learned"
+    """``learned``, or ``sincos``: fixed sine-cosine positions (ViT only)."""
+    drop_rate: float = 0.0
+    """Dropout before the classifier, and in the blocks of a ViT."""
+    drop_path_rate: float | None = None
+    """Stochastic depth; null leaves timm's default and supports models without it."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed to ``timm.create_model`` as they are."""
+
+
+@dataclass
+class OperatorConfig:
+    """The neighbour-aggregation operator that takes the place of a layer (see docs/operators.md)."""
+
+    name: str = "convnn"
+    """Label in run names and reports."""
+    kind: str = CONV
+    """Kind of layer that it replaces: ``conv`` or ``attention``."""
+    target: str = "convnn.ConvNN2d"
+    """Class with a ``from_layer(layer, config, init, site)`` constructor."""
+    k: int = 9
+    """Neighbours per query."""
+    k_policy: str = "error"
+    """When k exceeds the candidates: ``error``, or ``clamp`` to all of them (the first weight slots stay in use)."""
+    blend: float = 1.0
+    """0 selects neighbours by position (convolution), 1 by features (attention), between by both."""
+    similarity: str = "cosine"
+    """Of features: ``cosine``, ``euclidean`` (negative squared distance) or ``dot`` (scaled by 1/sqrt(d))."""
+    mix: str = "sum"
+    """How a blend mixes: ``sum`` of the scores, or ``concat``: features and coordinates side by side (the paper's)."""
+    distance: str = "chebyshev"
+    """Of positions: ``chebyshev`` or ``euclidean``, in pixels or tokens."""
+    candidates: str = "all"
+    """Tokens that may be chosen: ``all``, ``random`` (num_candidates of them), ``grid`` (num_candidates per side),
+    ``window`` (at most num_candidates tokens away along each axis) or ``stride`` (a multiple of it away on each)."""
+    num_candidates: int = 32
+    """Number of random candidates, side of the candidate grid, radius of the window, or the stride."""
+    eval_candidates: str = "same"
+    """Random candidates at evaluation: ``same`` (one fixed seeded subset), ``all`` or ``resample`` (as the paper)."""
+    candidate_seed: int = 0
+    """Seed of the fixed subset."""
+    pad_candidates: bool = True
+    """Zero-padding tokens may be chosen at blend = 1 (below 1 they always may, as a convolution sees them)."""
+    self_first: bool = True
+    """The query's own token is always its first neighbour."""
+    slots: str = "rank"
+    """Weight slot of a neighbour: ``rank`` (best first), ``raster`` (by position, as kernel taps) or ``window``
+    (a neighbour inside the kernel window meets its own tap, the others fill the free taps, best first)."""
+    border: str = "nearest"
+    """Attention only, where a window would leave the grid: ``nearest`` tokens inside, ``zeros`` (a ring of zero tokens)
+    or ``shift`` (the window moves inside, as in NATTEN). The last two need k to be an odd square."""
+    layout: str = "grid"
+    """Attention only: tokens lie on the ``grid`` of patches, prefix tokens (CLS) apart, or all on one line in their
+    order (``sequence``): positions, windows and candidate grids then have one dimension."""
+    head_dim: int | None = None
+    """Attention only: channels per head of queries, keys and values; null: as the replaced layer."""
+    projection: str = "identity"
+    """Convolutions only: compare and mix the features themselves (``identity``), or their 1x1 projections to queries,
+    keys and values (``linear``, the paper's learned variant). Attention always projects."""
+    weighting: str = "ones"
+    """``ones``, or the neighbours' feature similarity over the temperature: its ``softmax``, or itself (``score``)."""
+    temperature: float = 1.0
+    """Divides the similarity."""
+    aggregation: str = "conv"
+    """``conv`` (full or grouped weights per slot), ``depthwise`` (a weight per slot and channel), ``separable``
+    (depthwise, then 1x1), ``sum``, or ``max_relative`` (vision graphs: largest difference to the query, then 1x1)."""
+    coordinates: bool = False
+    """Convolutions only: two more input channels of the aggregation hold each token's column and row in [-1, 1]."""
+    shuffle: int = 1
+    """Convolutions only: pixel unshuffle by this factor before the layer and shuffle after it (channels x factor^2)."""
+    bias: bool | None = None
+    """Bias of the output (the attention's projection); null: as the replaced layer."""
+    learn_blend: str = "no"
+    """``no``, or a learnable blend per ``layer`` or per ``head``, starting at ``blend``; see ``straight_through``."""
+    straight_through: bool = False
+    """Let a gradient reach the selection: forward as ever, backward as if each neighbour were weighed by the softmax
+    of its selection score. Always on where the blend is learned."""
+    backend: str = "auto"
+    """What computes: ``torch``: plain operations; ``triton``: its kernels on CUDA, or an error; ``auto``: edges on a
+    CPU (``ops.edges``), on CUDA the kernels where a measurement is known in which they were faster (none yet)."""
+    branch_ratio: float | None = None
+    """Share of the output channels from the neighbour branch, the rest from the replaced kind of layer; null: none."""
+    branch_kernel: int | None = None
+    """Kernel side of the convolution branch of a hybrid; null keeps the replaced layer's."""
+    branch_bias: bool | None = None
+    """Bias of the convolution branch of a hybrid; null: as ``bias``."""
+    branch_fuse: bool = True
+    """End a convolutional hybrid with its 1x1 convolution; false only concatenates the branches."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Free settings for operators from other modules."""
+
+
+@dataclass
+class SwapRule:
+    """Which layers to replace. All given conditions must hold; ``depths`` and the like count what is left."""
+
+    kind: str = "auto"
+    """``conv``, ``attention``, or ``auto``: the kind that the operator replaces."""
+    match: str | None = "*"
+    """Glob over module names (``layer1.*``); null replaces nothing."""
+    exclude: list[str] = field(default_factory=list)
+    """Globs of module names to leave alone; the classifier head always is."""
+    min_kernel: int = 1
+    """Smallest kernel side of a convolution to replace."""
+    stages: list[int] | None = None
+    """Stages of the backbone in timm's ``feature_info`` order (resnet: 0 is the stem; vit: one stage per block)."""
+    depths: list[int] | None = None
+    """Indices among the layers that meet the conditions above, in forward order; negative ones count from the end."""
+    first: int | None = None
+    """Only the first n of them."""
+    last: int | None = None
+    """Only the last n of them."""
+    every: int | None = None
+    """Only every n-th of them, starting with the first."""
+    fraction: list[float] | None = None
+    """Only those in the span [from, to] of the depth, both within [0, 1]."""
+    operator: dict[str, Any] = field(default_factory=dict)
+    """Operator settings for these layers alone, such as ``{k: 4}``."""
+
+
+@dataclass
+class SwapConfig(SwapRule):
+    """The swap policy: one rule given here, or several named ones in ``rules``."""
+
+    init: str = "fresh"
+    """``fresh`` weights, or ``transfer`` those of the replaced layer."""
+    rules: dict[str, Any] = field(default_factory=dict)
+    """Named rules, each with the keys above; when given they stand instead of it. No layer may be claimed twice."""
+
+    def effective_rules(self) -> dict[str, SwapRule]:
+        """Return the rules that count, by name."""
+        if self.rules:
+            return {n: rule if isinstance(rule, SwapRule) else SwapRule(**rule) for n, rule in self.rules.items()}
+        if self.match is None:
+            return {}
+        return {"swap": SwapRule(**{f.name: getattr(self, f.name) for f in fields(SwapRule)})}
+
+
+@dataclass
+class TrackConfig:
+    """One scheduled value. ``shape=constant`` leaves the operator's own value."""
+
+    shape: str = "constant"
+    """``constant``, ``linear``, ``cosine`` or ``step``."""
+    over: str = "time"
+    """``time`` (fraction of training), ``depth`` (first to last swapped layer) or ``both`` (their product)."""
+    start: float = 0.0
+    """Value before ``begin``."""
+    end: float = 1.0
+    """Value after ``finish``."""
+    begin: float = 0.0
+    """Fraction at which the change begins."""
+    finish: float = 1.0
+    """Fraction at which it ends."""
+    steps: int = 4
+    """Number of equal jumps of ``shape=step``."""
+
+
+@dataclass
+class ScheduleConfig:
+    """How blend, k and temperature move over training and depth."""
+
+    blend: TrackConfig = field(default_factory=TrackConfig)
+    k: TrackConfig = field(default_factory=TrackConfig)
+    temperature: TrackConfig = field(default_factory=TrackConfig)
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and learning-rate schedule, both timm's."""
+
+    name: str = "adamw"
+    """Name in timm's optimizer registry."""
+    lr: float = 1e-3
+    """Peak learning rate for the given batch size; it is not scaled."""
+    weight_decay: float = 0.05
+    momentum: float = 0.9
+    """For optimizers that have one."""
+    decay_norm_and_bias: bool = False
+    """Apply weight decay to biases and normalisation weights too."""
+    sched: str = "cosine"
+    """``constant`` or a name of timm's scheduler factory (cosine, step, poly, ...), updated every step."""
+    warmup_epochs: int = 0
+    warmup_lr: float = 1e-6
+    min_lr: float = 0.0
+    clip_grad: float | None = None
+    """Largest norm of the whole gradient; null: no clipping."""
+
+
+@dataclass
+class TrainConfig:
+    """The training loop."""
+
+    epochs: int = 20
+    max_steps: int | None = None
+    """Stop after this many optimizer steps in all; null: no limit. Schedules of blend, k and temperature end there, the
+    learning rate's with the epoch in which it falls."""
+    batch_size: int = 128
+    """Images per step, over all processes together."""
+    eval_batch_size: int | None = None
+    """Null: the training batch size."""
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    """Alpha of Mixup; 0: off."""
+    cutmix: float = 0.0
+    """Alpha of CutMix; 0: off."""
+    ema: float | None = None
+    """Decay of the exponential moving average of the weights, which is then what gets evaluated; null: off."""
+    amp: str = "auto"
+    """``auto`` (bf16 on CUDA, float32 elsewhere), ``bf16`` or ``off``."""
+    channels_last: bool = False
+    """Memory format of images and convolution weights. On a CPU, torch crashed with it in networks of 4 channels."""
+    compile: bool = False
+    """Train through ``torch.compile``."""
+    sync_batchnorm: str = "auto"
+    """With several processes (see README.md): ``true``: batch normalisation over the joint batch, which needs GPUs;
+    ``false``: over each process' part, with the first one's running statistics; ``auto``: true on GPUs."""
+    deterministic: str = "false"
+    """``false``, ``warn`` or ``true``: torch's deterministic algorithms."""
+    skip_nonfinite: int = 0
+    """Steps with an infinite or NaN loss or gradient to skip in all, such as spikes in bf16, before the run counts as
+    diverged. Above 0, every step waits for the device."""
+
+    def __post_init__(self) -> None:
+        self.deterministic = self.deterministic.lower()  # YAML's true arrives as "True"
+
+
+@dataclass
+class TrackerConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    name: str = "wandb"
+    """``wandb`` or ``jsonl`` (nothing besides)."""
+    mode: str = "offline"
+    """Of W&B: ``offline``, ``online`` (falls back to offline without a key or network) or ``disabled``."""
+    project: str = "convnn"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    init_timeout: int = 20
+    """Seconds that W&B may take to start online."""
+
+
+@dataclass
+class DiagnosticsConfig:
+    """What each layer chooses on a few fixed test images, measured at the end of an epoch (convnn/diagnostics.py).
+
+    It changes nothing about the training, so it is no part of a run's identity.
+    """
+
+    enabled: bool = True
+    images: int = 8
+    """Number of images, evenly spread over the test set."""
+    every: int = 1
+    """Epochs between measurements."""
+    pictures: bool = True
+    """Draw the pictures of scripts/visualize.py at the end of a run whose tracker is W&B, and log them there."""
+
+
+@dataclass
+class RunConfig:
+    """The run folder."""
+
+    dir: str | None = None
+    """Its path; null: ``<root>/<name>-<fingerprint>``."""
+    root: str = "runs"
+    name: str | None = None
+    """First part of the folder's name; null: made from backbone, operator, k, blend and seed."""
+    if_exists: str = "fail"
+    """``fail``, ``resume``, ``skip`` (when complete, else resume) or ``overwrite``."""
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    operator: OperatorConfig = field(default_factory=OperatorConfig)
+    swap: SwapConfig = field(default_factory=SwapConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    seed: int = 0
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``; under torchrun each process takes the GPU of its number."""
+    debug: bool = False
+    """Show the traceback of an error."""

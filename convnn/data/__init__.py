@@ -1,0 +1,16 @@
+"""From images to batches."""
+
+from convnn.data.batches import Batches
+from convnn.data.datasets import load_cifar, load_dataset, load_digits, load_imagefolder, load_synthetic
+from convnn.data.splits import Dataset, Split
+
+__all__ = [
+    "Batches",
+    "Dataset",
+    "Split",
+    "load_cifar",
+    "load_dataset",
+    "load_digits",
+    "load_imagefolder",
+    "load_synthetic",
+]

@@ -1,0 +1,130 @@
+"""Batches made, augmented and normalised on the training device.
+
+Shapes: N images, B batch, C channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convnn.config.schema import DataConfig
+from convnn.data.splits import AnySplit, Split
+
+
+@dataclass
+class Batches:
+    """Batches of a split, augmented and normalised on its device.
+
+    Order and augmentation of an epoch depend on (seed, epoch) alone, so that it can be entered at any step. The joint
+    batch has ``batch_size`` images; of ``world_size`` processes each yields its own rows, in the order of ranks.
+    """
+
+    split: AnySplit
+    batch_size: int
+    config: DataConfig
+    image_size: int
+    train: bool = False
+    seed: int = 0
+    channels_last: bool = False
+    rank: int = 0
+    world_size: int = 1
+    """Processes that share each batch, in the order of ranks."""
+    mirrored: bool = False
+    """A training share holds, with each image, its mirror image in the batch (the first goes with the last), which is
+    what Mixup mixes it with; then the shares together are mixed as the whole batch is."""
+
+    def __post_init__(self) -> None:
+        self.device = self.split.labels.device
+        self._mean, self._std = (
+            torch.tensor(values, device=self.device).view(1, -1, 1, 1) for values in (self.config.mean, self.config.std)
+        )
+
+    def __len__(self) -> int:
+        """Batches per epoch. Training drops the images of an incomplete last batch, evaluation does not."""
+        return len(self.split) // self.batch_size if self.train else math.ceil(len(self.split) / self.batch_size)
+
+    def epoch(self, epoch: int = 0, first: int = 0) -> Generator[tuple[Tensor, Tensor]]:
+        """Yield (images (B, C, s, s) float32, labels (B,)) of an epoch from batch ``first`` on.
+
+        Among several processes B is this one's part. In evaluation, where a batch may have fewer images than there are
+        processes, one without a part gets an image and no label, so that all make as many forward passes.
+        """
+        n = len(self.split)
+        order = torch.arange(n)
+        if self.train:
+            entropy = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0]
+            generator = torch.Generator().manual_seed(int(entropy) >> 1)
+            order = torch.randperm(n, generator=generator)
+            shifts = torch.randint(0, 2 * self.config.crop_padding + 1, (n, 2), generator=generator).to(self.device)
+            flips = (torch.rand(n, generator=generator) < 0.5).to(self.device)
+            if self.mirrored and self.world_size > 1:
+                order, shifts, flips = (self._paired(values) for values in (order, shifts, flips))
+        parts = [self._share(step) for step in range(first, len(self))]
+        read = [slice(part.start, max(part.stop, part.start + 1)) for part in parts]
+        with closing(self._read(order, read, epoch)) as batches:
+            order = order.to(self.device)
+            for part, images in zip(parts, batches, strict=True):
+                if self.train:
+                    images = self._augment(images, shifts[part], flips[part])
+                yield self._normalise(images), self.split.labels[order[part]]
+
+    def _read(self, order: Tensor, parts: Sequence[slice], epoch: int) -> Generator[Tensor]:
+        """Yield the images (B, C, h, w) uint8 of each part of the order."""
+        assert isinstance(self.split, Split)
+        order = order.to(self.device)
+        for part in parts:
+            yield self.split.images.index_select(0, order[part])
+
+    def _augment(self, images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
+        if not (self.config.crop_padding or self.config.flip):
+            return images
+        return random_crop(images, shifts, self.config.crop_padding, flips if self.config.flip else None)
+
+    def _share(self, step: int) -> slice:
+        """Return the rows of this process in the order of an epoch."""
+        start = step * self.batch_size
+        size = min(self.batch_size, len(self.split) - start)
+        return slice(start + size * self.rank // self.world_size, start + size * (self.rank + 1) // self.world_size)
+
+    def _paired(self, values: Tensor) -> Tensor:
+        """Order the rows of each batch so that every process has, with a row, its mirror image: (N, ...) -> (N', ...).
+
+        Rows that are in no whole batch are left out.
+        """
+        batches = values[: len(self) * self.batch_size].unflatten(0, (len(self), self.batch_size))
+        pieces = batches.chunk(2 * self.world_size, dim=1)
+        pairs = zip(pieces[: self.world_size], reversed(pieces), strict=False)
+        return torch.cat([piece for pair in pairs for piece in pair], dim=1).flatten(0, 1)
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        wanted = torch.channels_last if self.channels_last else torch.contiguous_format
+        size = (self.image_size, self.image_size)
+        if images.shape[-2:] == size:
+            x = images.to(torch.float32, memory_format=wanted).div_(255)
+        else:
+            x = images.to(torch.float32).div_(255)
+            x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+            x = x.contiguous(memory_format=wanted)
+        return x.sub_(self._mean).div_(self._std)
+
+
+def random_crop(images: Tensor, shifts: Tensor, padding: int, flips: Tensor | None = None) -> Tensor:
+    """Crop each zero-padded image at its own (row, column) shift, and mirror the crop where ``flips`` says so.
+
+    (B, C, h, w), (B, 2), (B,) -> (B, C, h, w), in one gather.
+    """
+    batch, channels, height, width = images.shape
+    rows, cols = (torch.arange(size, device=images.device) for size in (height, width))
+    if flips is not None:
+        cols = torch.where(flips[:, None], cols.flip(0), cols)  # (B, w)
+    rows, cols = shifts[:, 0, None] + rows, shifts[:, 1, None] + cols
+    index = (rows[:, :, None] * (width + 2 * padding) + cols[:, None, :]).view(batch, 1, -1)  # (B, 1, h w)
+    padded = F.pad(images, (padding,) * 4).flatten(2)
+    return padded.gather(2, index.expand(-1, channels, -1)).view(images.shape)

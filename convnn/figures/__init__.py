@@ -1,0 +1,1 @@
+"""Pictures by matplotlib, of tensors and of metrics."""

@@ -1,0 +1,239 @@
+"""Diagnostics as pictures: over depth and training for one run, over depth for several. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convnn.figures.style import COLOURS, SCALE, STYLE, add_legend, new_figure, plain, styles
+from convnn.runs.metrics import SHOWN, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_NAMES = 24
+"""Layer names on an axis; of more, evenly spread ones are written."""
+
+Cells = dict[tuple[str, int], float]
+
+
+@dataclass
+class Trend:
+    """What ``metrics.jsonl`` says about a run's layers."""
+
+    epochs: list[int] = field(default_factory=list)
+    """Of the measurements, counted from 1."""
+    layers: list[str] = field(default_factory=list)
+    """In forward order."""
+    values: dict[str, Cells] = field(default_factory=dict)
+    """By measure, the value of each (layer, epoch); undefined ones are left out."""
+
+    def last(self, name: str) -> list[float]:
+        """Return a measure of every layer at the last epoch, NaN where undefined."""
+        cells = self.values.get(name, {})
+        return [cells.get((layer, self.epochs[-1]), math.nan) for layer in self.layers] if self.epochs else []
+
+    def mean(self, name: str) -> list[float]:
+        """Return a measure's mean over layers at every epoch, NaN where no layer has it."""
+        columns = [[v for (_, e), v in self.values.get(name, {}).items() if e == epoch] for epoch in self.epochs]
+        return [sum(column) / len(column) if column else math.nan for column in columns]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def epoch_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run folder's metrics.jsonl up to the first damaged one; none if it cannot be read."""
+    try:
+        rows = read_metrics(folder / "metrics.jsonl")
+    except (OSError, ValueError):
+        return []
+    whole = [isinstance(row, dict) and _number(row.get("epoch")) for row in rows]
+    return rows[: whole.index(False)] if False in whole else rows
+
+
+def read_trend(folder: Path) -> Trend:
+    """Return the diagnostics of a run folder; without any, an empty Trend."""
+    trend = Trend()
+    for row in epoch_rows(folder):
+        layers = row.get("layers")
+        every = [one for one in layers if isinstance(one, dict)] if isinstance(layers, list) else []
+        measured = [one for one in every if all(_number(one.get(name)) for name in ("overlap", "padding", "prefix"))]
+        if not measured:
+            continue
+        epoch = int(row["epoch"]) + 1
+        trend.epochs.append(epoch)
+        for one in measured:
+            name = str(one.get("name")).removesuffix(".neighbors")
+            if name not in trend.layers:
+                trend.layers.append(name)
+            values = one | {"outside": one["padding"] + one["prefix"]}
+            for key in SHOWN:
+                if _number(values.get(key)):
+                    trend.values.setdefault(key, {})[name, epoch] = float(values[key])
+    return trend
+
+
+def draw_trends(folder: Path) -> dict[str, Figure]:
+    """Return the figures ``diagnostics`` and ``training`` of a run folder, those that its metrics allow."""
+    figures = {"diagnostics": heat_maps(read_trend(folder)), "training": training(folder)}
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def heat_maps(trend: Trend, title: str = "What each layer chooses, epoch by epoch") -> Figure | None:
+    """Draw layers x epochs for each measure that has values; None if there are none."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    names = [name for name in SHOWN if name in trend.values and _says_something(name, trend.values[name])]
+    if not names:
+        return None
+    columns = min(3, len(names)) if len(names) != 4 else 2
+    rows = -(-len(names) // columns)
+    height = min(max(2.0, 0.8 + 0.27 * len(trend.layers)), 6.5)
+    with mpl.rc_context(STYLE | {"axes.grid": False, "font.size": 12}):
+        figure = Figure(figsize=(2.2 + 3.7 * columns, 0.9 + (height + 0.9) * rows))
+        panels = figure.subplots(rows, columns, squeeze=False, sharey=True, sharex=True)
+        for i, axes in enumerate(panels.flatten()):
+            if i >= len(names):
+                axes.set_visible(False)
+                continue
+            _heat_map(figure, axes, trend, names[i])
+            last_in_column = i + columns >= len(names)
+            axes.tick_params(labelbottom=last_in_column)
+            axes.set_xlabel("epoch" if last_in_column else "")
+        if title:
+            figure.suptitle(title, fontsize=16)
+    return figure
+
+
+def _says_something(name: str, cells: Cells) -> bool:
+    """Return whether a measure is worth a panel: a blend that is the same everywhere, or no padding, is not."""
+    if name == "blend":
+        return len(set(cells.values())) > 1
+    return name != "outside" or max(cells.values()) > 0
+
+
+def _heat_map(figure: Figure, axes: Axes, trend: Trend, name: str) -> None:
+    import numpy as np
+
+    cells = trend.values[name]
+    grid = np.array([[cells.get((layer, e), math.nan) for e in trend.epochs] for layer in trend.layers])
+    whole = name in ("blend", "overlap", "agreement", "entropy")
+    axes.set_facecolor("#cccccc")
+    top = 1.0 if whole else float(np.nanmax(grid)) or 1.0
+    image = axes.imshow(grid, cmap=SCALE, aspect="auto", interpolation="nearest", vmin=0, vmax=top)
+    bar = figure.colorbar(image, ax=axes, aspect=14)
+    if name not in ("blend", "entropy", "distance_mean"):
+        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    axes.set_title(SHOWN[name], fontsize=12)
+    for axis, items, most in ((axes.yaxis, trend.layers, MAX_NAMES), (axes.xaxis, trend.epochs, 6)):
+        step = -(-len(items) // most)
+        axis.set_ticks(range(0, len(items), step), [plain(str(item), 30) for item in items[::step]])
+
+
+def training(folder: Path) -> Figure | None:
+    """Draw accuracy, loss, and where the layers were on the spectrum, over the epochs; None without any epoch."""
+    import matplotlib as mpl
+    from matplotlib.ticker import MaxNLocator
+
+    rows = epoch_rows(folder)
+    if not rows:
+        return None
+    trend = read_trend(folder)
+    epochs = [row["epoch"] + 1 for row in rows]
+    with mpl.rc_context(STYLE | {"font.size": 12}):
+        figure, panels = new_figure(2)
+        if trend.epochs:
+            figure.clear()
+            panels = figure.subplots(1, 3).tolist()
+        figure.set_size_inches(13.3, 4.6)
+        lines = (("train", COLOURS[0], "s"), ("val", COLOURS[2], "^"), ("test", COLOURS[1], "o"))
+        for axes, end, label in zip(panels, ("top1", "loss"), ("top-1 accuracy (%)", "loss"), strict=False):
+            for split, colour, marker in lines:
+                values = [row.get(f"{split}_{end}") for row in rows]
+                if any(value is not None for value in values):
+                    ys = [float(value) if value is not None and _number(value) else math.nan for value in values]
+                    axes.plot(epochs, ys, color=colour, marker=marker, ms=5, label=split)
+            axes.set_ylabel(label)
+            if axes.lines:
+                axes.legend()
+        if trend.epochs:
+            for name, label, colour, marker in (
+                ("blend", "blend", "#000000", "D"),
+                ("overlap", "neighbours in the\nconvolution window", COLOURS[0], "o"),
+                ("agreement", "neighbours kept since\nthe epoch before", COLOURS[1], "s"),
+            ):
+                panels[2].plot(trend.epochs, trend.mean(name), color=colour, marker=marker, ms=5, label=label)
+            panels[2].set_ylim(-0.03, 1.03)
+            panels[2].set_ylabel("mean over layers")
+            panels[2].legend(loc="best", fontsize=11)
+        for axes in panels:
+            axes.set_xlabel("epoch")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.suptitle("Training", fontsize=16)
+    return figure
+
+
+def over_depth(trends: Mapping[Any, Trend], title: str | None) -> Figure | None:
+    """Draw measures of the last epoch over depth, a line for each run; ``title``: of the legend. None without any."""
+    from matplotlib.ticker import MaxNLocator
+
+    trends = {label: trend for label, trend in trends.items() if trend.epochs}
+    drawn = ("overlap", "distance_mean", "hub_share", "agreement")
+    names = [name for name in drawn if any(name in trend.values for trend in trends.values())]
+    if not names or max(len(trend.layers) for trend in trends.values()) < 2:
+        return None
+    figure, panels = new_figure(len(names))
+    look = styles(list(trends))
+    handles: dict[str, Any] = {}
+    for axes, name in zip(panels, names, strict=True):
+        for label, trend in trends.items():
+            ys = trend.last(name)
+            (handles[str(label)],) = axes.plot(range(1, len(ys) + 1), ys, markersize=6, **look[label])
+        axes.set_ylabel(SHOWN[name], fontsize=12)
+        axes.set_xlabel("swapped layer, first to last")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(handles) > 1:
+        add_legend(figure, handles, title)
+    return figure
+
+
+def along(points: Mapping[Any, Sequence[Mapping[str, float]]], x: str) -> Figure | None:
+    """Draw accuracy, loss and cost over a number, a line for each key of ``points``; None with fewer than two values.
+
+    Args:
+        points: rows with ``x``, and means in ``accuracy`` (%), ``loss``, ``gflops`` and ``seconds``, by line.
+        x: name of the number.
+    """
+    rows = [row for line in points.values() for row in line]
+    if len({row["x"] for row in rows}) < 2:
+        return None
+    labels = {
+        "accuracy": "test top-1 (%)",
+        "loss": "test loss",
+        "gflops": "forward pass (GFLOPs)",
+        "seconds": "training time (s)",
+    }
+    names = [name for name in labels if any(not math.isnan(row[name]) for row in rows)]
+    figure, panels = new_figure(len(names))
+    look = styles(list(points))
+    handles: dict[str, Any] = {}
+    for axes, name in zip(panels, names, strict=True):
+        for label, line in points.items():
+            ordered = sorted(line, key=lambda row: row["x"])
+            xs, ys = [row["x"] for row in ordered], [row[name] for row in ordered]
+            (handles[str(label)],) = axes.plot(xs, ys, markersize=7, **look[label])
+        axes.set_xlabel(x)
+        axes.set_ylabel(labels[name])
+        if name in ("gflops", "seconds"):
+            axes.set_ylim(bottom=0)
+    if len(handles) > 1:
+        add_legend(figure, handles, None)
+    return figure

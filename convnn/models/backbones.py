@@ -1,0 +1,87 @@
+"""Backbones: timm's models, with a stem for small images."""
+
+from __future__ import annotations
+
+import importlib
+
+import timm
+import torch
+from timm.layers import build_sincos2d_pos_embed
+from torch import nn
+
+from convnn.config.keys import nearest
+from convnn.config.schema import BackboneConfig
+from convnn.errors import ConfigError, first_line
+
+
+def create_backbone(config: BackboneConfig, num_classes: int, in_chans: int = 3, image_size: int = 32) -> nn.Module:
+    """Build a timm model for square images of ``image_size`` pixels.
+
+    Raises:
+        ConfigError: for an unknown name, arguments the model does not take, a patch that does not divide the
+            image, or pretrained weights that cannot be had.
+    """
+    if config.module:
+        try:
+            importlib.import_module(config.module)
+        except ImportError as error:
+            raise ConfigError(f"backbone.module={config.module} cannot be imported: {error}") from error
+    if not timm.is_model(config.name):
+        raise ConfigError(f"backbone.name={config.name} is not a timm model{nearest(config.name, timm.list_models())}")
+    kwargs = {"num_classes": num_classes, "in_chans": in_chans, "drop_rate": config.drop_rate, **config.kwargs}
+    if config.drop_path_rate is not None:
+        kwargs["drop_path_rate"] = config.drop_path_rate
+    if config.patch_size is not None:
+        kwargs["patch_size"] = config.patch_size
+    if _takes_image_size(config.name):
+        kwargs.setdefault("img_size", image_size)
+    try:
+        model = timm.create_model(config.name, pretrained=config.pretrained, **kwargs)
+    except Exception as error:  # whatever timm's models make of the arguments
+        if config.pretrained and not isinstance(error, (TypeError, AssertionError, ZeroDivisionError)):
+            raise ConfigError(
+                f"backbone.pretrained=true: the weights of {config.name} could not be loaded "
+                f"({type(error).__name__}: {first_line(error)}); connect, or fill timm's cache, or set it to false"
+            ) from error
+        raise ConfigError(f"backbone.name={config.name} cannot be built with {kwargs}: {first_line(error)}") from error
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch is not None and any(image_size % side for side in _sides(patch)):
+        raise ConfigError(
+            f"the {_sides(patch)[0]}-pixel patches of {config.name} do not divide the image side {image_size}; "
+            "set backbone.patch_size or data.image_size"
+        )
+    if config.stem == "small":
+        _small_stem(model, config.name, in_chans)
+    if config.pos_embed == "sincos":
+        _fixed_positions(model, config.name)
+    return model
+
+
+def _sides(patch: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (patch,) if isinstance(patch, int) else tuple(patch)
+
+
+def _takes_image_size(name: str) -> bool:
+    cfg = timm.get_pretrained_cfg(name)
+    return bool(cfg and cfg.fixed_input_size)
+
+
+def _small_stem(model: nn.Module, name: str, in_chans: int) -> None:
+    """Replace the 7x7 stride-2 convolution and the max-pooling of a ResNet by one 3x3 stride-1 convolution."""
+    conv = getattr(model, "conv1", None)
+    if not isinstance(conv, nn.Conv2d) or not hasattr(model, "maxpool"):
+        raise ConfigError(f"backbone.stem=small fits ResNets with a single first convolution, not {name}")
+    stem = nn.Conv2d(in_chans, conv.out_channels, 3, 1, 1, bias=conv.bias is not None)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    model.conv1, model.maxpool = stem, nn.Identity()
+
+
+def _fixed_positions(model: nn.Module, name: str) -> None:
+    """Replace learned positions by fixed two-dimensional sine-cosine ones (zeros for prefix tokens)."""
+    old = getattr(model, "pos_embed", None)
+    if not isinstance(old, nn.Parameter) or not hasattr(model, "patch_embed"):
+        raise ConfigError(f"backbone.pos_embed=sincos fits ViTs with learned positions, not {name}")
+    grid = model.patch_embed.grid_size  # type: ignore[union-attr]
+    table = build_sincos2d_pos_embed(list(grid), dim=old.shape[-1]).unsqueeze(0)  # type: ignore[arg-type]
+    prefix = torch.zeros(1, old.shape[1] - table.shape[1], old.shape[2])
+    model.pos_embed = nn.Parameter(torch.cat([prefix, table], dim=1).to(old.dtype), requires_grad=False)

@@ -1,0 +1,29 @@
+"""From a configuration to a model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from convnn.config.schema import Config
+from convnn.data.splits import Dataset
+from convnn.errors import ConfigError
+from convnn.models.backbones import create_backbone
+from convnn.models.swap import SwapReport, swap_layers
+from convnn.runtime.device import seed_everything
+
+
+def build_model(config: Config, dataset: Dataset) -> tuple[nn.Module, SwapReport, int]:
+    """Build the backbone from ``config.seed`` and swap its layers; return model, report and image side in pixels.
+
+    Raises:
+        ConfigError: if the parts do not fit together.
+    """
+    channels, height, width = dataset.train.shape
+    image_size = config.data.image_size or config.backbone.image_size
+    if image_size is None and height != width:
+        raise ConfigError(f"data={config.data.name} has {height}x{width} images; set data.image_size")
+    image_size = image_size or height
+    seed_everything(config.seed)
+    model = create_backbone(config.backbone, len(dataset.classes), channels, image_size)
+    report = swap_layers(model, config.swap, config.operator)
+    return model, report, image_size

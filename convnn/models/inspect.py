@@ -1,0 +1,72 @@
+"""Asking all layers of a model what they choose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from convnn.ops.neighborhood import Neighborhood, same_draws
+
+
+def choosing_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers of a model that choose neighbours, by name: all that have a method ``neighborhood``."""
+    # A hybrid answers for its branch ``neighbors``, which is found by itself.
+    asked = ((name, m) for name, m in model.named_modules() if hasattr(type(m), "neighborhood"))
+    return {name: m for name, m in asked if not hasattr(m, "neighbors")}
+
+
+@contextmanager
+def looking_at(model: nn.Module) -> Iterator[None]:
+    """Evaluate without a trace: no gradient, no change of modes, statistics or random generators."""
+    modes = [(module, module.training) for module in model.modules()]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    model.eval()
+    try:
+        with torch.no_grad(), same_draws(device):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def neighbors_of(model: nn.Module, images: Tensor, blend: float | None = None) -> dict[str, Neighborhood]:
+    """Return what every layer of a model chooses on these images, in one forward pass in evaluation mode.
+
+    Args:
+        model: with swapped layers, at any depth.
+        images: (B, C, h, w), as the model takes them.
+        blend: what the layers choose at this blend, from the features that they get at their own one; layers without
+            a blend are left out then.
+
+    Returns:
+        Neighborhoods by the layer's name, in forward order. Nothing about the model has changed.
+
+    Raises:
+        ValueError: if no layer of the model chooses neighbours.
+    """
+    layers = choosing_layers(model)
+    if not layers:
+        raise ValueError("no layer of this model chooses neighbours; swap some first (convnn.swap_layers)")
+    if blend is not None:
+        layers = {name: layer for name, layer in layers.items() if hasattr(layer, "set_spectrum")}
+    found: dict[str, Neighborhood] = {}
+
+    def look(name: str, layer: nn.Module, x: Tensor) -> None:
+        own = {} if blend is None else {"blend": blend}
+        with same_draws(x.device):
+            found[name] = layer.neighborhood(x, **own)  # type: ignore[operator]
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, args, name=name: look(name, layer, args[0]))
+        for name, layer in layers.items()
+    ]
+    try:
+        with looking_at(model):
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

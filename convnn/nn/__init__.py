@@ -1,0 +1,1 @@
+"""Layers with parameters, drop-ins for ``nn.Conv2d`` and timm's ``Attention``."""

@@ -1,0 +1,404 @@
+"""The drop-in for timm's ``Attention``: parameters and signature around ``functional``.
+
+Shapes: B batch, H heads, N tokens, K neighbours, C channels, D channels per head.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers.attention import Attention
+from torch import Tensor, nn
+
+from convnn.config.schema import ATTENTION, OperatorConfig
+from convnn.errors import ConfigError
+from convnn.nn.base import NeighborLayer, Site, layer_settings
+from convnn.ops.functional import neighbor_aggregate
+from convnn.ops.geometry import Geometry, Pair
+from convnn.ops.neighborhood import Neighborhood, find_neighborhood
+from convnn.ops.shortcuts import attend, attends_to_all
+
+__all__ = ["Attention", "ConvNNAttention"]
+
+
+def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Raise ValueError for the masks that timm's blocks may pass."""
+    if attn_mask is not None or is_causal:
+        raise ValueError("attn_mask and is_causal are not supported: neighbours are chosen among all tokens")
+
+
+def grid_of(num_tokens: int, num_prefix_tokens: int, grid_size: Pair | None) -> Pair:
+    """Return rows and columns of the grid in a sequence: ``grid_size`` if it fits, else a square.
+
+    Raises:
+        ValueError: if neither fits.
+    """
+    grid = num_tokens - num_prefix_tokens
+    height, width = grid_size or (0, 0)
+    if height * width != grid:
+        height = width = math.isqrt(max(grid, 0))
+    if height * width != grid or grid < 1:
+        raise ValueError(
+            f"{num_tokens} tokens less {num_prefix_tokens} prefix tokens are neither grid_size={grid_size} nor a "
+            "square; pass grid_size and num_prefix_tokens"
+        )
+    return height, width
+
+
+class ConvNNAttention(NeighborLayer):
+    """Self-attention over the k nearest tokens, a drop-in for timm's ``Attention`` (arXiv 2511.14137).
+
+    Keeps timm's parameter names. With ``aggregation="depthwise"`` each neighbour rank has a weight per channel,
+    shared by the heads and initialised to ones; with ``sum`` and k = N it is exactly self-attention. Blends below 1
+    select by position on ``grid_size``; prefix tokens (CLS) have no position, see ``select_neighbors``.
+
+    Args:
+        dim: C.
+        num_heads: H; must divide C.
+        k: neighbours per token.
+        blend: 0 (position) to 1 (features).
+        dim_out: channels of the output, default C.
+        qkv_bias: bias of queries, keys and values.
+        qk_norm: normalise queries and keys per head.
+        proj_bias: bias of the output projection.
+        attn_drop: dropout of the neighbours' weights.
+        proj_drop: dropout of the output.
+        norm_layer: for ``qk_norm``.
+        aggregation: ``depthwise``, ``sum``, ``conv`` (full weights per slot) or ``separable``.
+        weighting: ``softmax``, ``ones`` or ``score``.
+        temperature: divides the similarity, on top of the 1/sqrt(D) of ``similarity="dot"``.
+        border: of windows at the grid's edge: ``nearest``, ``zeros`` or ``shift``.
+        layout: ``grid``, or ``sequence``: prefix and grid tokens on one line.
+        head_dim: D, default C / H.
+        learn_blend: ``no``, ``layer`` or ``head``.
+        straight_through: see ``convnn.ops.functional.selection_weights``.
+        backend: ``auto``, ``torch`` or ``triton``, see ``convnn.ops.triton.dispatch``.
+        num_prefix_tokens: tokens before the grid.
+        grid_size: rows and columns of the grid; default: square.
+        fast: let fused attention compute the cases in which all candidates are neighbours.
+        **selection: fields of ``convnn.Selection``.
+
+    Shape:
+        (B, N, C) -> (B, N, dim_out).
+
+    Raises:
+        ValueError: for a mask, for settings that contradict each other, and if k exceeds the candidates or the tokens
+            form no grid.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        k: int = 9,
+        blend: float = 1.0,
+        *,
+        dim_out: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        aggregation: str = "depthwise",
+        weighting: str = "softmax",
+        temperature: float = 1.0,
+        border: str = "nearest",
+        layout: str = "grid",
+        head_dim: int | None = None,
+        learn_blend: str = "no",
+        straight_through: bool = False,
+        backend: str = "auto",
+        num_prefix_tokens: int = 0,
+        grid_size: Pair | None = None,
+        fast: bool = True,
+        **selection: Any,
+    ) -> None:
+        super().__init__()
+        if head_dim is None and dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} must divide dim={dim}")
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, head_dim or dim // num_heads
+        self.num_prefix_tokens, self.grid_size, self.border, self.fast = num_prefix_tokens, grid_size, border, fast
+        self.layout = layout
+        own = {"similarity": "dot", "self_first": False, "k": k, "blend": blend, "aggregation": aggregation}
+        own |= {"weighting": weighting, "temperature": temperature, "border": border}
+        own |= {"layout": layout, "head_dim": head_dim}
+        own |= {"learn_blend": learn_blend, "straight_through": straight_through, "backend": backend}
+        self._init_spectrum(ATTENTION, num_heads, own | selection)
+
+        d = self.head_dim
+        self.qkv = nn.Linear(dim, 3 * num_heads * d, bias=qkv_bias)
+        self.q_norm = norm_layer(d) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(d) if qk_norm else nn.Identity()
+        self.attn_drop = nn.Dropout(attn_drop)
+        shape = {"depthwise": (d, k), "separable": (d, k), "conv": (d, d, k)}.get(aggregation)
+        self.slot_weight = nn.Parameter(torch.empty(shape)) if shape else None
+        self.pointwise = nn.Linear(d, d, bias=False) if aggregation == "separable" else None
+        self.proj = nn.Linear(num_heads * d, dim_out or dim, bias=proj_bias)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_slots()
+
+    @torch.no_grad()
+    def reset_slots(self, preserve: bool = False) -> None:
+        """Draw the slot weights anew: depthwise ones, others as ``nn.Conv1d``.
+
+        ``preserve`` makes every kind of aggregation the sum.
+        """
+        weight = self.slot_weight
+        if weight is None:
+            return
+        if self.aggregation == "depthwise" or (preserve and self.aggregation == "separable"):
+            weight.fill_(1)
+        elif preserve:
+            weight.copy_(torch.eye(self.head_dim)[..., None].expand_as(weight))
+        else:
+            nn.init.kaiming_uniform_(weight if weight.ndim == 3 else weight[:, None], a=math.sqrt(5))
+        if self.pointwise is not None:
+            nn.init.eye_(self.pointwise.weight) if preserve else self.pointwise.reset_parameters()
+
+    def geometry(self, num_tokens: int) -> Geometry:
+        """Return the grid of a sequence of this length.
+
+        Raises:
+            ValueError: if the tokens after the prefix are neither ``grid_size`` nor a square.
+        """
+        if self.layout == "sequence":
+            return Geometry(1, num_tokens)
+        height, width = grid_of(num_tokens, self.num_prefix_tokens, self.grid_size)
+        radius = math.isqrt(self.k_max) // 2
+        if self.border == "zeros":
+            side, ring = (2 * radius + 1,) * 2, (radius,) * 2
+            return Geometry(height, width, kernel=side, padding=ring, prefix=self.num_prefix_tokens)
+        margin = (radius,) * 2 if self.border == "shift" else (0, 0)
+        return Geometry(height, width, prefix=self.num_prefix_tokens, margin=margin)
+
+    def layout_of(self, num_tokens: int) -> Geometry:
+        """Return where the tokens of a sequence of this length lie, as far as this layer cares."""
+        # Without positions or a grid of candidates a plain sequence of any length will do.
+        whole = self.selection.candidates in ("all", "random") and self.border != "zeros"
+        if self.layout == "grid" and self.blend_logit is None and self.blend == 1 and whole and self.grid_size is None:
+            return Geometry(1, num_tokens - self.num_prefix_tokens, prefix=self.num_prefix_tokens)
+        return self.geometry(num_tokens)
+
+    def _pads(self) -> bool:
+        blend = self.blend_value()
+        return self.selection.pad_candidates or not (isinstance(blend, float) and blend == 1)
+
+    def is_fused(self, geometry: Geometry) -> bool:
+        """Return whether fused attention computes this layer: if all candidates are neighbours and order is lost."""
+        settings = {"num": self.k, "weighting": self.weighting, "aggregation": self.aggregation, "pads": self._pads()}
+        every = attends_to_all(geometry, self.selection, **settings)  # type: ignore[arg-type]
+        return self.fast and every and not self.straight_through
+
+    def _heads(self, x: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values per head: (B, N, C) -> three (B, H, N, D), the latter two with the ring."""
+        b, n, _ = x.shape
+        qkv = self.qkv(x).view(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if any(geometry.padding):
+            k, v = (add_ring(t, geometry) for t in (k, v))
+        return q, k, v
+
+    def neighborhood(self, x: Tensor, *, blend: float | None = None) -> Neighborhood:
+        """Return what the layer chooses in a sequence (B, N, C), at its own blend or another."""
+        geometry = self.layout_of(x.shape[1]) if blend is None else self.geometry(x.shape[1])
+        q, k, _ = self._heads(x, geometry)
+        seen = geometry
+        if not any(geometry.padding) and geometry.height == 1:  # laid out on a line, as far as the selection cares
+            try:
+                size = grid_of(x.shape[1], self.num_prefix_tokens, self.grid_size)
+                seen = Geometry(*size, prefix=self.num_prefix_tokens)
+            except ValueError:
+                pass
+        found = find_neighborhood(
+            q,
+            k,
+            geometry,
+            self.selection,
+            num=self.k,
+            blend=self.blend_value() if blend is None else float(blend),
+            weighting=self.weighting,
+            temperature=self.temperature,
+            training=self.training,
+            seen=seen,
+        )
+        limit = self.k_max
+        if found.index.shape[-1] < self.k:  # clamped: a window of the neighbours there are
+            limit = min(limit, int(found.on_grid.sum(-1).amax()))
+        side = 2 * (math.isqrt(limit) // 2) + 1
+        return replace(found, window=(side, side))
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, return_neighbors: bool = False
+    ) -> Any:
+        """(B, N, C) -> (B, N, dim_out), with ``return_neighbors`` a Neighborhood too. A mask is refused."""
+        refuse_mask(attn_mask, is_causal)
+        if return_neighbors:
+            return self.with_neighbors(x)
+        b, n, _ = x.shape
+        geometry = self.layout_of(n)
+        q, k, v = self._heads(x, geometry)
+        drop = self.attn_drop.p if self.training else 0.0
+        if self.is_fused(geometry):
+            pads, temperature = self._pads(), self.temperature
+            y = attend(q, k, v, geometry, self.selection, pads=pads, temperature=temperature, dropout=drop)
+        else:
+            y = neighbor_aggregate(
+                q,
+                k,
+                v,
+                geometry,
+                self.selection,
+                num=self.k,
+                blend=self.blend_value(),
+                weighting=self.weighting,
+                temperature=self.temperature,
+                dropout=drop,
+                aggregation="depthwise" if self.aggregation == "separable" else self.aggregation,
+                weight=self.slot_weight,
+                straight_through=self.straight_through,
+                training=self.training,
+                backend=self.backend,
+            )
+        if self.pointwise is not None:
+            y = self.pointwise(y)
+        y = y.transpose(1, 2).reshape(b, n, self.num_heads * self.head_dim)
+        return self.proj_drop(self.proj(y))
+
+    def extra_repr(self) -> str:
+        """State the configuration in one line."""
+        parts = [f"{self.dim}, num_heads={self.num_heads}", self._spectrum_repr()]
+        if self.num_prefix_tokens:
+            parts.append(f"num_prefix_tokens={self.num_prefix_tokens}")
+        if self.grid_size:
+            parts.append(f"grid_size={self.grid_size}")
+        return ", ".join(parts)
+
+    @torch.no_grad()
+    def to_layer(self) -> Attention:
+        """Return timm's attention that this layer equals on sequences of its ``grid_size``.
+
+        Raises:
+            ValueError: if it equals none: fewer neighbours than tokens, or weights that attention has not.
+        """
+        s = self.selection
+        plain = self.weighting == "softmax" and s.similarity == "dot" and self.border == "nearest"
+        scaled = self.temperature == 1 or isinstance(self.q_norm, nn.Identity)
+        if not plain or s.candidates != "all" or self.aggregation in ("conv", "separable") or not scaled:
+            raise ValueError(f"it is no self-attention: {self._spectrum_repr()}")
+        if self.num_heads * self.head_dim != self.dim:
+            raise ValueError(f"its heads have {self.head_dim} channels each, not {self.dim} / {self.num_heads}")
+        tokens = self.num_prefix_tokens + math.prod(self.grid_size or (0, 0))
+        if self.grid_size is None:
+            raise ValueError("without grid_size it is not known how many tokens there are")
+        if self.k < tokens:
+            raise ValueError(f"k={self.k} is less than the {tokens} tokens")
+        used = None if self.slot_weight is None else self.slot_weight[:, : min(self.k, tokens)]
+        if used is not None and bool((used != 1).any()):
+            raise ValueError("its slot weights are no longer ones")
+        layer = Attention(
+            self.dim,
+            self.num_heads,
+            dim_out=self.proj.out_features,
+            qkv_bias=self.qkv.bias is not None,
+            proj_bias=self.proj.bias is not None,
+            attn_drop=self.attn_drop.p,
+            proj_drop=self.proj_drop.p,
+        )
+        layer.q_norm, layer.k_norm = copy.deepcopy(self.q_norm), copy.deepcopy(self.k_norm)
+        layer.to(self.qkv.weight.device, self.qkv.weight.dtype)
+        for own, new in ((self.qkv, layer.qkv), (self.proj, layer.proj)):
+            new.load_state_dict(own.state_dict())
+        layer.qkv.weight[: self.dim] /= self.temperature
+        if layer.qkv.bias is not None:
+            layer.qkv.bias[: self.dim] /= self.temperature
+        return layer.train(self.training)
+
+    @classmethod
+    def from_layer(
+        cls, layer: Attention, config: OperatorConfig, init: str, site: Site, dim_out: int | None = None
+    ) -> ConvNNAttention:
+        """Build the replacement of timm's attention; ``dim_out`` takes only its first output channels.
+
+        ``transfer`` copies the projections and lets the aggregation start as the sum: with k = N the function stays.
+
+        Raises:
+            ConfigError: for an attention module with parts that this one lacks.
+        """
+        check_attention(layer, site)
+        proj_bias = layer.proj.bias is not None if config.bias is None else config.bias
+        if init == "transfer" and layer.proj.bias is not None and not proj_bias:
+            raise ConfigError(f"swap.init=transfer: '{site.name}' has a bias; leave operator.bias at null")
+        own = layer.attn_dim // layer.num_heads
+        if init == "transfer" and config.head_dim not in (None, own):
+            raise ConfigError(f"swap.init=transfer: '{site.name}' has {own} channels per head; leave operator.head_dim")
+        new = cls(
+            layer.attn_dim,
+            layer.num_heads,
+            config.k,
+            config.blend,
+            dim_out=dim_out or layer.proj.out_features,
+            qkv_bias=layer.qkv.bias is not None,
+            proj_bias=proj_bias,
+            attn_drop=layer.attn_drop.p,
+            proj_drop=layer.proj_drop.p,
+            num_prefix_tokens=site.num_prefix_tokens,
+            grid_size=site.grid_size,
+            **layer_settings(config, "border", "layout", "head_dim"),
+        )
+        new.q_norm, new.k_norm = copy_norm(layer.q_norm, init), copy_norm(layer.k_norm, init)
+        new.reset_slots(preserve=init == "transfer")
+        init_linear(new.qkv, layer.qkv, init)
+        init_linear(new.proj, layer.proj, init)
+        return new.to(layer.qkv.weight.device, layer.qkv.weight.dtype)
+
+
+def add_ring(x: Tensor, geometry: Geometry) -> Tensor:
+    """Surround the grid with zero tokens: (B, H, prefix + h * w, D) -> (B, H, N, D)."""
+    (ph, pw), prefix = geometry.padding, geometry.prefix
+    grid = x[:, :, prefix:].unflatten(2, (geometry.height, geometry.width))
+    return torch.cat([x[:, :, :prefix], F.pad(grid, (0, 0, pw, pw, ph, ph)).flatten(2, 3)], dim=2)
+
+
+def check_attention(layer: nn.Module, site: Site) -> None:
+    """Raise ConfigError for a module that ConvNNAttention cannot stand in for, with the reason."""
+    if not isinstance(layer, Attention):
+        raise ConfigError(
+            f"'{site.name}' is a {type(layer).__name__}, not timm's Attention; choose operator.kind to fit"
+        )
+    if layer.attn_dim != layer.qkv.in_features:
+        raise ConfigError(f"'{site.name}' has a width of its own ({layer.attn_dim}); it cannot be replaced")
+    if layer.gate is not None or not isinstance(layer.norm, nn.Identity):
+        raise ConfigError(
+            f"'{site.name}' has a gate or output norm, which ConvNNAttention lacks; exclude it (swap.exclude)"
+        )
+
+
+def copy_norm(norm: nn.Module, init: str) -> nn.Module:
+    """Return a copy of a normalisation layer, reset for ``fresh``."""
+    norm = copy.deepcopy(norm)
+    reset = getattr(norm, "reset_parameters", None)
+    if init == "fresh" and callable(reset):
+        reset()
+    return norm
+
+
+@torch.no_grad()
+def init_linear(new: nn.Linear, old: nn.Linear, init: str, first: int = 0) -> None:
+    """Copy a projection's rows from ``first`` on, or draw them as timm's ViT does."""
+    if init == "transfer":
+        rows = slice(first, first + new.out_features)
+        new.weight.copy_(old.weight[rows])
+        if new.bias is not None:
+            new.bias.copy_(old.bias[rows])
+        return
+    nn.init.trunc_normal_(new.weight, std=0.02)
+    if new.bias is not None:
+        nn.init.zeros_(new.bias)

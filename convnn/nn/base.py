@@ -1,0 +1,180 @@
+"""What the layers have in common: where they stand in a model, their settings, and moving along the spectrum."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convnn.config.checks import check_operator
+from convnn.config.schema import OperatorConfig
+from convnn.errors import ConfigError
+from convnn.ops.geometry import Pair
+from convnn.ops.neighborhood import Neighborhood, same_draws
+from convnn.ops.settings import Selection
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a layer's surroundings tell about it: its name, and for attention the tokens' layout."""
+
+    name: str = ""
+    num_prefix_tokens: int = 0
+    grid_size: Pair | None = None
+
+
+def pair(value: int | tuple[int, ...]) -> Pair:
+    """Return (rows, columns) of a number or pair."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+_EDGE = 0.001
+_SHARED = ("weighting", "temperature", "aggregation", "learn_blend", "straight_through", "backend")
+
+
+def layer_settings(config: OperatorConfig, *more: str) -> dict[str, Any]:
+    """Return the operator settings that the layers take as keyword arguments, and the named ``more``."""
+    values = asdict(config)
+    return {name: values[name] for name in (*(f.name for f in fields(Selection)), *_SHARED, *more)}
+
+
+class NeighborLayer(nn.Module):
+    """A layer on the spectrum. Blend, k and temperature may change at any time; no parameter or buffer does."""
+
+    k_max: int
+    """Neighbours that the layer has weights for."""
+    k: int
+    """Neighbours in use, at most ``k_max``."""
+    temperature: float
+    selection: Selection
+    weighting: str
+    aggregation: str
+    blend_logit: nn.Parameter | None
+    """Of a learned blend, (1,) or (H,): see ``blend_value``."""
+
+    def _init_spectrum(self, kind: str, heads: int, settings: dict[str, Any]) -> None:
+        """Check the settings and keep those that all layers share."""
+        config = OperatorConfig(kind=kind, **settings)
+        check_operator(config, type(self).__name__)
+        self._settings = config
+        self.selection = Selection(**{f.name: getattr(config, f.name) for f in fields(Selection)})
+        self.weighting, self.aggregation = config.weighting, config.aggregation
+        self.blend_logit = None
+        self._blend, self.k_max = float(config.blend), config.k
+        if config.learn_blend != "no":
+            start = ((torch.tensor(config.blend).clamp(0.01, 0.99) - _EDGE) / (1 - 2 * _EDGE)).logit()
+            self.blend_logit = nn.Parameter(start.repeat(heads if config.learn_blend == "head" else 1))
+        self.backend = config.backend
+        self.straight_through = config.straight_through or self.blend_logit is not None
+        self.set_spectrum(k=config.k, temperature=config.temperature)
+
+    @property
+    def blend(self) -> float:
+        """0 selects by position, 1 by features; of a learned blend the mean over heads."""
+        value = self.blend_value()
+        return value if isinstance(value, float) else value.detach().mean().item()
+
+    def blend_value(self) -> float | Tensor:
+        """Return the blend as the operator takes it: a number, or the learned (1,) or (H,) between 0.001 and 0.999.
+
+        A learned blend stays off the ends, where the selection has one term only and the gradient would vanish.
+        """
+        if self.blend_logit is None:
+            return self._blend
+        return _EDGE + (1 - 2 * _EDGE) * self.blend_logit.sigmoid()
+
+    def set_spectrum(
+        self, *, blend: float | None = None, k: int | None = None, temperature: float | None = None
+    ) -> None:
+        """Move the layer along the spectrum; what is not given stays.
+
+        Raises:
+            ValueError: when a value is out of range, or the blend is learned; nothing has changed then.
+        """
+        if blend is not None:
+            if self.blend_logit is not None:
+                raise ValueError("this layer learns its blend (learn_blend); it cannot be set")
+            if not 0 <= blend <= 1:
+                raise ValueError(f"blend={blend} must lie in [0, 1]")
+        if k is not None:
+            if not 1 <= k <= self.k_max:
+                raise ValueError(f"k={k} must lie in [1, {self.k_max}]: the layer was built with k={self.k_max}")
+            if k != self.k_max and self.selection.slots == "raster":
+                raise ValueError(f"k={k}: a layer with slots=raster keeps its k={self.k_max}")
+        if temperature is not None and not 0 < temperature < math.inf:
+            raise ValueError(f"temperature={temperature} must be positive and finite")
+        self._blend = self._blend if blend is None else float(blend)
+        self.k = self.k if k is None else int(k)
+        self.temperature = self.temperature if temperature is None else float(temperature)
+
+    def spectrum(self) -> dict[str, float]:
+        """Return where the layer is: blend, k and temperature."""
+        return {"blend": self.blend, "k": self.k, "temperature": self.temperature}
+
+    def movable(self) -> dict[str, float]:
+        """Return what ``set_spectrum`` takes: the spectrum less a learned blend, which is in the state_dict."""
+        values = self.spectrum()
+        if self.blend_logit is not None:
+            del values["blend"]
+        return values
+
+    def neighborhood(self, x: Tensor, *, blend: float | None = None) -> Neighborhood:
+        """Return what the layer chooses on an input, at its own blend or another.
+
+        With random candidates it draws what ``forward`` would draw in its place.
+
+        Raises:
+            ValueError: if the layer has no answer.
+        """
+        raise ValueError(f"{type(self).__name__} does not say which neighbours it chooses")
+
+    def with_neighbors(self, x: Tensor) -> tuple[Tensor, Neighborhood]:
+        """Return the output and the neighbours that it comes from."""
+        with same_draws(x.device):
+            found = self.neighborhood(x)
+        return self.forward(x), found
+
+    def to_layer(self) -> nn.Module:
+        """Return the plain layer that this one equals.
+
+        Raises:
+            ValueError: saying why there is none.
+        """
+        raise ValueError(f"{type(self).__name__} has no plain equivalent")
+
+    def _spectrum_repr(self) -> str:
+        parts = [f"k={self.k}" if self.k == self.k_max else f"k={self.k} of {self.k_max}", f"blend={self.blend:.3g}"]
+        default, shown = OperatorConfig(kind=self._settings.kind), {"kind", "name", "target", "k", "blend", "bias"}
+        for f in fields(OperatorConfig):
+            value = self.temperature if f.name == "temperature" else getattr(self._settings, f.name)
+            if f.name not in shown and value != getattr(default, f.name):
+                parts.append(f"{f.name}={value}")
+        return ", ".join(parts)
+
+
+def options(config: OperatorConfig, **defaults: Any) -> dict[str, Any]:
+    """Return ``operator.options`` over the defaults, whose types they must have.
+
+    Raises:
+        ConfigError: for an option that the operator lacks, or that is no positive number.
+    """
+    unknown = sorted(set(config.options) - set(defaults))
+    if unknown:
+        raise ConfigError(f"operator.options.{unknown[0]}: {config.name} has the options {', '.join(defaults)}")
+    values = defaults | config.options
+    for name, value in values.items():
+        kind = type(defaults[name])
+        number = isinstance(value, (kind, int)) and not isinstance(value, bool)
+        if not number or not 0 < value < math.inf:
+            need = "integer" if kind is int else "number"
+            raise ConfigError(f"operator.options.{name}={value} must be a positive {need}")
+    return values
+
+
+def refuse_transfer(init: str, site: Site, config: OperatorConfig) -> None:
+    """Raise ConfigError for ``swap.init=transfer``, which a peer does not define."""
+    if init == "transfer":
+        raise ConfigError(f"swap.init=transfer: '{site.name}' has no counterpart in operator={config.name}; use fresh")

@@ -1,0 +1,356 @@
+"""The drop-in for ``nn.Conv2d``: parameters and signature around ``functional``.
+
+Shapes: B batch, N tokens, K neighbours, C input and O output channels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convnn.config.schema import CONV, OperatorConfig
+from convnn.errors import ConfigError
+from convnn.nn.base import NeighborLayer, Site, layer_settings, pair
+from convnn.ops.functional import neighbor_aggregate
+from convnn.ops.geometry import Geometry, Pair
+from convnn.ops.neighborhood import Neighborhood, find_neighborhood
+from convnn.ops.shortcuts import convolve, is_convolution, kernel_to_slots, slots_to_kernel
+
+
+class ConvNN2d(NeighborLayer):
+    """Convolutional nearest neighbours on a feature map, a drop-in for ``nn.Conv2d`` (arXiv 2511.14137).
+
+    Each output pixel gathers k tokens of the zero-padded map, chosen by position (``blend`` 0), by features (1)
+    or by both, and mixes them with one weight matrix per slot. At blend 0 with k = kernel area it is exactly
+    ``nn.Conv2d``; ``from_layer(..., init="transfer")`` and ``to_layer`` move the weights across.
+
+    Args:
+        in_channels: C.
+        out_channels: O.
+        k: neighbours per output pixel.
+        stride: step between output pixels, in input pixels.
+        padding: width of the zero ring, whose pixels are tokens too.
+        blend: 0 (position) to 1 (features).
+        kernel_size: window that places the output pixels and that blend 0 stands for; odd. Default: 2 padding + 1.
+        dilation: of that window.
+        groups: of the mixing weights (``aggregation="conv"``).
+        bias: add one.
+        projection: ``identity``, or ``linear``: 1x1 queries, keys, values and output (the paper's learned variant).
+        weighting: ``ones``, or ``softmax`` or ``score`` of the feature similarity.
+        temperature: divides the similarity.
+        aggregation: ``conv``, ``depthwise`` (O a multiple of C; with softmax its weights start at one),
+            ``separable``, ``sum`` (O = C unless projected) or ``max_relative``.
+        coordinates: column and row of each token as two more channels of what is mixed.
+        shuffle: pixel unshuffle before and shuffle after by this factor; sizes must be its multiples.
+        learn_blend: ``no`` or ``layer``.
+        straight_through: see ``convnn.ops.functional.selection_weights``.
+        backend: ``auto``, ``torch`` or ``triton``, see ``convnn.ops.triton.dispatch``.
+        fast: let ``F.conv2d`` compute the position end.
+        **selection: fields of ``convnn.Selection``.
+
+    Shape:
+        (B, C, h, w) -> (B, O, h', w') with h', w' as for ``nn.Conv2d`` with this kernel, stride and padding.
+
+    Raises:
+        ValueError: for an even kernel or settings that contradict each other, and in the forward pass if k exceeds
+            the candidates.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        k: int = 9,
+        stride: int | Pair = 1,
+        padding: int | Pair = 1,
+        blend: float = 1.0,
+        *,
+        kernel_size: int | Pair | None = None,
+        dilation: int | Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        projection: str = "identity",
+        weighting: str = "ones",
+        temperature: float = 1.0,
+        aggregation: str = "conv",
+        coordinates: bool = False,
+        shuffle: int = 1,
+        learn_blend: str = "no",
+        straight_through: bool = False,
+        backend: str = "auto",
+        fast: bool = True,
+        **selection: Any,
+    ) -> None:
+        super().__init__()
+        self.stride, self.padding, self.dilation = pair(stride), pair(padding), pair(dilation)
+        if kernel_size is None:
+            kernel_size = (2 * self.padding[0] + 1, 2 * self.padding[1] + 1)
+        self.kernel_size = pair(kernel_size)
+        if any(m % 2 == 0 for m in self.kernel_size):
+            raise ValueError(f"kernel_size={self.kernel_size} must be odd: an even window has no centre token")
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(f"groups={groups} must divide in_channels={in_channels}, out_channels={out_channels}")
+        if shuffle > 1 and (self.stride != (1, 1) or groups > 1):
+            raise ValueError(f"shuffle={shuffle} needs stride=1 and groups=1")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.coordinates, self.shuffle, self.fast = coordinates, shuffle, fast
+        own = {"k": k, "blend": blend, "projection": projection, "weighting": weighting, "temperature": temperature}
+        own |= {"aggregation": aggregation, "coordinates": coordinates, "shuffle": shuffle}
+        own |= {"learn_blend": learn_blend, "straight_through": straight_through, "backend": backend}
+        self._init_spectrum(CONV, 1, own | selection)
+
+        wide, out = in_channels * shuffle**2, out_channels * shuffle**2
+        mixed = wide + 2 * coordinates
+        if groups > 1 and (aggregation != "conv" or coordinates):
+            raise ValueError(f"groups={groups} needs aggregation=conv without coordinates, not {aggregation}")
+        if aggregation == "depthwise" and out % wide:
+            raise ValueError(f"aggregation=depthwise: out_channels={out_channels} must be a multiple of {in_channels}")
+        if aggregation == "sum" and projection == "identity" and wide != out:
+            raise ValueError(f"aggregation=sum without projection keeps {in_channels} channels, not {out_channels}")
+        self.mix_groups = {"depthwise": wide, "separable": mixed}.get(aggregation, groups)
+        rows = {"conv": out, "depthwise": out, "separable": mixed}.get(aggregation)
+        self.weight = nn.Parameter(torch.empty(rows, mixed // self.mix_groups, k)) if rows else None
+        inner = {"separable": mixed, "max_relative": 2 * wide}.get(aggregation)
+        self.pointwise = nn.Linear(inner, out, bias=False) if inner else None
+        self.qkv = nn.Linear(wide, 3 * wide, bias=False) if projection == "linear" else None
+        self.proj = nn.Linear(wide if aggregation == "sum" else out, out, bias=False) if self.qkv else None
+        self.bias = nn.Parameter(torch.empty(out)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new weights as ``nn.Conv1d`` would with a kernel of k."""
+        fan = 1
+        if self.weight is not None:
+            fan = self.weight[0].numel()
+            if self.weighting == "softmax" and self.aggregation in ("depthwise", "separable"):
+                nn.init.ones_(self.weight)
+            else:
+                nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        for linear in (self.pointwise, self.qkv, self.proj):
+            if linear is not None:
+                linear.reset_parameters()
+                fan = linear.in_features
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -1 / math.sqrt(fan), 1 / math.sqrt(fan))
+
+    def geometry(self, height: int, width: int) -> Geometry:
+        """Return where tokens and queries lie on a map of this size (after the unshuffle)."""
+        return Geometry(height, width, self.kernel_size, self.stride, self.padding, self.dilation)
+
+    def forward(self, x: Tensor, return_neighbors: bool = False) -> Any:
+        """(B, C, h, w) -> (B, O, h', w'); with ``return_neighbors`` a Neighborhood too."""
+        if return_neighbors:
+            return self.with_neighbors(x)
+        x, geometry = self._unshuffled(x)
+        y = self._convolve(x, geometry)
+        if y is None:
+            y = self._aggregate(x, geometry)
+        return F.pixel_shuffle(y, self.shuffle) if self.shuffle > 1 else y
+
+    def _unshuffled(self, x: Tensor) -> tuple[Tensor, Geometry]:
+        """Check the input; return it as the operator sees it, and where its tokens lie."""
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"expected (batch, {self.in_channels}, height, width), got {tuple(x.shape)}")
+        if self.shuffle > 1:
+            if x.shape[2] % self.shuffle or x.shape[3] % self.shuffle:
+                raise ValueError(f"shuffle={self.shuffle} does not divide a {x.shape[2]}x{x.shape[3]} map")
+            x = F.pixel_unshuffle(x, self.shuffle)
+        geometry = self.geometry(x.shape[2], x.shape[3])
+        if min(geometry.out_shape) < 1:
+            raise ValueError(f"a {x.shape[2]}x{x.shape[3]} map is smaller than the window {self.kernel_size}")
+        return x, geometry
+
+    def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of every token: (B, C, h, w) -> three (B, 1, N, C)."""
+        ph, pw = self.padding
+        tokens = F.pad(x, (pw, pw, ph, ph)).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
+        return (tokens,) * 3 if self.qkv is None else self.qkv(tokens).chunk(3, dim=-1)
+
+    def neighborhood(self, x: Tensor, *, blend: float | None = None) -> Neighborhood:
+        """Return what the layer chooses on a map (B, C, h, w), at its own blend or another."""
+        x, geometry = self._unshuffled(x)
+        q, k, _ = self._qkv(x)
+        return find_neighborhood(
+            q[:, :, geometry.query_index(x.device)],
+            k,
+            geometry,
+            self.selection,
+            num=self.k,
+            blend=self.blend_value() if blend is None else float(blend),
+            weighting=self.weighting,
+            temperature=self.temperature,
+            training=self.training,
+            window=self.kernel_size,
+        )
+
+    def _convolve(self, x: Tensor, geometry: Geometry) -> Tensor | None:
+        """Return what ``F.conv2d`` gives if it is the same."""
+        if self.weight is None or not self.fast or not self._is_conv(geometry, self.k):
+            return None
+        return convolve(x, geometry, self.selection, self.weight, self.bias, self.mix_groups)
+
+    def _is_conv(self, geometry: Geometry, num: int) -> bool:
+        plain = self.aggregation in ("conv", "depthwise") and self.qkv is None and not self.coordinates
+        return plain and is_convolution(
+            geometry, self.selection, num=num, blend=self.blend_value(), weighting=self.weighting
+        )
+
+    def _aggregate(self, x: Tensor, geometry: Geometry) -> Tensor:
+        q, k, v = self._qkv(x)
+        if self.coordinates:
+            positions = geometry.positions(v.device).to(v.dtype)
+            v = torch.cat([v, positions.expand(*v.shape[:-1], 2)], dim=-1)
+        queries = geometry.query_index(x.device)
+        y = neighbor_aggregate(
+            q[:, :, queries],
+            k,
+            v,
+            geometry,
+            self.selection,
+            num=self.k,
+            blend=self.blend_value(),
+            weighting=self.weighting,
+            temperature=self.temperature,
+            aggregation=self.aggregation if self.weight is None else "conv",
+            weight=self.weight,
+            groups=self.mix_groups,
+            straight_through=self.straight_through,
+            training=self.training,
+            backend=self.backend,
+        )
+        if self.aggregation == "max_relative":
+            y = torch.cat([v[:, :, queries], y], dim=-1)
+        for linear in (self.pointwise, self.proj):
+            if linear is not None:
+                y = linear(y)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.squeeze(1).transpose(1, 2).unflatten(2, geometry.out_shape)
+
+    def extra_repr(self) -> str:
+        """State the configuration in one line."""
+        parts = [f"{self.in_channels}, {self.out_channels}", self._spectrum_repr()]
+        parts.append(f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}")
+        if self.dilation != (1, 1):
+            parts.append(f"dilation={self.dilation}")
+        if self.groups != 1:
+            parts.append(f"groups={self.groups}")
+        if self.bias is None:
+            parts.append("bias=False")
+        return ", ".join(parts)
+
+    @torch.no_grad()
+    def load_conv(self, kernel: Tensor, bias: Tensor | None) -> None:
+        """Take over a convolution kernel (O, C / groups, kh, kw).
+
+        Slots beyond the window and coordinate channels become zero.
+        """
+        assert self.weight is not None
+        slots = kernel_to_slots(kernel, self.selection.slots)
+        self.weight.zero_()
+        self.weight[:, : slots.shape[1], : slots.shape[2]] = slots
+        if self.bias is not None:
+            self.bias.copy_(bias if bias is not None else torch.zeros_like(self.bias))
+
+    @torch.no_grad()
+    def to_layer(self) -> nn.Conv2d:
+        """Return the convolution that this layer equals.
+
+        Raises:
+            ValueError: if it equals none: off blend 0, or k not the kernel's area, or weights no convolution has.
+        """
+        area = math.prod(self.kernel_size)
+        geometry = self.geometry(*self.kernel_size)
+        if self.weight is None or self.shuffle > 1 or not self._is_conv(geometry, area):
+            raise ValueError(f"it is no convolution: {self._spectrum_repr()}")
+        spare = self.k > area and self.selection.slots != "raster" and not self.weight[..., area : self.k].any()
+        if self.k != area and not spare:
+            raise ValueError(f"k={self.k} is not the area of the window {self.kernel_size}")
+        args = (self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation)
+        conv = nn.Conv2d(*args, self.mix_groups, self.bias is not None)
+        conv.to(self.weight.device, self.weight.dtype)
+        conv.weight.copy_(slots_to_kernel(self.weight[..., :area], self.kernel_size, self.selection.slots))
+        if self.bias is not None and conv.bias is not None:
+            conv.bias.copy_(self.bias)
+        return conv.train(self.training)
+
+    @classmethod
+    def from_layer(
+        cls, layer: nn.Conv2d, config: OperatorConfig, init: str, site: Site, out_channels: int | None = None
+    ) -> ConvNN2d:
+        """Build the replacement of a convolution; ``out_channels`` takes only its first ones.
+
+        Raises:
+            ConfigError: for an even kernel, a padding other than zeros or numbers, channels that the aggregation
+                cannot serve, or a transfer that is not defined.
+        """
+        padding = check_conv(layer, site)
+        out = layer.out_channels if out_channels is None else out_channels
+        has_bias = layer.bias is not None if config.bias is None else config.bias
+        try:
+            new = cls(
+                layer.in_channels,
+                out,
+                config.k,
+                pair(layer.stride),
+                padding,
+                config.blend,
+                kernel_size=pair(layer.kernel_size),
+                dilation=pair(layer.dilation),
+                groups=layer.groups if config.aggregation == "conv" else 1,
+                bias=has_bias,
+                **layer_settings(config, "projection", "coordinates", "shuffle"),
+            )
+        except ValueError as error:
+            raise ConfigError(f"'{site.name}': {error}; exclude it (swap.exclude)") from error
+        if init == "transfer":
+            check_transfer(layer, config, site, new.mix_groups)
+            new.load_conv(layer.weight[:out], None if layer.bias is None else layer.bias[:out])
+        return new.to(layer.weight.device, layer.weight.dtype)
+
+
+def check_transfer(layer: nn.Conv2d, config: OperatorConfig, site: Site, groups: int) -> None:
+    """Raise ConfigError if a convolution's weights have no place in the operator."""
+    where = f"swap.init=transfer: '{site.name}'"
+    neutral = {"projection": "identity", "shuffle": 1, "weighting": "ones", "distance": "chebyshev"}
+    off = next((key for key, value in neutral.items() if getattr(config, key) != value), None)
+    if config.aggregation not in ("conv", "depthwise"):
+        off = "aggregation"
+    if off:
+        raise ConfigError(f"{where}: a convolution's weights have no place with operator.{off}={getattr(config, off)}")
+    if groups != layer.groups:
+        raise ConfigError(f"{where} has groups={layer.groups} and operator.aggregation={config.aggregation} {groups}")
+    area = math.prod(layer.kernel_size)
+    if config.k < area or (config.slots == "raster" and config.k != area):
+        need = f"= {area}" if config.slots == "raster" else f">= {area}"
+        size = "x".join(map(str, layer.kernel_size))
+        raise ConfigError(f"{where} has a {size} kernel and needs operator.k {need}, not {config.k}")
+    if config.bias is False and layer.bias is not None:
+        raise ConfigError(f"{where} has a bias; leave operator.bias at null")
+
+
+def check_conv(layer: nn.Module, site: Site) -> Pair:
+    """Return the padding of a convolution that ConvNN2d can stand in for, else raise ConfigError with the reason."""
+    if not isinstance(layer, nn.Conv2d):
+        raise ConfigError(f"'{site.name}' is a {type(layer).__name__}, not a convolution; choose operator.kind to fit")
+    size = "x".join(map(str, layer.kernel_size))
+    if any(m % 2 == 0 for m in layer.kernel_size):
+        raise ConfigError(
+            f"'{site.name}' has an even {size} kernel, which has no centre token; exclude it (swap.exclude)"
+        )
+    if layer.padding_mode != "zeros":
+        raise ConfigError(f"'{site.name}' pads with padding_mode={layer.padding_mode}; only zeros can be replaced")
+    if type(layer).forward is not nn.Conv2d.forward:
+        raise ConfigError(
+            f"'{site.name}' is a {type(layer).__name__} with a forward pass of its own; exclude it (swap.exclude)"
+        )
+    if isinstance(layer.padding, str):
+        if layer.padding == "valid":
+            return (0, 0)
+        dilation, kernel = pair(layer.dilation), pair(layer.kernel_size)
+        return (dilation[0] * (kernel[0] // 2), dilation[1] * (kernel[1] // 2))
+    return pair(layer.padding)

@@ -1,0 +1,1 @@
+"""Mathematics on tensors, without parameters: geometry, similarity, selection, aggregation."""

@@ -1,0 +1,157 @@
+"""What becomes of the neighbours: gathering, weighting and mixing.
+
+Shapes: B batch, H heads, Q queries, N tokens, K neighbours, D channels per head, C input and O output channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from convnn.ops import edges
+from convnn.ops.edges import Edges
+from convnn.ops.similarity import pair_similarity, unit
+from convnn.ops.topk import runs_at_once
+
+_blocks_only: ContextVar[bool] = ContextVar("blocks_only", default=False)
+
+
+@contextmanager
+def in_blocks() -> Iterator[None]:
+    """Let layers gather blocks of neighbours here, to count operations."""
+    token = _blocks_only.set(True)
+    try:
+        yield
+    finally:
+        _blocks_only.reset(token)
+
+
+def walks_edges(x: Tensor) -> bool:
+    """Return whether ``ops.edges`` serves: on a CPU in float32 or float64, where torch runs what it is told at once.
+
+    Compiled and traced graphs and the transforms of ``torch.func`` take no ``Function`` with a graph as an argument.
+    """
+    if not runs_at_once() or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        return False
+    return not (torch.is_autocast_enabled("cpu") or _blocks_only.get())
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Return the tokens at ``index``: (B, H, N, D), (B or 1, H or 1, Q, K) -> (B, H, Q, K, D)."""
+    b, h, n, d = x.shape
+    start = torch.arange(b * h, device=x.device).mul_(n).view(b, h, 1, 1)
+    rows = (index + start).flatten()
+    return x.reshape(b * h * n, d).index_select(0, rows).view(b, h, *index.shape[2:], d)
+
+
+def neighbor_similarity(q: Tensor, k: Tensor, index: Tensor, kind: str, graph: Edges | None) -> Tensor:
+    """Return the similarity of each query to its neighbours: (B, H, Q, D), (B, H, N, D) -> (B, H, Q, K).
+
+    Differences (``euclidean``) need the neighbours themselves; products go along the edges of a ``graph``.
+    """
+    if graph is None or kind == "euclidean":
+        return pair_similarity(q, gather_tokens(k, index), kind)
+    q, k = (unit(q), unit(k)) if kind == "cosine" else (q / math.sqrt(q.shape[-1]), k)
+    return edges.Dot.apply(_table(q), _table(k), graph).view(*q.shape[:3], index.shape[-1])
+
+
+def mix(
+    v: Tensor,
+    index: Tensor,
+    rho: Tensor | None,
+    aggregation: str,
+    weight: Tensor | None,
+    groups: int,
+    graph: Edges | None,
+) -> Tensor:
+    """Mix each query's neighbours, weighed by ``rho`` (B, H, Q, K): (B, H, N, C) -> (B, H, Q, O or C).
+
+    Args:
+        v: values.
+        index: neighbours, (B or 1, H or 1, Q, K).
+        rho: weights of the neighbours, or None: ones.
+        aggregation: ``conv``, ``depthwise`` or ``sum``.
+        weight: (O, C / groups, K) for conv, (C, K) for depthwise.
+        groups: of conv.
+        graph: the neighbours as edges, or None: gather them.
+    """
+    if weight is not None and aggregation == "conv" and groups == v.shape[-1] == len(weight):
+        aggregation, weight = "depthwise", weight.squeeze(1)
+    if graph is None or (aggregation == "conv" and groups > 1):
+        x = gather_tokens(v, index)
+        if rho is not None:
+            x = x * rho[..., None]
+        if weight is None:
+            return x.sum(dim=-2)
+        return mix_conv(x, weight, groups) if aggregation == "conv" else (x * weight.t()).sum(dim=-2)
+    if rho is not None:
+        rho = rho.expand(*v.shape[:2], -1, -1).reshape(-1, rho.shape[-1])
+    if weight is None:
+        y = edges.Sum.apply(_table(v), rho, graph)
+    elif aggregation == "depthwise":
+        y = edges.Depthwise.apply(_table(v), rho, weight.t().contiguous(), graph)
+    else:
+        y = edges.Conv.apply(_table(v), rho, weight.permute(2, 1, 0).flatten(0, 1), graph)
+    return y.view(*v.shape[:2], index.shape[2], y.shape[-1])
+
+
+def mix_candidates(
+    v: Tensor, index: Tensor, rho: Tensor | None, weight: Tensor, candidates: Tensor, own: Tensor | None
+) -> Tensor:
+    """Mix as ``mix`` does with ``conv``, multiplying the few candidates before they are gathered.
+
+    Then M K rows are multiplied instead of Q K.
+
+    Args:
+        v: values, (B, H, N, C).
+        index: neighbours, (B or 1, H or 1, Q, K).
+        rho: weights of the neighbours, or None.
+        weight: (O, C, K).
+        candidates: the tokens that neighbours are among, (M,).
+        own: tokens of the queries, (Q,), if these are the first neighbours, which need not be candidates.
+    """
+    b, h, n, c = v.shape
+    first = int(own is not None)
+    slots = index.shape[-1] - first
+    place = torch.zeros(n, dtype=torch.int64, device=v.device)
+    place[candidates] = torch.arange(len(candidates), device=v.device) * slots
+    rows = place[index[..., first:]] + torch.arange(slots, device=v.device)
+    products = v[:, :, candidates] @ weight[..., first:].permute(1, 2, 0).reshape(c, -1)  # (B, H, M, K O)
+    graph = Edges(rows, b, h, len(candidates) * slots)
+    weights = None if rho is None else rho[..., first:].expand(b, h, -1, -1).reshape(-1, slots)
+    y = edges.Sum.apply(products.reshape(-1, len(weight)), weights, graph).view(b, h, index.shape[2], len(weight))
+    if own is None:
+        return y
+    mine = v[:, :, own] @ weight[..., 0].t()
+    return y + (mine if rho is None else mine * rho[..., :1])
+
+
+def _table(x: Tensor) -> Tensor:
+    """Return all tokens as rows: (B, H, N, D) -> (B H N, D)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def mix_conv(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
+    """Give every slot its own full or grouped weights: (B, H, Q, K, C), (O, C / groups, K) -> (B, H, Q, O)."""
+    b, h, q, k, c = x.shape
+    o = weight.shape[0]
+    if groups == 1:
+        return (x.reshape(b * h * q, k * c) @ weight.permute(2, 1, 0).reshape(k * c, o)).view(b, h, q, o)
+    x = x.view(b * h * q, k, groups, c // groups).permute(2, 0, 1, 3).reshape(groups, b * h * q, k * c // groups)
+    w = weight.view(groups, o // groups, c // groups, k).permute(0, 3, 2, 1).reshape(groups, -1, o // groups)
+    return (x @ w).transpose(0, 1).reshape(b, h, q, o)
+
+
+def mix_max_relative(x: Tensor, own: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Return the largest difference to the query's own token, per channel: (B, H, Q, K, D), (B, H, Q, D) -> the same.
+
+    The aggregation of vision graphs (ViG, arXiv 2206.00272): max_j (x_j - x_i).
+    """
+    if valid is not None:
+        x = x.masked_fill(~valid[..., None], -torch.inf)
+    return x.amax(dim=-2) - own

@@ -1,0 +1,141 @@
+"""What a layer chose, to be looked at: which tokens, how they weigh, and where they lie.
+
+Shapes: B batch, H heads, Q queries, N tokens, K neighbours, D channels per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from convnn.ops.geometry import Geometry, Pair
+from convnn.ops.selection import select_neighbors
+from convnn.ops.settings import Selection
+from convnn.ops.similarity import pair_similarity
+from convnn.ops.subsets import same_subsets
+
+
+@dataclass(frozen=True)
+class Neighborhood:
+    """The neighbours of every query of a layer, best first."""
+
+    index: Tensor
+    """Token indices (B, H, Q, K) int64 in the layer's own token grid: prefix tokens first, then the grid with its
+    padding ring in raster order, see ``geometry``. In order of rank, whatever slots the layer mixes them in."""
+    valid: Tensor
+    """False where a query has fewer than K neighbours, (B, H, Q, K) bool."""
+    weights: Tensor | None
+    """What the neighbours weigh, after the softmax if there is one, (B, H, Q, K); 0 where not valid. None: all alike
+    (``weighting=ones``). Slot weights, which are parameters, are not in it."""
+    geometry: Geometry
+    """Where the tokens and the queries are."""
+    window: Pair
+    """Rows and columns of the convolution window that ``blend`` 0 stands for."""
+
+    @property
+    def queries(self) -> Tensor:
+        """The token that each query sits on: (Q,) int64."""
+        return self.geometry.query_index(self.index.device)
+
+    @property
+    def on_grid(self) -> Tensor:
+        """Whether query and neighbour both lie on the grid, and the neighbour is one: (B, H, Q, K) bool."""
+        prefix = self.geometry.prefix
+        return self.valid & (self.index >= prefix) & (self.queries >= prefix)[:, None]
+
+    @property
+    def is_prefix(self) -> Tensor:
+        """Which neighbours are prefix tokens such as CLS: (B, H, Q, K) bool."""
+        return self.valid & (self.index < self.geometry.prefix)
+
+    @property
+    def is_padding(self) -> Tensor:
+        """Which neighbours belong to the zero ring: (B, H, Q, K) bool."""
+        inside = torch.zeros(self.geometry.num_tokens, dtype=torch.bool, device=self.index.device)
+        inside[: self.geometry.prefix] = True
+        inside[self.geometry.inner_tokens(inside.device)] = True
+        return self.valid & ~inside[self.index]
+
+    def offsets(self) -> tuple[Tensor, Tensor]:
+        """Return how many rows and columns each neighbour lies from its query: twice (B, H, Q, K) int64.
+
+        Meaningless where ``on_grid`` is False.
+        """
+        rows, cols = self.geometry.coordinates(self.index)
+        own = (t[:, None] for t in self.geometry.coordinates(self.queries))
+        return tuple(other - mine for other, mine in zip((rows, cols), own, strict=True))  # type: ignore[return-value]
+
+    def distance(self) -> Tensor:
+        """Return the Euclidean distance to each neighbour in tokens, (B, H, Q, K) float32; NaN off the grid."""
+        rows, cols = (t.float() for t in self.offsets())
+        return (rows.square() + cols.square()).sqrt().masked_fill(~self.on_grid, torch.nan)
+
+    def in_window(self) -> Tensor:
+        """Return which neighbours lie in the convolution window around their query: (B, H, Q, K) bool."""
+        inside, g = self.on_grid, self.geometry
+        own = g.coordinates(self.queries)
+        for axis, delta in enumerate(self.offsets()):
+            step, radius, margin = g.dilation[axis], self.window[axis] // 2, g.margin[axis]
+            if margin:  # windows at the edge are shifted inwards
+                here = own[axis][:, None]
+                delta = delta + here - here.clamp(margin, g.padded_shape[axis] - 1 - margin)
+            inside = inside & (delta % step == 0) & (delta.abs() <= step * radius)
+        return inside
+
+
+@torch.no_grad()
+def find_neighborhood(
+    q: Tensor,
+    k: Tensor,
+    geometry: Geometry,
+    selection: Selection,
+    *,
+    num: int,
+    blend: float | Tensor,
+    weighting: str = "ones",
+    temperature: float = 1.0,
+    training: bool = False,
+    window: Pair = (1, 1),
+    seen: Geometry | None = None,
+) -> Neighborhood:
+    """Return what ``convnn.neighbor_aggregate`` with the same arguments aggregates, as a Neighborhood.
+
+    Args:
+        q: queries (B, H, Q, D).
+        k: keys (B, H, N, D).
+        geometry: where they are, for the selection.
+        selection: how neighbours are chosen; a ``num`` above the candidates is lowered to them.
+        num: neighbours per query.
+        blend: 0 selects by position, 1 by features; a tensor (H,) strictly between.
+        weighting: ``ones``, ``softmax`` or ``score``.
+        temperature: divides the similarity.
+        training: draw random candidates.
+        window: of the convolution that blend 0 stands for.
+        seen: geometry of the result, if the selection knows less of it.
+    """
+    ranked = replace(selection, slots="rank", k_policy="clamp")
+    found = select_neighbors(q, k, geometry, ranked, num=num, blend=blend, training=training)
+    index = found.index.expand(*q.shape[:2], -1, -1)
+    valid = torch.ones_like(index, dtype=torch.bool) if found.valid is None else found.valid.expand_as(index)
+    weights = None
+    if weighting != "ones":
+        head = torch.arange(q.shape[1], device=q.device)[:, None, None]
+        # Image by image: the gathered keys are the largest thing here.
+        images = zip(q, k, index, strict=True)
+        scores = [pair_similarity(own, keys[head, chosen], selection.similarity) for own, keys, chosen in images]
+        weights = torch.stack(scores) / temperature
+        if weighting == "softmax":
+            weights = weights.masked_fill(~valid, -torch.inf).softmax(dim=-1)
+        weights = weights.masked_fill(~valid, 0)
+    return Neighborhood(index, valid, weights, seen or geometry, window)
+
+
+@contextmanager
+def same_draws(device: torch.device) -> Iterator[None]:
+    """Leave the random generators as they were, so that what follows draws what was drawn inside."""
+    with same_subsets(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield

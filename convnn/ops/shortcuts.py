@@ -1,0 +1,94 @@
+"""The ends of the spectrum by torch's own convolution and attention.
+
+Shapes: B batch, H heads, Q queries, N tokens, K neighbours, D channels per head, C input and O output channels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convnn.ops.candidates import candidate_tokens, most_candidates, out_of_reach
+from convnn.ops.geometry import Geometry, window_order
+from convnn.ops.settings import Selection
+from convnn.ops.similarity import unit
+
+
+def is_convolution(
+    geometry: Geometry, selection: Selection, *, num: int, blend: float | Tensor, weighting: str
+) -> bool:
+    """Return whether the settings choose exactly the kernel window, so that ``convolve`` may stand in."""
+    return (
+        isinstance(blend, float)
+        and blend == 0
+        and weighting == "ones"
+        and num == math.prod(geometry.kernel)
+        and selection.distance == "chebyshev"
+        and selection.candidates == "all"
+    )
+
+
+def convolve(
+    x: Tensor, geometry: Geometry, selection: Selection, weight: Tensor, bias: Tensor | None, groups: int
+) -> Tensor:
+    """Compute the position end through ``F.conv2d``: (B, C, h, w), weight (O, C / groups, K) -> (B, O, h', w')."""
+    kernel = slots_to_kernel(weight[..., : math.prod(geometry.kernel)], geometry.kernel, selection.slots)
+    return F.conv2d(x, kernel, bias, geometry.stride, geometry.padding, geometry.dilation, groups)
+
+
+def slots_to_kernel(weight: Tensor, kernel: tuple[int, int], slots: str) -> Tensor:
+    """Return slot weights (O, C, kh * kw) as a convolution kernel (O, C, kh, kw); see ``kernel_to_slots``."""
+    if slots != "raster":
+        weight = weight[..., window_order(kernel).argsort().to(weight.device)]
+    return weight.unflatten(-1, kernel)
+
+
+def kernel_to_slots(kernel: Tensor, slots: str) -> Tensor:
+    """Return a convolution kernel (O, C, kh, kw) as slot weights (O, C, kh * kw), nearest tap first unless raster."""
+    weight = kernel.flatten(2)
+    if slots != "raster":
+        weight = weight[..., window_order((kernel.shape[2], kernel.shape[3])).to(weight.device)]
+    return weight
+
+
+def attends_to_all(
+    geometry: Geometry, selection: Selection, *, num: int, weighting: str, aggregation: str, pads: bool
+) -> bool:
+    """Return whether every candidate is a neighbour and the order is lost, so that ``attend`` may stand in."""
+    if weighting != "softmax" or aggregation != "sum":
+        return False
+    if selection.similarity == "euclidean" or selection.candidates == "random":
+        return False
+    if selection.self_first and selection.candidates == "grid":  # a query off the grid adds itself to the candidates
+        return False
+    candidates = candidate_tokens(geometry, selection, pads=pads, training=False)
+    _, most = most_candidates(geometry, selection, candidates)
+    return num == most or (num > most and selection.k_policy == "clamp")
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    geometry: Geometry,
+    selection: Selection,
+    *,
+    pads: bool,
+    temperature: float,
+    dropout: float,
+) -> Tensor:
+    """Attend to all candidates through fused attention: (B, H, Q, D), (B, H, N, D), (B, H, N, C) -> (B, H, Q, C)."""
+    candidates = candidate_tokens(geometry, selection, pads=pads, training=False, device=q.device)
+    tokens = torch.arange(geometry.num_tokens, device=q.device) if candidates is None else candidates
+    if candidates is not None:
+        k, v = k[:, :, candidates], v[:, :, candidates]
+    outside = out_of_reach(geometry, selection, geometry.query_index(q.device), tokens)
+    scale = 1 / temperature
+    if selection.similarity == "cosine":
+        q, k = unit(q), unit(k)
+    else:
+        scale /= math.sqrt(q.shape[-1])
+    mask = None if outside is None else ~outside
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scale)

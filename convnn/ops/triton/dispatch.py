@@ -1,0 +1,160 @@
+"""Plain torch or Triton kernels: which one computes, and the kernels as functions of tensors.
+
+Triton is imported when a kernel runs, so that everything works without it. There is no kernel for selection by
+position alone, nor for other aggregations than the softmax-weighted sum: those are plain with every backend.
+
+Shapes: B batch, H heads, Q queries, N tokens, M candidates, K neighbours, D channels per head, C channels of values.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.util
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from convnn.errors import ConfigError
+from convnn.ops.triton.limits import MAX_CHANNELS, attention_limit, selection_limit
+
+if TYPE_CHECKING:
+    from convnn.ops.settings import Selection
+
+SELECTION, ATTENTION = "selection", "attention"
+"""The two steps that have kernels."""
+
+_TRITON = "operator.backend=triton: {}; or set operator.backend=auto"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Faster:
+    """A measurement in which the kernel of a step beat plain torch, eager and compiled."""
+
+    gpu: str
+    """Glob over ``torch.cuda.get_device_name()``."""
+    step: str
+    """``selection`` or ``attention``."""
+    tokens: int
+    """From so many tokens on."""
+    k: int
+    """Up to so many neighbours."""
+
+
+FASTER: tuple[Faster, ...] = ()
+"""Where ``backend=auto`` takes the kernels. Nothing has been measured on a GPU yet, so it takes them nowhere;
+``scripts/benchmark.py groups=backend*`` on a CUDA machine measures what belongs here."""
+
+
+def engaged(backend: str, device: torch.device) -> bool:
+    """Return whether kernels come into question at all.
+
+    They do not in a traced graph (torch.compile fuses the plain path itself), on the meta device, and under a dispatch
+    mode such as the FLOP counter, which sees no operations of a kernel.
+    """
+    if backend == "torch" or torch.compiler.is_compiling() or device.type == "meta" or is_in_torch_dispatch_mode():
+        return False
+    return backend == "triton" or (bool(FASTER) and device.type == "cuda")
+
+
+def use_kernel(backend: str, step: str, device: torch.device, limit: str | None, *, tokens: int, num: int) -> bool:
+    """Return whether the kernel of a step computes it, for a backend that is ``engaged``.
+
+    Args:
+        backend: ``auto`` or ``triton``.
+        step: ``selection`` or ``attention``.
+        device: of the tensors.
+        limit: why the kernel does not serve the case, or None.
+        tokens: N.
+        num: K.
+
+    Raises:
+        ConfigError: if ``backend=triton`` and it cannot.
+    """
+    lack = limit or missing(device)
+    if backend == "auto":
+        return lack is None and measured_faster(step, device, tokens, num)
+    if lack is not None:
+        raise ConfigError(_TRITON.format(lack.replace("{p}", "operator")))
+    return True
+
+
+def require(backend: str, device: torch.device) -> None:
+    """Raise ConfigError if ``backend=triton`` and no kernel can run on this device."""
+    lack = missing(device) if backend == "triton" else None
+    if lack is not None:
+        raise ConfigError(_TRITON.format(lack))
+
+
+def measured_faster(step: str, device: torch.device, tokens: int, num: int) -> bool:
+    """Return whether ``FASTER`` has a measurement that covers the case."""
+    name = torch.cuda.get_device_name(device)
+    return any(f.step == step and fnmatch.fnmatch(name, f.gpu) and tokens >= f.tokens and num <= f.k for f in FASTER)
+
+
+def missing(device: torch.device) -> str | None:
+    """Return what kernels on this device lack and how to get it, or None."""
+    if not _installed():
+        return "triton is not installed; install it (pip install triton)"
+    if device.type != "cuda" and not interpreted():
+        return f"triton needs a CUDA device, not {device.type}; set device=cuda (or TRITON_INTERPRET=1 to debug)"
+    return None
+
+
+@lru_cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Return whether triton's interpreter runs the kernels; the environment decides before triton is imported."""
+    from convnn.ops.triton import kernels
+
+    return type(kernels.topk_kernel).__name__ == "InterpretedFunction"
+
+
+def selects(backend: str, q: Tensor, k: Tensor, selection: Selection, num: int) -> bool:
+    """Return whether the kernel selects by features of (B, H, Q, D) and (B, H, N, D); see ``use_kernel``."""
+    if not engaged(backend, q.device):
+        return False
+    limit = selection_limit({"candidates": selection.candidates, "k": num}) or _foreign_dtype(q, k)
+    return use_kernel(backend, SELECTION, q.device, limit, tokens=k.shape[2], num=num)
+
+
+def attends(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, *, num: int, similarity: str, **off: Any
+) -> bool:
+    """Return whether the kernel attends to ``num`` neighbours of each query; see ``use_kernel``.
+
+    Args:
+        backend: ``auto``, ``torch`` or ``triton``.
+        q: (B, H, Q, D).
+        k: (B, H, N, D).
+        v: (B, H, N, C).
+        weight: (C, at least K) or None.
+        num: K.
+        similarity: of the softmax.
+        **off: ``dropout`` and ``straight_through``, which are not served.
+    """
+    if not engaged(backend, q.device):
+        return False
+    settings = {"similarity": similarity, "k": num, "straight_through": off["straight_through"], "learn_blend": "no"}
+    limit = attention_limit(settings)
+    tensors = [q, k, v] if weight is None else [q, k, v, weight]
+    if limit is None and off["dropout"] > 0:
+        limit = "dropout of the neighbours' weights is not served; set backbone.drop_rate=0"
+    if limit is None and max(q.shape[-1], v.shape[-1]) > MAX_CHANNELS:
+        limit = f"more than {MAX_CHANNELS} channels per head are not served"
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if limit is None and trained and torch.are_deterministic_algorithms_enabled():
+        limit = "its gradient is summed in no fixed order; set train.deterministic=false"
+    return use_kernel(backend, ATTENTION, q.device, limit or _foreign_dtype(*tensors), tokens=k.shape[2], num=num)
+
+
+def _foreign_dtype(*tensors: Tensor) -> str | None:
+    other = next((t.dtype for t in tensors if t.dtype not in _DTYPES), None)
+    return None if other is None else f"{str(other).removeprefix('torch.')} is not served"

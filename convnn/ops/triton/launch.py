@@ -1,0 +1,230 @@
+"""The kernels as functions of tensors.
+
+Shapes: B batch, H heads, Q queries, N tokens, M candidates, K neighbours, D channels per head, C channels of values."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from convnn.ops.geometry import Geometry
+from convnn.ops.similarity import ALIKE, deviation, pair_similarity, score_terms, unit, with_positions
+from convnn.ops.triton.dispatch import interpreted
+
+if TYPE_CHECKING:
+    from convnn.ops.settings import Selection
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one, where a kernel is to be launched."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _block(size: int, low: int = 1, high: int = 1 << 30) -> int:
+    """Return the power of two that holds ``size``, within bounds."""
+    return min(max(1 << (size - 1).bit_length(), low), high)
+
+
+def best_tokens(
+    q: Tensor,
+    k: Tensor,
+    queries: Tensor,
+    candidates: Tensor | None,
+    geometry: Geometry,
+    selection: Selection,
+    *,
+    num: int,
+    blend: float | Tensor,
+    ranged: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the ``num`` best candidates of the given queries in rank order, by features or features and position.
+
+    Scores are float32 sums of products of the inputs in their own precision, in which those products are exact for 16
+    bits; norms and means are float32. So the order is that of float32, as in the plain path.
+
+    Args:
+        q: (B, H, Q, D).
+        k: (B, H, N, D), of the same precision or another.
+        queries: token of each query, (Q,) int64.
+        candidates: in rising order, (M,) int64, or None for all tokens.
+        geometry: where they are.
+        selection: how they are chosen.
+        num: K.
+        blend: above 0; a number, or a tensor (H,).
+        ranged: return the range of the similarities too.
+
+    Returns:
+        (B, H, Q, K) int64, and if ``ranged`` the least and largest similarity, (B, H, Q, 1) float32, as
+        ``convnn.ops.selection.Neighbors`` has them.
+    """
+    from convnn.ops.triton.kernels import topk_kernel
+
+    device, kind = q.device, selection.similarity
+    b, h, count, _ = q.shape
+    mixed = isinstance(blend, Tensor) or blend < 1
+    share = torch.as_tensor(blend, dtype=torch.float32, device=device).detach().expand(h).repeat(b)
+    q, k = q.flatten(0, 1), k.flatten(0, 1)
+    if mixed and selection.mix == "concat":
+        q, k, mixed = q.float(), k.float(), False
+        positions, scale, own_share = geometry.positions(device), deviation(k), share[:, None, None]
+        q, k = (with_positions(x, p, own_share, scale) for x, p in ((q, positions[queries]), (k, positions)))
+    raw_q, raw_k = q, k
+    bias = None
+    if kind == "euclidean":
+        q, k, bias = score_terms(q.float(), k.float(), kind)
+    dtype = torch.promote_types(q.dtype, k.dtype)
+    q, k = q.to(dtype).contiguous(), k.to(dtype).contiguous()
+    inverse_q, inverse_k = (_inverse_norm(x) for x in (q, k)) if kind == "cosine" else (None, None)
+    floor = q.new_zeros(b * h, count, dtype=torch.float32)
+    if ranged and kind == "euclidean":
+        floor = ALIKE**2 * raw_q.float().square().sum(-1)
+    steps: list[Tensor | None] = [None, None]
+    if mixed:
+        axes = [torch.arange(side, device=device) for side in geometry.padded_shape]
+        tables = [geometry.steps(axis, line[:, None], line).contiguous() for axis, line in enumerate(axes)]
+        # Squared here: in the kernel a product and a sum may round once, and swapped offsets would no longer tie.
+        steps = [t.square() if selection.distance == "euclidean" else t for t in tables]
+    index = torch.empty(b * h, count, num, dtype=torch.int64, device=device)
+    low, high = (q.new_empty(b * h, count, dtype=torch.float32) for _ in range(2)) if ranged else (None, None)
+    available = geometry.num_tokens if candidates is None else len(candidates)
+    own_first = int(selection.self_first)
+    rows, columns = geometry.padded_shape
+    bq, bm = _block(count, 16, 32), _block(available, 16, 64)
+    with on_device(device):
+        topk_kernel[(-(-count // bq) * b * h,)](
+            q, k, inverse_q, inverse_k, bias, queries, candidates, share, floor, *steps, index, low, high,
+            count, k.shape[1], available, q.shape[2], num, geometry.prefix, columns, rows, geometry.extent, ALIKE,
+            BQ=bq, BM=bm, BD=_block(q.shape[2], 16, 32), BK=_block(num - own_first or 1),
+            COSINE=kind == "cosine", BIASED=bias is not None, LISTED=candidates is not None, SELF=own_first,
+            RANGED=ranged, MIXED=mixed, EUCLIDEAN=selection.distance == "euclidean",
+            WIDEN=dtype == torch.bfloat16 and interpreted(),
+        )  # fmt: skip
+    if low is not None and high is not None:
+        if kind == "dot":
+            low, high = (t / math.sqrt(q.shape[2]) for t in (low, high))
+        elif kind == "euclidean":  # score_terms leaves out the query's own square
+            low, high = (t - (q / 2).square().sum(-1) for t in (low, high))
+        low, high = low[..., None], high[..., None]
+        if selection.self_first and candidates is not None:  # the query's own token need not be a candidate
+            own = pair_similarity(raw_q.float(), raw_k[:, queries, None].float(), kind)
+            low, high = torch.minimum(low, own), torch.maximum(high, own)
+        low, high = low.unflatten(0, (b, h)), high.unflatten(0, (b, h))
+    return index.unflatten(0, (b, h)), low, high
+
+
+def _inverse_norm(x: Tensor) -> Tensor:
+    """Return 1 / length along the last axis in float32, 0 where ``convnn.ops.similarity.unit`` gives zeros."""
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+    return norm.masked_fill(norm <= 1e-12, torch.inf).reciprocal()
+
+
+def attend_to_neighbors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    valid: Tensor | None,
+    weight: Tensor | None,
+    *,
+    similarity: str,
+    temperature: float,
+) -> Tensor:
+    """Return ``sum_r softmax_r(s / temperature) w_r v_r`` over the neighbours r of each query, s their similarity.
+
+    Nothing of size (Q, K, D) exists, forward or backward. Softmax and sums are float32. The gradient of k, v and the
+    weights is added up atomically, in no fixed order on a GPU; it cannot be differentiated again.
+
+    Args:
+        q: (B, H, Q, D).
+        k: (B, H, N, D).
+        v: (B, H, N, C).
+        index: (B or 1, H or 1, Q, K) int64.
+        valid: False for neighbours that do not count, shaped as ``index``, or None.
+        weight: of each channel and rank, (C, at least K), or None for ones.
+        similarity: ``dot`` or ``cosine``.
+        temperature: divides the similarity.
+
+    Returns:
+        (B, H, Q, C), of the precision of v and the weights.
+    """
+    scale = 1 / temperature
+    if similarity == "cosine":
+        q, k = unit(q.float()), unit(k.float())
+    else:
+        scale /= math.sqrt(q.shape[-1])
+    if weight is not None:
+        weight = weight[:, : index.shape[-1]]
+    return _NeighborAttention.apply(q, k, v, index, valid, weight, scale)
+
+
+class _NeighborAttention(torch.autograd.Function):
+    """``attend_to_neighbors`` for scaled dot products; keeps its inputs and the log of each query's sum."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index: Tensor,
+        valid: Tensor | None,
+        weight: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        from convnn.ops.triton.kernels import attend_kernel
+
+        b, h, count, _ = q.shape
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+        weight = weight if weight is None or weight.stride(-1) == 1 else weight.contiguous()
+        lead = (b, h, -1, -1)
+        index = index.contiguous().expand(lead)
+        valid = None if valid is None else valid.to(torch.uint8).contiguous().expand(lead)
+        dtype = v.dtype if weight is None else torch.promote_types(v.dtype, weight.dtype)
+        y = v.new_empty(b, h, count, v.shape[-1], dtype=dtype)
+        lse = v.new_empty(b, h, count, dtype=torch.float32)
+        sizes, strides, blocks = _layout(q, k, v, index, weight)
+        with on_device(q.device):
+            attend_kernel[(-(-count // blocks["BQ"]) * b * h,)](
+                q, k, v, index, valid, weight, y, lse, scale, h, count, *sizes, *strides, **blocks,
+                MASKED=valid is not None, WEIGHED=weight is not None,
+            )  # fmt: skip
+        ctx.save_for_backward(q, k, v, index, valid, weight, lse)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        from convnn.ops.triton.kernels import attend_backward_kernel
+
+        q, k, v, index, valid, weight, lse = ctx.saved_tensors
+        b, h, count, _ = q.shape
+        sizes, strides, blocks = _layout(q, k, v, index, weight)
+        dq, dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (q, k, v))
+        programs = -(-count // blocks["BQ"]) * b * h
+        parts = min(programs, 64)  # so that fewer programs wait for one another
+        dw = None if weight is None else lse.new_zeros(parts, *sizes[1:])
+        with on_device(q.device):
+            attend_backward_kernel[(programs,)](
+                q, k, v, index, valid, weight, lse, dy.contiguous(), dq, dk, dv, dw, ctx.scale, h, count, k.shape[2],
+                *sizes, parts, *strides, **blocks, BK=_block(sizes[2]),
+                MASKED=valid is not None, WEIGHED=weight is not None,
+            )  # fmt: skip
+        grad = None if dw is None else dw.sum(0).to(weight.dtype)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, grad, None
+
+
+def _layout(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, weight: Tensor | None
+) -> tuple[list[int], list[int], dict[str, int]]:
+    """Return the sizes D, C, K, the strides and the block sizes of both attention kernels."""
+    sizes = [q.shape[-1], v.shape[-1], index.shape[-1]]
+    strides = [stride for t in (q, k, v, index) for stride in t.stride()[:3]]
+    strides.append(0 if weight is None else weight.stride(0))
+    bd, bc = _block(sizes[0]), _block(sizes[1])
+    return sizes, strides, {"BQ": _block(2048 // max(bd, bc), 1, 32), "BD": bd, "BC": bc}

@@ -1,0 +1,1 @@
+"""The tables of the ConvNN paper: published figures, counts, comparison."""

@@ -1,0 +1,120 @@
+"""What a report holds: tables and pictures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convnn.report.tables import COSTS, METRICS, main_keys, short_name, varying_keys
+from convnn.runs.status import COMPLETE, UNUSABLE
+from convnn.text import aligned, show
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass
+class Picture:
+    """A plot in the report's folder, as ``NAME.png`` and ``NAME.svg``."""
+
+    name: str
+    title: str
+    caption: str
+    png: Path
+    svg: Path
+
+
+MAX_TEXT_ROWS = 60
+MAX_RUNS = 2
+"""Runs whose own pictures a report holds."""
+
+_COST_NAMES = {"seconds": "seconds", "params": "M params", "gflops": "GFLOPs", "images_per_second": "images/s"}
+Table = tuple[list[str], list[list[str]]]
+"""Header and rows."""
+
+
+@dataclass
+class Report:
+    """What a report holds."""
+
+    runs: pd.DataFrame
+    summary: pd.DataFrame
+    metric: str
+    out: Path
+    invalid: list[tuple[str, str]]
+    """Overrides of points that are no valid configuration, and the reasons."""
+    commands: list[str]
+    """Of the sweeps and the runs, each once."""
+    environments: Table
+    """Versions and hardware, with the number of runs."""
+    duplicates: int
+    pictures: list[Picture] = field(default_factory=list)
+
+    def counts(self) -> str:
+        """Say how many runs there are of each status."""
+        counts = ", ".join(f"{n} {status}" for status, n in Counter(self.runs["status"]).most_common())
+        text = f"{len(self.runs)} runs" + (f": {counts}" if counts else "")
+        if self.duplicates:
+            text += f"; {self.duplicates} more of the same configurations left out"
+        return text
+
+    def table(self) -> Table:
+        """Return the summary with its numbers formatted."""
+        keys = main_keys(self.summary)
+        metrics = [m for m in METRICS if m != "top5_last" or m == self.metric]
+        metrics = [self.metric, *(m for m in metrics if m != self.metric and f"{m}_mean" in self.summary)]
+        header = [*keys, *(metric_title(m) for m in metrics), *_COST_NAMES.values(), "failed", "open"]
+        rows = []
+        for row in self.summary.to_dict("records"):
+            cells = [show(row[key]) for key in keys] + [score(row, metric) for metric in metrics]
+            costs = [row[name] / 1e6 if name == "params" else row[name] for name in COSTS]
+            rows.append(
+                cells + [show(float(f"{cost:.4g}")) for cost in costs] + [str(row["n_failed"]), str(row["n_open"])]
+            )
+        return header, rows
+
+    def follows(self) -> str:
+        """Name the keys that differ but are not in the table, since they follow from those that are."""
+        left_out = [key for key in varying_keys(self.summary) if key not in main_keys(self.summary)]
+        return f"Also different, following from the columns shown: {', '.join(left_out)}." if left_out else ""
+
+    def problems(self) -> Table:
+        """Return the failed runs."""
+        failed = self.runs[self.runs["status"].isin(UNUSABLE)]
+        names = ["name", "status", "reason", "log"]
+        return names, [[show(row[name]) for name in names] for row in failed.to_dict("records")]
+
+    def open_runs(self) -> Table:
+        """Return the runs that are neither complete nor failed."""
+        rest = self.runs[~self.runs["status"].isin([*UNUSABLE, COMPLETE])]
+        names = ["name", "status", "epochs", "reason", "log"]
+        return names, [[show(row[name]) for name in names] for row in rest.to_dict("records")]
+
+    def text(self) -> str:
+        """Return the summary as an aligned table, and where the files are."""
+        header, rows = self.table()
+        text = [self.counts(), "", aligned([short_name(name) for name in header], rows[:MAX_TEXT_ROWS])]
+        if len(rows) > MAX_TEXT_ROWS:
+            text.append(f"... and {len(rows) - MAX_TEXT_ROWS} more rows in summary.csv")
+        _, problems = self.problems()
+        text += ["", *(f"{name}: {status}: {reason} ({log})" for name, status, reason, log in problems[:20])]
+        if len(problems) > 20:
+            text.append(f"... and {len(problems) - 20} more in table.md")
+        names = ["index.html", "table.md", "summary.csv", "results.csv", *(p.png.name for p in self.pictures)]
+        return "\n".join([*text, f"{self.out}: {', '.join(names)}"])
+
+
+def metric_title(metric: str) -> str:
+    """Return a metric as a column's title."""
+    return f"{metric} (chosen on the test set)" if metric == "top1_best_on_test" else metric
+
+
+def score(row: dict[str, Any], metric: str) -> str:
+    """Return mean, standard deviation and number of runs of a summary's row, such as ``86.12 ± 0.35 (n=3)``."""
+    n = row.get(f"{metric}_n", 0)
+    if not n:
+        return "–"
+    spread = f" ± {row[f'{metric}_std']:.2f}" if n > 1 else ""
+    return f"{row[f'{metric}_mean']:.2f}{spread} (n={n})"

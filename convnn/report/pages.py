@@ -1,0 +1,108 @@
+"""A report as Markdown and as one HTML file that needs nothing else. All text from runs is escaped."""
+
+from __future__ import annotations
+
+import base64
+import time
+from html import escape
+
+from convnn.report.content import Report, Table, metric_title
+from convnn.report.results import tidy
+from convnn.report.tables import METRICS
+from convnn.text import markdown_table
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 70rem; margin: 0 auto;
+  padding: 1rem; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
+.scroll { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
+th { border-bottom: 2px solid #666; vertical-align: bottom; }
+td { white-space: nowrap; } td.long { white-space: normal; min-width: 16rem; }
+figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; display: block; }
+figcaption { color: #444; font-size: .9rem; }
+pre { overflow-x: auto; background: #f5f5f5; padding: .7rem; font-size: .85rem; }
+@media print {
+  body { max-width: none; padding: 0; font-size: 10pt; } .scroll { overflow: visible; } table { font-size: 7.5pt; }
+  th, td { padding: .15rem .3rem; } td { white-space: normal; } figure, tr { break-inside: avoid; }
+  h2 { break-after: avoid; } pre { white-space: pre-wrap; }
+}
+"""
+
+NOTE = "Mean ± sample standard deviation over n seeds; only complete runs count."
+
+
+def _heading(report: Report) -> str:
+    return f"{metric_title(report.metric)}: {METRICS[report.metric]}"
+
+
+def markdown(report: Report) -> str:
+    """Return the summary table, and the failed, open and invalid points."""
+    parts = [f"# {_heading(report)}", f"{NOTE} {_md_cell(report.counts())}.", markdown_table(*report.table(), _md_cell)]
+    parts.append(_md_cell(report.follows()))
+    for title, table in _lists(report):
+        parts += [f"## {title}", markdown_table(*table, _md_cell)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _lists(report: Report) -> list[tuple[str, Table]]:
+    """Return the lists below the summary that are not empty."""
+    invalid = (["overrides", "reason"], [[tidy(overrides), reason] for overrides, reason in report.invalid])
+    lists = [("Failed", report.problems()), ("Not finished", report.open_runs()), ("Not valid, never run", invalid)]
+    return [(title, table) for title, table in lists if table[1]]
+
+
+def _md_cell(text: str) -> str:
+    for mark in ("\\", "|", "*", "`", "[", "]"):
+        text = text.replace(mark, f"\\{mark}")
+    return escape(text, quote=False)
+
+
+def html_page(report: Report) -> str:
+    """Return the whole report as one page: CSS and pictures inside, no script, nothing from the network."""
+    parts = [
+        f"<h1>{escape(_heading(report))}</h1>",
+        f"<p>{escape(report.counts())}. Made on {time.strftime('%Y-%m-%d %H:%M')}.</p>",
+        *(_html_picture(picture.title, picture.caption, picture.svg.read_bytes()) for picture in report.pictures),
+        f"<h2>Summary</h2><p>{escape(NOTE)} {escape(report.follows())}</p>{_html_table(report.table())}",
+    ]
+    for title, table in _lists(report):
+        parts.append(f"<h2>{title}</h2>{_html_table(table)}")
+    if report.commands:
+        parts.append(f"<h2>Commands</h2><pre>{escape(chr(10).join(report.commands))}</pre>")
+    if report.environments[1]:
+        parts.append(f"<h2>Versions and hardware</h2>{_html_table(report.environments)}")
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(_heading(report))}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+{chr(10).join(parts)}
+</body>
+</html>
+"""
+
+
+def _html_picture(title: str, caption: str, svg: bytes) -> str:
+    data = base64.b64encode(svg).decode()
+    alt = escape(f"{title}. {caption}")
+    image = f'<img alt="{alt}" src="data:image/svg+xml;base64,{data}">'
+    return f"<figure>{image}<figcaption>{escape(title)}. {escape(caption)}</figcaption></figure>"
+
+
+def _html_table(table: Table) -> str:
+    header, rows = table
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    body = "".join(f"<tr>{''.join(map(_html_cell, row))}</tr>\n" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
+
+
+def _html_cell(text: str) -> str:
+    long = ' class="long"' if len(text) > 40 else ""
+    return f"<td{long}>{escape(text)}</td>"

@@ -1,0 +1,286 @@
+"""What run folders and sweep folders hold, read defensively: damaged files become a reason, not an error.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from convnn.config.identity import fingerprint_of, identity_of
+from convnn.errors import ConfigError
+from convnn.runs.status import COMPLETE, DAMAGED, TODO, UNFINISHED, UNUSABLE
+
+
+@dataclass
+class Run:
+    """A run folder, or a point of a sweep that has none yet."""
+
+    name: str
+    folder: Path
+    status: str = TODO
+    reason: str | None = None
+    exit_code: int | None = None
+    log: Path | None = None
+    fingerprint: str | None = None
+    keys: dict[str, Any] = field(default_factory=dict)
+    """The configuration's leaves by dotted key."""
+    whole: bool = False
+    """``keys`` has all of them, not only a sweep's overrides."""
+    result: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def rank(self) -> int:
+        """Return which of two runs of one configuration counts: the higher."""
+        return (self.status != TODO) + self.whole + 4 * (self.status == COMPLETE)
+
+
+@dataclass
+class Findings:
+    """What was found in some folders."""
+
+    base: Path
+    """Paths are shown relative to it."""
+    runs: list[Run] = field(default_factory=list)
+    commands: list[list[str]] = field(default_factory=list)
+    """Of the sweeps."""
+    invalid: list[tuple[str, str]] = field(default_factory=list)
+    """Overrides of a point that is no valid configuration, and the reason."""
+    duplicates: int = 0
+    """Runs left out because another of the same configuration counts."""
+
+    def shown(self, path: Path | None) -> str | None:
+        """Return a path relative to ``base``, without the home directory."""
+        if path is None:
+            return None
+        outside = self.base == Path(self.base.anchor)
+        return tidy(str(path) if outside else os.path.relpath(path, self.base))
+
+
+def tidy(text: str) -> str:
+    """Return text on one line, encodable, with ``~`` for the home directory."""
+    home = str(Path.home())
+    if len(home) > 1:
+        text = re.sub(re.escape(home) + r"(?![\w.-])", "~", text)
+    return " ".join(text.encode(errors="replace").decode().split())
+
+
+def find_results(folders: Sequence[Path]) -> Findings:
+    """Read all runs and sweeps below some folders; each configuration counts once.
+
+    Raises:
+        ConfigError: if a folder is missing, or nothing is found at all.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: no such folder")
+    roots = [folder.resolve() for folder in folders]
+    common = Path(os.path.commonpath(roots))
+    findings = Findings(common.parent if (common / "config.yaml").exists() else common)
+    runs: dict[Path, Run] = {}
+    sweeps = []
+    for path, kind in dict.fromkeys(found for root in roots for found in _walk(root)):
+        if kind == "sweep":
+            sweeps.append(path)
+        else:
+            runs[path] = _read_run(path)
+    for sweep in sweeps:
+        _read_sweep(sweep, runs, findings)
+    if not runs and not findings.invalid:
+        raise ConfigError(f"no runs in {', '.join(map(str, folders))}: no config.yaml or plan.json below")
+    findings.runs = _without_duplicates(list(runs.values()))
+    findings.duplicates = len(runs) - len(findings.runs)
+    return findings
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, str]]:
+    for path, folders, files in os.walk(root):
+        if "plan.json" in files:
+            yield Path(path), "sweep"
+        elif "config.yaml" in files:
+            yield Path(path), "run"
+            folders.clear()
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "report")
+
+
+def _without_duplicates(runs: list[Run]) -> list[Run]:
+    kept: dict[Any, Run] = {}
+    for run in runs:
+        key = run.fingerprint or id(run)
+        if key not in kept or run.rank() > kept[key].rank():
+            kept[key] = run
+    return list(kept.values())
+
+
+def _read_run(folder: Path) -> Run:
+    run = Run(folder.name, folder, UNFINISHED)
+    try:
+        values = yaml.load((folder / "config.yaml").read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        identity = identity_of(values)
+        run.keys, run.whole = dict(_leaves(identity)), True
+        run.fingerprint = fingerprint_of(identity)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problem = getattr(error, "problem", None) or error
+        run.status, run.reason = DAMAGED, f"config.yaml is damaged: {tidy(str(problem))[:120]}"
+    except (TypeError, KeyError, AttributeError, RecursionError):
+        run.status, run.reason = DAMAGED, "config.yaml is damaged: it is not the configuration of a run"
+    environment, _ = _read_json(folder / "env.json")
+    run.environment = environment or {}
+    run.log = folder / "train.log" if (folder / "train.log").exists() else None
+    _read_result(run)
+    return run
+
+
+def _read_result(run: Run) -> None:
+    result, problem = _read_json(run.folder / "result.json")
+    if result is not None and not isinstance(result.get("status"), str):
+        result, problem = None, "it has no status"
+    if problem:
+        run.status = DAMAGED
+        run.reason = "; ".join(filter(None, [run.reason, f"result.json is damaged: {problem}"]))
+    elif result is None:
+        run.result = {"epochs": _epochs_done(run.folder / "metrics.jsonl")}
+    elif run.status != DAMAGED:
+        run.result, run.status = result, tidy(result["status"])
+        run.reason, run.exit_code = text_of(result.get("reason")), integer_of(result.get("exit_code"))
+        run.fingerprint = text_of(result.get("fingerprint")) or run.fingerprint
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """Return a file's mapping, or None and what is wrong with it (None: it does not exist)."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None, None
+    except (OSError, ValueError, RecursionError) as error:
+        return None, tidy(str(error))[:120]
+    return (value, None) if isinstance(value, dict) else (None, "it holds no mapping")
+
+
+def _epochs_done(path: Path) -> int | None:
+    """Return how many epochs metrics.jsonl has, from its end alone."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - 2**16, 0))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["epoch"]) + 1
+        except (ValueError, TypeError, KeyError):
+            continue
+    return None
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            plain = isinstance(value, (bool, float, str)) or value is None or integer_of(value) is not None
+            yield f"{prefix}{key}", value if plain else json.dumps(value)
+
+
+def text_of(value: Any) -> str | None:
+    """Return a text on one line, or None if the value is none."""
+    return tidy(value) if isinstance(value, str) else None
+
+
+def integer_of(value: Any) -> int | None:
+    """Return an integer of at most 64 bits, or None if the value is none."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else None
+
+
+def _read_sweep(folder: Path, runs: dict[Path, Run], findings: Findings) -> None:
+    """Add a sweep's points to ``runs``, and to those there what the sweep knows of them."""
+    plan, problem = _read_json(folder / "plan.json")
+    if plan is None:
+        runs[folder] = Run(folder.name, folder, DAMAGED, f"plan.json is damaged: {problem}")
+        return
+    if isinstance(plan.get("command"), list):
+        findings.commands.append([str(part) for part in plan["command"]])
+    for point in _mappings(plan.get("invalid")):
+        findings.invalid.append((" ".join(_overrides(point)), text_of(point.get("reason")) or "no reason given"))
+    known: dict[Any, Run] = {}
+    bare = []
+    for point in _mappings(plan.get("points")):
+        path = Path(os.path.realpath(folder / str(point.get("folder", f"points/{point.get('name')}"))))
+        run = runs.setdefault(path, Run(str(point.get("name", path.name)), path))
+        run.name = str(point.get("name", run.name))
+        run.fingerprint = run.fingerprint or text_of(point.get("fingerprint"))
+        _apply_status(run, folder, _read_json(folder / "status" / f"{point.get('fingerprint')}.json")[0] or {})
+        overrides = _overrides(point)
+        if run.whole:
+            known.setdefault(_shape(overrides), run)
+        else:
+            bare.append((run, overrides))
+    for run, overrides in bare:
+        sibling = known.get(_shape(overrides))
+        run.keys = (sibling.keys if sibling else {}) | _keys_of(overrides)
+        run.whole = sibling is not None
+
+
+def _mappings(values: Any) -> list[dict[str, Any]]:
+    return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
+
+
+def _overrides(point: Mapping[str, Any]) -> list[str]:
+    values = point.get("overrides")
+    return [str(value).lstrip("+") for value in values] if isinstance(values, list) else []
+
+
+def _apply_status(run: Run, sweep: Path, status: Mapping[str, Any]) -> None:
+    """Take over what a status file says, unless the run's own result says that it is complete."""
+    if isinstance(status.get("log"), str):
+        run.log = sweep / status["log"]
+    state = text_of(status.get("status"))
+    if state is None or run.status == COMPLETE or (run.status == DAMAGED and state not in UNUSABLE):
+        return
+    if state == COMPLETE:
+        if run.status in (TODO, UNFINISHED):
+            run.reason = "the sweep says that it is complete, but it has no result.json"
+            run.status = DAMAGED
+        return
+    run.status = state
+    run.reason = text_of(status.get("reason")) or run.reason
+    code = integer_of(status.get("exit_code"))
+    run.exit_code = run.exit_code if code is None else code
+
+
+def _shape(overrides: list[str]) -> frozenset[str]:
+    """Return what two points share whose configurations differ in the values of the same keys alone."""
+    keys = (override.partition("=")[0] for override in overrides)
+    return frozenset(key if _is_leaf(key) else override for key, override in zip(keys, overrides, strict=True))
+
+
+def _keys_of(overrides: list[str]) -> dict[str, Any]:
+    """Return the leaves that overrides set; ``group=option`` counts as ``group.name``."""
+    pairs = (override.partition("=")[::2] for override in overrides if "=" in override)
+    return {key if _is_leaf(key) else f"{key}.name": _value(text) for key, text in pairs}
+
+
+def _is_leaf(key: str) -> bool:
+    return "." in key or key == "seed"
+
+
+def _value(text: str) -> Any:
+    """Return an override's value as config.yaml would have it."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return json.dumps(value) if isinstance(value, (list, dict)) else value

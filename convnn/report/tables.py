@@ -1,0 +1,209 @@
+"""The results of many runs as tables: one row a run, and one row for each configuration over its seeds.
+
+Columns with a dot in their name are the configuration keys that differ among the runs. Imports no torch, and pandas
+only where a table is made.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convnn.errors import ConfigError
+from convnn.report.results import Findings, Run, find_results, integer_of, text_of, tidy
+from convnn.runs.status import COMPLETE, DAMAGED, UNUSABLE
+from convnn.text import is_missing, show, sort_key
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+METRICS = {
+    "top1_last": "test top-1 of the last epoch (%)",
+    "top5_last": "test top-5 of the last epoch (%)",
+    "top1_best_on_test": "best test top-1, chosen on the test set (%)",
+    "top1_at_best_val": "test top-1 at the best validation epoch (%)",
+    "val_top1_best": "best validation top-1 (%)",
+}
+
+COSTS = ("seconds", "params", "gflops", "images_per_second")
+_INTEGERS = ("exit_code", "seed", "best_epoch", "epochs", "steps", "params", "peak_memory_bytes")
+_SCALARS = (*METRICS, "best_epoch", "epochs", "steps", *COSTS, "peak_memory_bytes", "device")
+_FIRST = ("backbone.name", "data.name", "operator.name", "operator.branch_ratio", "operator.k", "operator.blend")
+
+
+def import_pandas() -> Any:
+    """Return pandas.
+
+    Raises:
+        ConfigError: if it, or matplotlib, is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+        import pandas
+    except ImportError as error:
+        raise ConfigError("needs pandas and matplotlib: uv sync --extra report") from error
+    return pandas
+
+
+def read_runs(folders: Sequence[Path]) -> pd.DataFrame:
+    """Return the table of all runs below some folders, one row a run.
+
+    Raises:
+        ConfigError: if a folder is missing, or nothing is found at all.
+    """
+    return runs_frame(find_results(folders))
+
+
+def runs_frame(findings: Findings) -> pd.DataFrame:
+    """Return the table of the runs found; row i is ``findings.runs[i]``."""
+    pd = import_pandas()
+    keys = _varying(findings.runs)
+    rows = [_row(run, findings, keys) for run in findings.runs]
+    versions = sorted({name for row in rows for name in row if name.startswith("version_")})
+    before = ["name", "folder", "status", "reason", "exit_code", "log"]
+    names = [*before, *keys, "seed", *_SCALARS, *versions, "fingerprint"]
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    for key in keys:
+        if any(isinstance(value, float) for value in columns[key]):
+            columns[key] = [float(value) if type(value) is int else value for value in columns[key]]
+    frame = pd.DataFrame(columns, dtype=object)
+    types = {name: "Int64" if name in _INTEGERS else float for name in (*METRICS, *COSTS, *_INTEGERS)}
+    return frame.astype(types)
+
+
+def _row(run: Run, findings: Findings, keys: Sequence[str]) -> dict[str, Any]:
+    values = {key: run.keys.get(key) for key in keys}
+    row: dict[str, Any] = {key: tidy(value) if isinstance(value, str) else value for key, value in values.items()}
+    row |= {"name": tidy(run.name), "folder": findings.shown(run.folder), "log": findings.shown(run.log)}
+    row |= {"status": run.status, "reason": run.reason, "exit_code": run.exit_code, "fingerprint": run.fingerprint}
+    row["seed"] = integer_of(run.keys.get("seed"))
+    for name in _SCALARS:
+        value = run.result.get(name)
+        if name == "device":
+            row[name] = text_of(value)
+        elif name in _INTEGERS:
+            row[name] = integer_of(value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            row[name] = value
+    versions = run.result.get("versions")
+    for name, value in versions.items() if isinstance(versions, dict) else ():
+        row[f"version_{name}".replace(".", "_")] = tidy(str(value))
+    return row
+
+
+def _varying(runs: Sequence[Run]) -> list[str]:
+    """Return the dotted keys that differ among the runs."""
+    whole = [run for run in runs if run.whole]
+    partial = [run for run in runs if not run.whole]
+    keys = []
+    for key in dict.fromkeys(key for run in runs for key in run.keys if "." in key):
+        values = {run.keys.get(key) for run in whole} | {run.keys[key] for run in partial if key in run.keys}
+        if len(values) > 1:
+            keys.append(key)
+    return sorted(keys, key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST))
+
+
+def varying_keys(frame: pd.DataFrame) -> list[str]:
+    """Return the columns that are configuration keys, the seed aside."""
+    return [column for column in frame.columns if "." in column]
+
+
+def grouped(frame: pd.DataFrame) -> list[tuple[tuple[Any, ...], list[int]]]:
+    """Return the values of the varying keys and the rows that share them, sorted.
+
+    Runs whose configuration is unknown are left out.
+    """
+    keys = varying_keys(frame)
+    rows = zip(*(frame[key] for key in keys), strict=True) if keys else [()] * len(frame)
+    unknown = (frame["status"] == DAMAGED) & frame["seed"].isna()
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for position, (values, left_out) in enumerate(zip(rows, unknown, strict=True)):
+        if not left_out:
+            groups.setdefault(tuple(None if is_missing(v) else v for v in values), []).append(position)
+    return sorted(groups.items(), key=lambda item: [sort_key(value) for value in item[0]])
+
+
+def summarize(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return one row for each configuration but the seed, from a table of runs.
+
+    Only complete runs count: ``n`` of them; ``METRIC_mean``, ``METRIC_std`` (sample standard deviation, empty for one
+    run) and ``METRIC_n``; and the means ``seconds``, ``params``, ``gflops`` and ``images_per_second``. ``n_failed``
+    runs failed, and ``n_open`` are to do, running or stopped before their end.
+    """
+    pd = import_pandas()
+    keys = varying_keys(frame)
+    status = list(frame["status"])
+    values = {name: [None if pd.isna(v) else float(v) for v in frame[name]] for name in (*METRICS, *COSTS)}
+    complete = [i for i, s in enumerate(status) if s == COMPLETE]
+    metrics = [m for m in METRICS if m == "top1_last" or any(values[m][i] is not None for i in complete)]
+    rows = []
+    for group, positions in grouped(frame):
+        done = [i for i in positions if status[i] == COMPLETE]
+        failed = sum(status[i] in UNUSABLE for i in positions)
+        row: dict[str, Any] = dict(zip(keys, group, strict=True))
+        row |= {"n": len(done), "n_failed": failed, "n_open": len(positions) - len(done) - failed}
+        for name in (*metrics, *COSTS):
+            numbers = [v for i in done if (v := values[name][i]) is not None]
+            mean = statistics.fmean(numbers) if numbers else math.nan
+            if name in COSTS:
+                row[name] = mean
+            else:
+                std = statistics.stdev(numbers) if len(numbers) > 1 else math.nan
+                row |= {f"{name}_mean": mean, f"{name}_std": std, f"{name}_n": len(numbers)}
+        rows.append(row)
+    names = [f"{metric}_{part}" for metric in metrics for part in ("mean", "std", "n")]
+    summary = pd.DataFrame(rows, columns=[*keys, "n", "n_failed", "n_open", *names, *COSTS])
+    for key in keys:
+        summary[key] = pd.Series([row[key] for row in rows], dtype=object)
+    return summary
+
+
+def is_numeric(frame: pd.DataFrame, key: str) -> bool:
+    """Return whether a key has numbers alone, two or more."""
+    values = values_of(frame, key)
+    return len(values) > 1 and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+
+
+def values_of(frame: pd.DataFrame, key: str) -> list[Any]:
+    """Return a key's distinct values, sorted; nothing is none."""
+    return sorted({value for value in frame[key] if not is_missing(value)}, key=sort_key)
+
+
+def main_keys(frame: pd.DataFrame) -> list[str]:
+    """Return the varying keys without those that follow from the text-valued ones, as a patch size from the backbone.
+
+    Names (``*.name``) are always among them.
+    """
+    keys = varying_keys(frame)
+    kept = [key for key in keys if key.endswith(".name")]
+    for key in keys:
+        if key not in kept and not _follows(frame, key, [k for k in kept if not is_numeric(frame, k)]):
+            kept.append(key)
+    return [key for key in keys if key in kept]
+
+
+def _follows(frame: pd.DataFrame, key: str, others: list[str]) -> bool:
+    if not others:
+        return False
+    found: dict[Any, Any] = {}
+    for *given, value in frame[[*others, key]].itertuples(index=False, name=None):
+        known = tuple(map(str, given))
+        if str(found.setdefault(known, value)) != str(value):
+            return False
+    return True
+
+
+def short_name(key: str) -> str:
+    """Return a key as plots show it: ``k`` for operator.k, ``backbone`` for backbone.name."""
+    return key.removesuffix(".name") if key.endswith(".name") else key.removeprefix("operator.")
+
+
+def describe(values: Mapping[str, Any]) -> str:
+    """Return keys and values as a label, such as ``resnet18, k=4``."""
+    parts = [
+        show(v) if k.endswith(".name") else f"{short_name(k)}={show(v)}" for k, v in values.items() if not is_missing(v)
+    ]
+    return ", ".join(parts) or "all runs"

@@ -1,0 +1,64 @@
+"""Which key of a summary goes where in a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from convnn.report.tables import is_numeric, main_keys, values_of
+from convnn.text import is_missing, sort_key
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MAX_LINES, MAX_PANELS, MAX_DOTS, MAX_CELLS = 12, 6, 40, 30
+BLEND, RATIO, K = "operator.blend", "operator.branch_ratio", "operator.k"
+Row = dict[str, Any]
+
+
+class View:
+    """A summary's rows that have a score, and the keys to show them by."""
+
+    def __init__(self, summary: pd.DataFrame, metric: str) -> None:
+        self.metric = metric
+        self.keys = main_keys(summary)
+        self.numbers = [key for key in self.keys if is_numeric(summary, key)]
+        self.numbers.sort(key=lambda key: -len(values_of(summary, key)))
+        scored = summary[summary[f"{metric}_mean"].notna()] if f"{metric}_mean" in summary else summary[:0]
+        self.rows: list[Row] = scored.to_dict("records")
+
+    def across(self) -> list[str]:
+        """Return the keys to draw accuracy over."""
+        return [key for key in (BLEND, RATIO) if key in self.numbers] or self.numbers[:1]
+
+    def line_key(self, x: str) -> str | None:
+        """Return the key that tells lines apart when ``x`` is drawn over."""
+        counts = {key: len(split(self.rows, [key])) for key in self.keys if key != x}
+        fit = [key for key, count in counts.items() if count > 1]
+        order = sorted(fit, key=lambda key: (key != K, key != BLEND, key not in self.numbers, -counts[key]))
+        return order[0] if order else None
+
+    def score(self, row: Row) -> float:
+        """Return a row's mean."""
+        return row[f"{self.metric}_mean"]
+
+    def spread(self, row: Row) -> float:
+        """Return a row's standard deviation, NaN for a single run."""
+        return row[f"{self.metric}_std"]
+
+    def seeds(self, mark: str) -> str:
+        """Say what a point is."""
+        counts = sorted({int(row[f"{self.metric}_n"]) for row in self.rows})
+        if counts[-1:] == [1]:
+            return "Each point is one run."
+        span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        none = f", no {mark} where there is one run" if counts[0] == 1 else ""
+        return f"Mean over seeds ({span} a point); {mark}: ± one sample standard deviation{none}."
+
+
+def split(rows: Iterable[Row], keys: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
+    """Return rows by their values of some keys, sorted."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(None if is_missing(row[k]) else row[k] for k in keys), []).append(row)
+    return dict(sorted(groups.items(), key=lambda item: [sort_key(value) for value in item[0]]))

@@ -1,0 +1,99 @@
+"""The environment of a run, and how it changed between its sessions."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from convnn.config.identity import differences
+from convnn.runtime.files import read_json, write_json
+from convnn.version import __version__
+
+log = logging.getLogger("convnn")
+_PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "wandb")
+
+
+def environment() -> dict[str, Any]:
+    """Return what else decides a run's numbers: versions, hardware, git commit."""
+    import torch
+
+    root = Path(__file__).resolve().parents[2]
+    cuda = torch.cuda.is_available()
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "git_commit": _git(root, "rev-parse", "HEAD"),
+        "git_dirty": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
+        "command": sys.argv[1:],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that matter."""
+    found = {"python": platform.python_version(), "convnn": __version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git(root: Path, *args: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+_COMPARED = ("versions", "platform", "processor", "threads", "device", "gpu", "cuda", "cudnn", "git_commit")
+
+
+def record_environment(folder: Path, device: str, step: int) -> list[str]:
+    """Write env.json and return what changed since the run began, such as ``step 40: versions.torch: 2.11 -> 2.12``.
+
+    Args:
+        folder: of the run.
+        device: that it runs on, by name.
+        step: at which it goes on; 0 if it begins.
+    """
+    now: dict[str, Any] = environment() | {"device": device}
+    before = read_json(folder / "env.json") or {}
+    changes: list[str] = []
+    if step and before:
+        changes = list(before.get("changes", []))
+        old, new = ({key: env[key] for key in _COMPARED if key in env} for env in (before, now))
+        new_changes = [f"step {step}: {change}" for change in differences(old, new)]
+        if new_changes:
+            log.warning(
+                "the environment is another one than before, so that results may differ in the last digits (%s)",
+                "; ".join(new_changes),
+            )
+        changes += new_changes
+    write_json(folder / "env.json", now | {"changes": changes})
+    return changes

@@ -1,0 +1,1 @@
+"""This process and its peers: device, signals, process groups, files."""

@@ -1,0 +1,96 @@
+"""What a process needs around a model: device, precision, random generators, determinism, signals."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from convnn.errors import ConfigError
+from convnn.ops.subsets import seed_subsets
+from convnn.runtime import distributed
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of ``device=``; among several processes of a machine, each its own GPU.
+
+    Raises:
+        ConfigError: if it is CUDA and there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.world().size > 1:
+        name = f"cuda:{distributed.world().local_rank}"
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ConfigError(f"device={name}: this machine has {count} usable CUDA devices; set device=cpu or auto")
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def seed_step(seed: int, step: int, device: torch.device, *, evaluation: bool = False) -> None:
+    """Seed for one training step, or the evaluation before it, so that a run can be entered at any step.
+
+    Python's and NumPy's generators (Mixup) and that of random candidates are alike in all processes of a run; torch's
+    (dropout, stochastic depth) is not.
+    """
+    common, own = (
+        int(np.random.SeedSequence([seed, step, evaluation], spawn_key=(stream,)).generate_state(1)[0])
+        for stream in (0, 1 + distributed.world().rank)
+    )
+    random.seed(common)
+    np.random.seed(common)
+    torch.manual_seed(own)
+    seed_subsets(common, device)
+
+
+def make_autocast(amp: str, device: torch.device) -> Callable[[], Any]:
+    """Return the precision context of ``train.amp``."""
+    if amp == "bf16" or (amp == "auto" and device.type == "cuda"):
+        return lambda: torch.autocast(device.type, torch.bfloat16)
+    return nullcontext
+
+
+def device_name(device: torch.device) -> str:
+    """Return what the device is called."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process had at once, on the GPU or else in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def explain_memory(batch_size: int) -> Iterator[None]:
+    """Turn a full GPU into a ConfigError that names a batch size to try."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"out of CUDA memory; try train.batch_size={max(batch_size // 2, 1)}") from error
+
+
+def set_determinism(mode: str) -> None:
+    """Apply ``train.deterministic``."""
+    if mode != "false":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(mode != "false", warn_only=mode == "warn")
+    torch.backends.cudnn.benchmark = mode == "false"
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high" if mode == "false" else "highest")

@@ -1,0 +1,70 @@
+"""What a sweep would do, as text. Imports no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from convnn.runs.status import FAILED
+from convnn.sweep.options import SweepConfig
+from convnn.sweep.plan import Plan
+from convnn.sweep.state import point_state
+
+
+def shared_overrides(plan: Plan) -> set[str]:
+    """Return the overrides that all points have, if there are several points."""
+    every = [set(p.overrides) for p in plan.points] + [set(overrides) for overrides, _ in plan.invalid]
+    return set.intersection(*every) if len(every) > 1 else set()
+
+
+def moved_axes(plan: Plan) -> list[str]:
+    """Return the axes that have no effect, since a schedule moves what they set."""
+    return [
+        f"operator.{name}"
+        for name in ("blend", "temperature")
+        if f"operator.{name}" in plan.axes
+        and any(getattr(c.schedule, name).shape != "constant" for c in plan.configs.values())
+    ]
+
+
+def invalid_lines(plan: Plan) -> str:
+    """Return the points that cannot work, one line each with its reason."""
+    shared = shared_overrides(plan)
+    return "\n".join(
+        f"invalid  {' '.join(o for o in overrides if o not in shared)}: {reason}" for overrides, reason in plan.invalid
+    )
+
+
+def describe(plan: Plan, folder: Path, options: SweepConfig) -> str:
+    """Return what a sweep would do, one line a point: done, failed, partial, todo, invalid."""
+    lines = []
+    counts: Counter[str] = Counter()
+    shared = shared_overrides(plan)
+    if shared and plan.points:
+        lines.append("all points: " + " ".join(o for o in plan.points[0].overrides if o in shared))
+    for point in plan.points:
+        state = point_state(folder, point)
+        word = "done" if state.status == "complete" else "partial" if state.status == "interrupted" else state.status
+        counts[word] += 1
+        own = " ".join(o for o in point.overrides if o not in shared)
+        text = f"{word:<8} {point.name}  {own}"
+        lines.append(text + (f"  ({state.reason})" if state.reason and word in FAILED else ""))
+    counts["invalid"] = len(plan.invalid)
+    if plan.invalid:
+        lines.append(invalid_lines(plan))
+    total = ", ".join(f"{n} {word}" for word, n in counts.items() if n)
+    if plan.duplicates:
+        total += f"; {plan.duplicates} duplicates merged"
+    if any(counts[s] for s in FAILED) and not options.retry_failed:
+        total += "; failed points are left (sweep.retry_failed=false)"
+    return "\n".join([*lines, f"{len(plan.points) + len(plan.invalid)} points in {folder}: {total}"])
+
+
+def cost_line(plan: Plan, folder: Path) -> str:
+    """Return an estimate of what is left to compute; see ``convnn.sweep.cost``."""
+    left = [p for p in plan.points if point_state(folder, p).status != "complete"]
+    if not left:
+        return "nothing is left to compute"
+    from convnn.sweep.cost import estimate
+
+    return estimate([plan.configs[p.fingerprint] for p in left], [folder / p.folder for p in plan.points])

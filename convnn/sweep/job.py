@@ -1,0 +1,93 @@
+"""One job of a sweep as Hydra's launchers call it, and the call to Hydra. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from convnn.config.compose import CONF_DIR, from_hydra
+from convnn.config.identity import fingerprint
+from convnn.config.overrides import is_sweep, key_of, quoted
+from convnn.errors import ConfigError
+from convnn.runtime.files import write_json
+from convnn.sweep.options import SweepConfig
+from convnn.sweep.plan import Point, load_point, point_name
+from convnn.sweep.process import run_point
+from convnn.sweep.state import point_state, sweep_is_gone
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="sweep")
+def main(values: DictConfig) -> float | str | None:
+    """Run the point that Hydra composed in a process of its own; return top-1 in percent, else the status.
+
+    It never raises: a launcher would give up the other jobs.
+    """
+    sweep = values.sweep
+    folder = Path(sweep.dir)
+    try:
+        point = load_point(folder, sweep.point[1:]) if sweep.point else _free_point(values)
+    except ConfigError as error:  # only where another sweeper than ours chose the point
+        print(f"error: {error}", file=sys.stderr)
+        return _record_invalid(folder, sweep.token, str(error))
+    more = tuple(
+        o for o in (f"tracker.group={quoted(sweep.name)}",) if "tracker.group" not in map(key_of, point.overrides)
+    )
+    parallel = int(HydraConfig.get().launcher.get("n_jobs") or 1)
+    status = run_point(
+        folder,
+        point,
+        token=sweep.token,
+        more=more,
+        device=values.device if not sweep.point else _device(point),
+        jobs_per_device=sweep.jobs_per_device,
+        parallel=parallel,
+    )
+    if sweep_is_gone(sweep.token):
+        os._exit(1)  # a worker without a sweep would wait for ever to hand over its result
+    return point_state(folder, point).top1 if status == "complete" else status
+
+
+def _device(point: Point) -> str:
+    given = next((o for o in point.overrides if key_of(o) == "device"), "device=auto")
+    return str(OverridesParser.create().parse_override(given).value())
+
+
+def _record_invalid(folder: Path, token: str, reason: str) -> str:
+    (folder / "status").mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(reason.encode()).hexdigest()[:8]
+    record = {"status": "failed", "reason": reason, "name": "invalid", "log": None, "token": token}
+    write_json(folder / "status" / f"invalid-{name}.json", record)
+    return "invalid"
+
+
+def _free_point(values: DictConfig) -> Point:
+    """Return the point that a sweeper other than ours asked for."""
+    plain = OmegaConf.to_container(values, resolve=True)
+    assert isinstance(plain, dict)
+    plain.pop("sweep")
+    config = from_hydra(OmegaConf.create(plain))
+    overrides = tuple(o for o in HydraConfig.get().overrides.task if not is_sweep(o))
+    return Point(point_name(config), fingerprint(config), overrides)
+
+
+def launch(argv: list[str]) -> None:
+    """Hand a command line to Hydra, which calls ``main`` for every job through its launcher."""
+    sys.argv[1:] = argv
+    main()
+
+
+def job_options(options: SweepConfig, token: str) -> list[str]:
+    """Return what a job has to know of the sweep."""
+    return [
+        f"sweep.dir={quoted(options.dir)}",
+        f"sweep.name={quoted(options.name)}",
+        f"sweep.jobs_per_device={options.jobs_per_device}",
+        f"sweep.token={quoted(token)}",
+    ]

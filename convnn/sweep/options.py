@@ -1,0 +1,81 @@
+"""The ``sweep`` part of a configuration. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra import compose
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from convnn.config.compose import hydra_context, translate
+from convnn.config.schema import Config
+from convnn.errors import ConfigError
+
+
+@dataclass
+class SweepConfig:
+    """Which runs a sweep makes, and how."""
+
+    name: str = "custom"
+    """Name of the sweep; its W&B group."""
+    dir: str = "sweeps/${sweep.name}"
+    """Where plan, runs, logs and report go."""
+    base: list[str] = field(default_factory=list)
+    """Overrides of every point."""
+    points: dict[str, list[str]] = field(default_factory=dict)
+    """Named alternatives, each a list of overrides; the axes are applied to each of them."""
+    axes: dict[str, Any] = field(default_factory=dict)
+    """Values of each key or group: a list, or Hydra's sweep syntax in a string."""
+    on_invalid: str = "fail"
+    """``fail``: run nothing if a point cannot work; ``skip``: leave such points out."""
+    retry_failed: bool = True
+    """Run failed points again."""
+    dry_run: bool = False
+    """Say what would run, and stop."""
+    report: bool = True
+    """Write tables and plots at the end."""
+    jobs_per_device: int = 1
+    """Runs that may share one GPU."""
+    point: str | None = None
+    """Set by sweep.py for each job: ``p`` and the fingerprint of the point."""
+    token: str | None = None
+    """Set by sweep.py for each job: the sweep that it belongs to."""
+
+
+@dataclass
+class SweepRun(Config):
+    """A run's configuration with the sweep's besides."""
+
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+
+
+ConfigStore.instance().store(name="sweep_schema", node=SweepRun)
+
+
+def sweep_options(overrides: Sequence[str], launcher: Sequence[str] = ()) -> SweepConfig:
+    """Compose the ``sweep`` part of conf/sweep.yaml, and check Hydra's own overrides with it.
+
+    Raises:
+        ConfigError: one line, naming the key and the way out.
+    """
+    try:
+        with hydra_context():
+            values = compose("sweep", [*overrides, *launcher])
+        options: SweepConfig = OmegaConf.to_object(values.sweep)  # type: ignore[assignment]
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise translate(error, [*overrides, *launcher], SweepRun) from error
+    if not options.dir.strip():
+        raise ConfigError("sweep.dir is empty; name a folder")
+    if options.on_invalid not in ("fail", "skip"):
+        raise ConfigError(f"sweep.on_invalid={options.on_invalid} is not one of fail, skip")
+    if options.jobs_per_device < 1:
+        raise ConfigError(f"sweep.jobs_per_device={options.jobs_per_device} must be at least 1")
+    for name, values in options.axes.items():
+        if isinstance(values, list) and not values:
+            raise ConfigError(f"sweep.axes.{name} is empty; give it values, or leave it out")
+    return options

@@ -1,0 +1,176 @@
+"""One point of a sweep: its state on disk, its process, and the signals that reach it. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from convnn.config.overrides import quoted
+from convnn.errors import EXIT_DIVERGED
+from convnn.runtime.files import lock, write_json
+from convnn.runtime.signals import PARENT, StopSignals
+from convnn.sweep.gpus import device_lease
+from convnn.sweep.plan import Point
+from convnn.sweep.state import lock_file, point_state, status_file, stop_file, sweep_is_gone
+
+TRAIN = ("-m", "convnn.cli.train")
+"""How Python is told to train; tests put a stand-in here."""
+GRACE_SECONDS = 120.0
+"""Time that a process has for its checkpoint after a signal."""
+
+
+def run_point(
+    folder: Path,
+    point: Point,
+    *,
+    token: str | None = None,
+    more: tuple[str, ...] = (),
+    device: str = "auto",
+    jobs_per_device: int = 1,
+    parallel: int = 1,
+) -> str:
+    """Train a point in a process of its own and return its status; nothing that goes wrong there raises here.
+
+    A point that another process runs at this moment is left alone (``running``), and one whose sweep was asked to
+    stop is not begun.
+
+    Args:
+        folder: of the sweep.
+        point: what to run.
+        token: of the sweep, see ``stop_file``.
+        more: overrides that are not part of the point, such as the tracker's group.
+        device: the run's ``device``, for the lease.
+        jobs_per_device: runs that may share a GPU.
+        parallel: jobs that share this machine's cores.
+    """
+    stop = stop_file(folder, token)
+    with ExitStack() as stack:
+        (folder / "status").mkdir(parents=True, exist_ok=True)
+        (folder / "logs").mkdir(exist_ok=True)
+        held = lock(lock_file(folder, point), wait=1.0)
+        if held is None:
+            return "running"
+        stack.enter_context(held)
+        before = point_state(folder, point, mine=True)
+        if before.status == "complete" or stop.exists() or sweep_is_gone(token):
+            return before.status
+        signals = stack.enter_context(_own_signals())
+        record: dict[str, Any] = {
+            "status": "running",
+            "reason": None,
+            "exit_code": None,
+            "name": point.name,
+            "log": point.log,
+            "token": token,
+            "attempts": before.attempts + 1,
+            "started": _now(),
+            "finished": None,
+        }
+
+        def stopped() -> int | None:
+            """Return the signal for the run, if it is to stop: TERM, which ends it at once while it still imports."""
+            if signals.seen == signal.SIGUSR2:
+                return signal.SIGUSR2
+            return signal.SIGTERM if signals.seen or stop.exists() or sweep_is_gone(token) else None
+
+        with device_lease(device, jobs_per_device, lambda: stopped() is not None) as lease:
+            if lease is None:
+                return before.status
+            environment = os.environ | lease | _threads(parallel) | {PARENT: str(os.getpid())}
+            write_json(status_file(folder, point), record)
+            command = [sys.executable, *TRAIN, *point.overrides]
+            command += [*more, f"run.dir={quoted(str(folder / point.folder))}", "run.if_exists=resume"]
+            try:
+                code, output, asked = _run(command, folder / point.log, environment, stopped)
+            except OSError as error:
+                code, output, asked = 1, f"error: {error}", None
+        record |= {"exit_code": code, "finished": _now()}
+        record["status"], record["reason"] = _outcome(folder, point, code, output, asked)
+        write_json(status_file(folder, point), record)
+    signals.pass_on()
+    return record["status"]
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _threads(parallel: int) -> dict[str, str]:
+    """Share the cores among parallel jobs, unless the user has."""
+    if parallel == 1 or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = cores if parallel < 1 else parallel
+    return {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
+
+
+@contextmanager
+def _own_signals() -> Iterator[StopSignals]:
+    """Catch signals in a worker process. Where the sweep itself runs the point, its own handlers stay in place."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if isinstance(getattr(handler, "__self__", None), StopSignals):
+        yield handler.__self__  # type: ignore[union-attr]
+    else:
+        with StopSignals() as signals:
+            yield signals
+
+
+def _run(
+    command: list[str], log: Path, environment: dict[str, str], stopped: Callable[[], int | None]
+) -> tuple[int, str, int | None]:
+    """Run a command to its end, or until it has to stop; return exit code, end of output, and the signal sent."""
+    with log.open("a+b") as output:
+        output.write(f"$ {shlex.join(command)}\n".encode())
+        output.flush()
+        start = output.tell()
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        sent, since = None, 0.0
+        while child.poll() is None:
+            if sent is None:
+                sent, since = stopped(), time.monotonic()
+                if sent is not None:
+                    child.send_signal(sent)
+            elif time.monotonic() - since > GRACE_SECONDS:
+                child.kill()
+            time.sleep(0.1)
+        if child.returncode < 0:  # nobody is left to end what it had started
+            with suppress(OSError):
+                os.killpg(child.pid, signal.SIGKILL)
+        output.seek(0, os.SEEK_END)
+        output.seek(max(start, output.tell() - 4000))
+        return child.returncode, output.read().decode(errors="replace"), sent
+
+
+def _outcome(folder: Path, point: Point, code: int, output: str, asked: int | None) -> tuple[str, str | None]:
+    """Return status and reason of an ended process, which was ``asked`` to stop by a signal or not."""
+    if code == 0 and point_state(folder, point, mine=True).status == "complete":
+        return "complete", None
+    lines = [line.strip() for line in output.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
+    told = [line for line in lines if line.startswith(("error:", "diverged:"))]
+    last = (told or lines or ["no output"])[-1][:500]
+    stopped = -code if code < 0 else code - 128  # by the signal itself, where it came before the handlers
+    if asked is not None and code != -signal.SIGKILL:
+        stopped = asked
+    if stopped in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        return "interrupted", f"stopped by {signal.Signals(stopped).name}"
+    if code < 0:
+        name = signal.Signals(-code).name
+        return "killed", f"killed by {name}" + (" (often: out of memory)" if name == "SIGKILL" else "")
+    if code == EXIT_DIVERGED:
+        return "diverged", last
+    return "failed", last if code else f"exit code 0 without a complete result: {last}"

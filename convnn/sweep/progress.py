@@ -1,0 +1,74 @@
+"""How far a sweep is: its points' states, watched from outside, so that any launcher will do. Imports no torch."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from convnn.runs.status import FAILED
+from convnn.sweep.plan import Point
+from convnn.sweep.state import PointState, point_state
+from convnn.text import duration
+
+
+class Progress:
+    """Watches the points' states and shows them: a bar on a terminal, elsewhere a line per event."""
+
+    def __init__(self, folder: Path, name: str, todo: Sequence[Point]) -> None:
+        self.folder, self.todo = folder, list(todo)
+        self.bar = tqdm(total=len(self.todo), desc=name, unit="run", disable=None)
+        self._seen: dict[str, PointState] = {p.fingerprint: point_state(folder, p) for p in self.todo}
+        self._done: set[str] = set()
+        self._start = time.monotonic()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Progress:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+        self._look()
+        self.bar.close()
+
+    def _watch(self) -> None:
+        while not self._end.wait(1.0):
+            self._look()
+
+    def _look(self) -> None:
+        now = {p.fingerprint: point_state(self.folder, p) for p in self.todo}
+        for point in self.todo:
+            key = point.fingerprint
+            state, old = now[key], self._seen[key]
+            if state == old:
+                continue
+            self._seen[key] = state
+            ended = state.status in ("complete", "interrupted", *FAILED)
+            if ended and key not in self._done:
+                self._done.add(key)
+                self.bar.update()
+            if ended or self.bar.disable:
+                self.bar.write(self._line(point, state))
+        counts = Counter(s.status for s in now.values())
+        failed = sum(counts[s] for s in FAILED)
+        self.bar.set_postfix_str(f"running {counts['running']}, failed {failed}")
+        sys.stdout.flush()
+
+    def _line(self, point: Point, state: PointState) -> str:
+        text = f"[{len(self._done)}/{len(self.todo)}] {state.status:<11} {point.name}"
+        if state.top1 is not None:
+            text += f"  top-1 {state.top1:.2f} %"
+        if state.reason:
+            text += f"  {state.reason}"
+        left = len(self.todo) - len(self._done)
+        if self._done and left and state.status != "running":
+            text += f"  (about {duration((time.monotonic() - self._start) / len(self._done) * left)} left)"
+        return text

@@ -1,0 +1,75 @@
+"""Where each point of a sweep stands, from the files in its folder. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from convnn.runs.folder import read_result
+from convnn.runs.status import FAILED
+from convnn.runtime.files import is_locked, read_json
+from convnn.sweep.plan import Point
+
+
+@dataclass(frozen=True)
+class PointState:
+    """Where a point stands."""
+
+    status: str
+    """``todo``, ``partial`` (begun), ``running``, ``complete``, ``failed``, ``killed``, ``diverged``,
+    ``interrupted``."""
+    reason: str | None = None
+    attempts: int = 0
+    top1: float | None = None
+    """Last-epoch test accuracy in percent, of a complete run."""
+
+
+def status_file(folder: Path, point: Point) -> Path:
+    """Return where a point's last attempt is recorded."""
+    return folder / "status" / f"{point.fingerprint}.json"
+
+
+def lock_file(folder: Path, point: Point) -> Path:
+    """Return the file that whoever runs a point keeps locked."""
+    return folder / "status" / f"{point.fingerprint}.lock"
+
+
+def point_state(folder: Path, point: Point, *, mine: bool = False) -> PointState:
+    """Return a point's state from what lies in the sweep's folder; a complete result counts more than all else.
+
+    ``mine`` says that this process holds the point's lock, so that nobody runs it.
+    """
+    record = read_json(status_file(folder, point)) or {}
+    attempts = record.get("attempts")
+    attempts = attempts if isinstance(attempts, int) else 0
+    result = read_result(folder / point.folder)
+    if result and result.get("status") == "complete" and result.get("fingerprint") == point.fingerprint:
+        return PointState("complete", None, attempts, result.get("top1_last"))
+    status = record.get("status")
+    if status == "running" and (mine or not is_locked(lock_file(folder, point))):
+        return PointState("interrupted", "its process ended without a word", attempts)
+    if status in ("running", "interrupted", *FAILED):
+        return PointState(status, record.get("reason"), attempts)
+    begun = (folder / point.folder / "checkpoints").is_dir()
+    return PointState("partial" if begun else "todo", None, attempts)
+
+
+def sweep_is_gone(token: str | None) -> bool:
+    """Return whether the sweep that a token names ran on this machine and has ended, however it ended."""
+    host, _, pid = (token or "").rpartition("-")
+    if host != platform.node() or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+def stop_file(folder: Path, token: str | None) -> Path:
+    """Return the file whose presence asks all jobs of a sweep, wherever they run, to stop."""
+    return folder / f".stop-{token}"

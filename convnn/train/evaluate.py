@@ -1,0 +1,71 @@
+"""Loss and accuracy over a split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convnn.data.batches import Batches
+from convnn.errors import StoppedError
+from convnn.runtime import distributed
+
+
+@dataclass
+class Meter:
+    """Sums over samples, kept on the device in float64."""
+
+    sums: Tensor
+
+    @classmethod
+    def new(cls, device: torch.device) -> Meter:
+        """Return an empty meter."""
+        return cls(torch.zeros(4, dtype=torch.float64, device=device))
+
+    def add(self, loss: Tensor, output: Tensor, labels: Tensor) -> None:
+        """Count a batch: its mean loss and its logits (B, classes)."""
+        top = output.topk(min(5, output.shape[1]), dim=1).indices == labels[:, None]
+        n = torch.tensor(len(labels), device=self.sums.device)
+        self.sums += torch.stack([loss.double() * n, top[:, 0].sum(), top.any(1).sum(), n])
+
+    def means(self) -> tuple[float, float, float]:
+        """Return mean loss, top-1 and top-5 in percent, averaged over samples; NaN of none."""
+        loss, top1, top5, n = self.sums.tolist()
+        n = n or math.nan
+        return loss / n, 100 * top1 / n, 100 * top5 / n
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    autocast: Callable[[], Any] = nullcontext,
+    stop: Callable[[], int | None] | None = None,
+) -> tuple[float, float, float]:
+    """Return mean loss, top-1 and top-5 (percent) over all samples of a split, whichever process has them.
+
+    Raises:
+        StoppedError: when ``stop()`` names a signal.
+    """
+    training = model.training
+    model.eval()
+    meter = Meter.new(batches.device)
+    with closing(batches.epoch()) as epoch:
+        for images, labels in epoch:
+            if stop is not None and (signum := stop()) is not None:
+                raise StoppedError(signum)
+            with autocast():
+                output = model(images)
+            if len(labels):
+                output = output.float()
+                meter.add(F.cross_entropy(output, labels), output, labels)
+    if batches.world_size > 1:
+        meter.sums = distributed.reduce(meter.sums)
+    model.train(training)
+    return meter.means()

@@ -1,0 +1,128 @@
+"""Diagnostics as pictures: what is read and drawn, and the report's page in a browser."""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import time
+
+import pytest
+from fake_runs import grid, write_run
+
+from convnn.figures.curves import draw_trends, read_trend
+from convnn.report.build import make_report
+
+pytest.importorskip("pandas")
+pytest.importorskip("matplotlib")
+
+
+def test_a_trend_holds_what_the_metrics_say(tmp_path):
+    trend = read_trend(write_run(tmp_path / "r", {"operator.blend": 0.5}, layers=4))
+    assert trend.epochs == [1, 2, 3] and trend.layers == [f"layer{i}.conv1" for i in (1, 2, 3, 4)]
+    assert trend.last("overlap") == [1 - 0.5 * i / 4 for i in (1, 2, 3, 4)]
+    assert trend.values["outside"]["layer2.conv1", 3] == 0.2  # padding and prefix together
+    assert "entropy" not in trend.values and ("layer1.conv1", 1) not in trend.values["agreement"]
+    assert trend.mean("distance_mean")[0] == pytest.approx(statistics.fmean([0.15, 0.2, 0.25, 0.3]))
+
+
+def labels_of(figure):
+    return " ".join(axes.get_title() + axes.get_ylabel() for axes in figure.axes)
+
+
+def test_what_says_nothing_gets_no_panel(tmp_path):
+    figures = draw_trends(write_run(tmp_path / "r", {"operator.blend": 0.5}, layers=4))
+    assert list(figures) == ["diagnostics", "training"]
+    shown = labels_of(figures["diagnostics"])
+    assert "convolution window" in shown and "entropy" not in shown and "blend" not in shown
+    assert "mean over layers" in labels_of(figures["training"])
+    image = next(axes for axes in figures["diagnostics"].axes if "window" in axes.get_title()).images[0]
+    assert image.get_array().tolist() == [[1 - 0.5 * i / 4] * 3 for i in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"epoch": 0}', '{"epoch": 0, "layers": [1, {"overlap": "x"}]}', "[1]", "\x00"]
+)
+def test_damaged_metrics_leave_what_can_be_drawn(text, tmp_path):
+    folder = write_run(tmp_path / "r")
+    (folder / "metrics.jsonl").write_text(text + "\n")
+    assert read_trend(folder).epochs == [] and "diagnostics" not in draw_trends(folder)
+
+
+def test_a_report_shows_layers_and_the_spectrum(tmp_path):
+    report = make_report([grid(tmp_path / "runs", (0.0, 1.0), ks=(9,), seeds=(0,), layers=3)], tmp_path / "report")
+    names = [picture.name for picture in report.pictures]
+    assert {"spectrum", "layers_depth", "layers_epochs1", "layers_epochs2"} <= set(names)
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "Accuracy, loss and cost along the spectrum" in page and "over depth" in page
+
+
+def test_a_runs_own_pictures_are_in_its_report(tmp_path):
+    folder = write_run(tmp_path / "r")
+    (folder / "pictures").mkdir()
+    for kind in ("png", "svg"):
+        (folder / "pictures" / f"neighbors.{kind}").write_bytes(b"<svg/>")
+    names = [picture.name for picture in make_report([folder], tmp_path / "report").pictures]
+    assert "run1_neighbors" in names and "run1_blends" not in names
+    (folder / "pictures" / "neighbors.svg").unlink()
+    make_report([folder], tmp_path / "report")
+    assert not list((tmp_path / "report").glob("run1_*"))
+
+
+# ------------------------------------------------------------------------------------------------- browser
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+MEASURE = """
+<script>
+window.addEventListener("load", () => {
+  const wide = [...document.querySelectorAll("body *")].filter(e => !e.closest(".scroll, pre")
+      && e.getBoundingClientRect().right > innerWidth + 0.5).map(e => e.tagName);
+  const broken = [...document.images].filter(i => !i.complete || !i.naturalWidth).length;
+  const found = {inner: innerWidth, scroll: document.documentElement.scrollWidth, wide, broken,
+    images: document.images.length, requests: performance.getEntriesByType("resource").map(e => e.name)
+      .filter(name => !name.startsWith("data:"))};
+  document.documentElement.setAttribute("data-found", JSON.stringify(found));
+});
+</script>
+"""
+
+
+def browse(page, *options):
+    """Run a headless browser on a page and return its output; what it writes to stderr is in the second."""
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr", "--v=0"]
+    flags += ["--no-first-run", "--disable-dev-shm-usage", f"--user-data-dir={page.parent}/profile"]
+    done = subprocess.run(
+        [BROWSER, *flags, *options, page.as_uri()], capture_output=True, text=True, timeout=240, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on this machine")
+def test_the_page_in_a_browser(tmp_path):
+    """A narrow frame, because headless windows have a least width: no overflow, request, broken image or error."""
+    start = time.monotonic()
+    make_report([grid(tmp_path / "runs", layers=12)], tmp_path / "report")
+    page = tmp_path / "report" / "index.html"
+    html = page.read_text()
+    probe = tmp_path / "report" / "probe.html"
+    probe.write_text(html.replace("</head>", MEASURE + "</head>"))
+    frame = tmp_path / "report" / "frame.html"
+    frame.write_text(
+        '<body style="margin:0"><iframe id="f" src="probe.html" style="border:0;width:360px;height:640px"></iframe>'
+        '<script>f.onload = () => setTimeout(() => document.body.setAttribute("data-found",'
+        ' f.contentDocument.documentElement.getAttribute("data-found")), 300)</script>'
+    )
+    found, log = browse(frame, "--dump-dom", "--virtual-time-budget=8000", "--allow-file-access-from-files")
+    text = found.split('data-found="')[1].split('"')[0].replace("&quot;", '"')
+    values = json.loads(text)
+    assert values["inner"] == 360 and values["scroll"] <= 360, values
+    assert values["wide"] == [] and values["broken"] == 0 and values["requests"] == [], values
+    assert values["images"] == len(list((tmp_path / "report").glob("*.svg")))
+    assert "CONSOLE" not in log
+    browse(page, f"--print-to-pdf={tmp_path}/page.pdf", "--virtual-time-budget=8000")
+    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+    browse(page, f"--screenshot={tmp_path}/page.png", "--window-size=1000,1400", "--virtual-time-budget=8000")
+    assert (tmp_path / "page.png").stat().st_size > 20_000
+    assert time.monotonic() - start < 600

@@ -1,0 +1,91 @@
+"""Backbones: small stems, patches, and errors that name the key."""
+
+import sys
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from convnn.config.schema import BackboneConfig
+from convnn.errors import ConfigError
+from convnn.models.backbones import create_backbone
+
+
+def test_small_stem_keeps_the_resolution():
+    for name in ("resnet18", "resnet50"):
+        model = create_backbone(BackboneConfig(name=name, stem="small"), 10, 3, 32)
+        assert model.conv1.stride == (1, 1) and model.conv1.kernel_size == (3, 3)
+        features = model.forward_features(torch.zeros(1, 3, 32, 32))
+        assert features.shape[-2:] == (4, 4)
+    assert create_backbone(BackboneConfig(), 10, 1, 8).conv1.kernel_size == (7, 7)
+    with pytest.raises(ConfigError, match=r"backbone.stem=small fits ResNets .*, not vgg11"):
+        create_backbone(BackboneConfig(name="vgg11", stem="small"), 10)
+
+
+def test_default_backbone_is_timms():
+    config = BackboneConfig(name="resnet18")
+    torch.manual_seed(0)
+    ours = create_backbone(config, 7)
+    torch.manual_seed(0)
+    theirs = timm.create_model("resnet18", num_classes=7)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_vit_for_small_images():
+    model = create_backbone(BackboneConfig(name="vit_tiny_patch16_224", patch_size=4), 10, 3, 32)
+    assert model.patch_embed.grid_size == (8, 8) and model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_sincos_positions_are_fixed_and_zero_for_cls():
+    kwargs = {"num_heads": 1, "qkv_bias": False, "pre_norm": True, "final_norm": False}
+    config = BackboneConfig("vit_tiny_patch16_224", patch_size=16, pos_embed="sincos", kwargs=kwargs)
+    model = create_backbone(config, 10, 3, 224)
+    assert not model.pos_embed.requires_grad and (model.pos_embed[:, 0] == 0).all()
+    assert model.pos_embed[:, 1:].std() > 0.3
+    # The paper's 5,479,306 has no bias in the output projections (12 x 192) and one in the patch embedding (192).
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 5_479_306 + 12 * 192 - 192
+
+
+@pytest.mark.parametrize(
+    "config, size, message",
+    [
+        (BackboneConfig("resnet81"), 32, "did you mean 'resnet"),
+        (BackboneConfig("vit_tiny_patch16_224", patch_size=4), 33, "4-pixel patches .* do not divide .* 33"),
+        (BackboneConfig("vit_tiny_patch16_224", kwargs={"num_heads": 5}), 224, "num_heads"),
+        (BackboneConfig("resnet18", kwargs={"nonsense": 1}), 32, "nonsense"),
+        (BackboneConfig("resnet18", patch_size=4), 32, "patch_size"),
+        (BackboneConfig("resnet18", module="no_such_module"), 32, "backbone.module=no_such_module"),
+        (BackboneConfig("resnet18", pos_embed="sincos"), 32, "fits ViTs"),
+    ],
+)
+def test_errors_name_the_key(config, size, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        create_backbone(config, 10, 3, size)
+    assert "\n" not in str(error.value)
+
+
+def test_pretrained_without_a_network_says_so(monkeypatch, tmp_path):
+    for name in ("HF_HOME", "TORCH_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+
+    def offline(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
+    with pytest.raises(ConfigError, match=r"backbone.pretrained=true: the weights of resnet18 could not be loaded"):
+        create_backbone(BackboneConfig(pretrained=True), 10)
+
+
+def test_a_users_own_backbone_is_one_file(tmp_path, monkeypatch):
+    (tmp_path / "my_backbone.py").write_text(
+        "from timm.models import register_model\nfrom torch import nn\n\n\n"
+        "@register_model\n"
+        "def two_convs(pretrained=False, num_classes=10, in_chans=3, drop_rate=0.0, **kwargs):\n"
+        "    body = nn.Sequential(nn.Conv2d(in_chans, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))\n"
+        "    return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model = create_backbone(BackboneConfig("two_convs", module="my_backbone"), 4)
+    assert isinstance(model, nn.Sequential) and model(torch.zeros(1, 3, 8, 8)).shape == (1, 4)
+    sys.modules.pop("my_backbone")

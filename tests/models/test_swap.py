@@ -1,0 +1,153 @@
+"""The swap policy: plan, check, apply, report."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from convnn import ConfigError, ConvNN2d, ConvNNAttention, OperatorConfig, SwapRule, swap_layers
+from convnn.config.schema import SwapConfig
+from convnn.models.swap import find_sites, neighbor_layers, site_stages
+
+ATTENTION = {
+    "name": "a",
+    "kind": "attention",
+    "target": "convnn.ConvNNAttention",
+    "similarity": "dot",
+    "self_first": False,
+    "weighting": "softmax",
+    "aggregation": "depthwise",
+}
+
+
+@pytest.fixture(scope="module")
+def names():
+    return list(find_sites(timm.create_model("resnet18"), "conv"))
+
+
+def swapped(rule, model="resnet18", operator=None):
+    net = timm.create_model(model, num_classes=10)
+    return [row.name for row in swap_layers(net, rule, operator).rows]
+
+
+def test_rules_choose_layers(names):
+    spatial = [n for n in names if "downsample" not in n]
+    assert len(names) == 20 and len(spatial) == 17
+    assert swapped({}) == names
+    assert swapped({"min_kernel": 3}) == spatial
+    assert swapped({"min_kernel": 3, "first": 3}) == spatial[:3]
+    assert swapped({"min_kernel": 3, "last": 2}) == spatial[-2:]
+    assert swapped({"min_kernel": 3, "every": 4}) == spatial[::4]
+    assert swapped({"min_kernel": 3, "depths": [0, -1, 5]}) == [spatial[0], spatial[5], spatial[-1]]
+    assert swapped({"min_kernel": 3, "fraction": [0.0, 0.5]}) == spatial[:8]
+    assert swapped({"min_kernel": 3, "fraction": [0.5, 1.0]}) == spatial[8:]
+    assert swapped({"stages": [0]}) == ["conv1"]
+    assert swapped({"stages": [2], "min_kernel": 3}) == [n for n in spatial if n.startswith("layer2")]
+    assert swapped({"match": "layer3.*", "exclude": ["*.downsample.*"]}) == [
+        n for n in spatial if n.startswith("layer3")
+    ]
+
+
+def test_several_rules_with_their_own_operators():
+    net = timm.create_model("resnet18")
+    swap_layers(
+        net, [{"match": "layer1.*", "operator": {"k": 4}}, {"match": "layer2.0.conv2", "operator": {"blend": 0.5}}]
+    )
+    assert net.layer1[0].conv1.k == 4 and net.layer2[0].conv2.blend == 0.5
+    assert isinstance(net.layer3[0].conv1, nn.Conv2d)
+
+
+@pytest.mark.parametrize(
+    "rule, message",
+    [
+        ({"match": "layer9.*"}, "matches none of the conv layers: conv1, layer1"),
+        ({"depths": [20]}, "20 is out of range, 20 layers match"),
+        ({"first": 21}, "first=21 is out of range"),
+        ({"stages": [7]}, "no conv layer in stage 7; stages: 0, 1, 2, 3, 4"),
+        ({"min_kernel": 9}, "nothing is left"),
+        ({"kind": "attention"}, "operator=convnn replaces conv layers"),
+        ([{"match": "layer1.*"}, {"match": "*.conv1"}], "'layer1.0.conv1' is claimed by both"),
+    ],
+)
+def test_bad_rules_change_nothing(rule, message):
+    net = timm.create_model("resnet18")
+    before = str(net)
+    with pytest.raises(ConfigError, match=message):
+        swap_layers(net, rule)
+    assert str(net) == before
+
+
+def test_no_attention_in_a_resnet():
+    with pytest.raises(ConfigError, match="ResNet has no attention layer"):
+        swapped({}, operator=ATTENTION)
+
+
+def test_even_kernels_are_named():
+    with pytest.raises(ConfigError, match=r"'patch_embed.proj' has an even 16x16 kernel"):
+        swapped({}, "vit_tiny_patch16_224")
+
+
+def test_classifier_head_is_left_alone():
+    rows = swapped({}, "vgg11_bn")
+    assert len(rows) == 8 and all(r.startswith("features.") for r in rows)
+
+
+def test_attention_sites_know_their_grid():
+    net = timm.create_model("vit_tiny_patch16_224", img_size=(32, 64), patch_size=8, depth=3, num_classes=4)
+    report = swap_layers(net, {"depths": [1, 2]}, ATTENTION)
+    assert [r.name for r in report.rows] == ["blocks.1.attn", "blocks.2.attn"]
+    layer = net.blocks[1].attn
+    assert isinstance(layer, ConvNNAttention) and layer.grid_size == (4, 8) and layer.num_prefix_tokens == 1
+    for layer in neighbor_layers(net).values():
+        layer.set_spectrum(blend=0.5)
+    assert net(torch.randn(1, 3, 32, 64)).shape == (1, 4)
+
+
+def test_stages_follow_feature_info():
+    net = timm.create_model("vgg11_bn")
+    stages = site_stages(net, find_sites(net, "conv"))
+    assert list(stages.values()) == [0, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_report_counts_parameters():
+    net = timm.create_model("resnet18")
+    report = swap_layers(net, {"match": "layer1.0.conv1"}, {"k": 4, "slots": "rank"})
+    row = report.rows[0]
+    assert (row.params_before, row.params_after) == (64 * 64 * 9, 64 * 64 * 4)
+    text = str(report)
+    assert "Conv2d 64->64 3x3" in text and "ConvNN2d k=4 blend=1" in text and "36,864" in text and "16,384" in text
+
+
+def test_published_parameter_counts():
+    """VGG-11 with hybrid branching and ViT-Tiny with ConvNN attention, 10 classes (authors' results)."""
+    hybrid = {"name": "hybrid", "target": "convnn.HybridConvNN2d"}
+    for ratio in (0.25, 0.5):
+        with torch.device("meta"):
+            net = timm.create_model("vgg11_bn", num_classes=10)
+        swap_layers(net, {}, hybrid | {"branch_ratio": ratio})
+        assert sum(p.numel() for p in net.parameters()) == 130_015_690
+    with torch.device("meta"):
+        net = timm.create_model("vit_tiny_patch16_224", num_classes=10, num_heads=1)
+    before = sum(p.numel() for p in net.parameters())
+    swap_layers(net, {}, ATTENTION)
+    assert sum(p.numel() for p in net.parameters()) - before == 5_500_042 - 5_479_306
+
+
+def test_none_swaps_nothing_and_says_so():
+    net = timm.create_model("resnet18")
+    report = swap_layers(net, SwapConfig(match=None))
+    assert len(report) == 0 and "no layer replaced" in str(report)
+
+
+def test_every_neighbor_layer_gets_a_gradient_in_real_backbones():
+    for name, rule, operator in (
+        ("resnet18", SwapRule(min_kernel=3, last=3), OperatorConfig()),
+        ("vit_tiny_patch16_224", SwapRule(last=2), ATTENTION),
+    ):
+        kwargs = {"img_size": 32, "patch_size": 4, "depth": 2} if name.startswith("vit") else {}
+        net = timm.create_model(name, num_classes=4, **kwargs)
+        swap_layers(net, rule, operator)
+        net(torch.randn(2, 3, 64, 64) if not kwargs else torch.randn(2, 3, 32, 32)).square().sum().backward()
+        for key, p in net.named_parameters():
+            assert p.grad is not None, key
+        assert any(isinstance(m, (ConvNN2d, ConvNNAttention)) for m in net.modules())

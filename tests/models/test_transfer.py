@@ -1,0 +1,122 @@
+"""Weights across the spectrum and back: layers, whole timm models, and export to plain timm weights."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.layers.attention import Attention
+from torch import nn
+
+from convnn import ConfigError, HybridConvNN2d, OperatorConfig, export_layers, neighbor_layers, swap_layers
+from convnn.config.compose import compose_config
+from convnn.nn.base import Site
+
+CONV = {"k": 9, "blend": 0.0}
+RESNET = [{"match": "conv1", "operator": {"k": 49}}, {"min_kernel": 3, "exclude": ["conv1"]}]
+ATTENTION = compose_config(["operator=mhsa"]).operator
+
+
+def models(name, **kwargs):
+    torch.manual_seed(0)
+    plain = timm.create_model(name, num_classes=7, **kwargs).eval()
+    for module in plain.modules():  # statistics and scales that are not those of a fresh model
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return plain, copy.deepcopy(plain)
+
+
+def error(a, b, x):
+    with torch.no_grad():
+        return ((a(x) - b(x)).abs().max() / b(x).abs().max().clamp_min(1)).item()
+
+
+CASES = [
+    ("resnet50", {}, RESNET, CONV, (2, 3, 40, 48)),
+    ("vgg11_bn", {}, {}, {"k": 9, "blend": 0.0, "slots": "raster"}, (2, 3, 32, 32)),
+    ("vit_small_patch16_224", {"img_size": (48, 64), "patch_size": 8}, {}, ATTENTION, (2, 3, 48, 64)),
+]
+
+
+@pytest.mark.parametrize("name, kwargs, rule, operator, size", CASES, ids=[c[0] for c in CASES])
+@pytest.mark.parametrize("fast", [True, False])
+def test_whole_models_keep_their_logits_and_come_back(name, kwargs, rule, operator, size, fast):
+    plain, model = models(name, **kwargs)
+    report = swap_layers(model, rule, operator, init="transfer")
+    assert len(report) >= 8
+    for layer in neighbor_layers(model).values():
+        layer.fast = fast
+    x = torch.randn(*size)
+    assert error(model, plain, x) < 1e-4
+    if fast:
+        assert sorted(export_layers(model)) == sorted(row.name for row in report.rows)
+        assert not neighbor_layers(model)
+        fresh = timm.create_model(name, num_classes=7, **kwargs).eval()
+        fresh.load_state_dict(model.state_dict())  # strict: these are plain timm weights
+        assert error(fresh, plain, x) < 1e-6
+    else:
+        assert error(model.double(), plain.double(), x.double()) < 1e-10
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0])
+def test_hybrid_folds_into_one_convolution(ratio):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, 3, 2, 1, bias=False).double()
+    hybrid = HybridConvNN2d.from_layer(conv, OperatorConfig(blend=0.0, branch_ratio=ratio), "fresh", Site("c"))
+    nn.init.normal_(hybrid.pointwise.weight)
+    merged = hybrid.to_layer()
+    x = torch.randn(2, 3, 9, 7, dtype=torch.float64)
+    assert type(merged) is nn.Conv2d and (merged(x) - hybrid(x)).abs().max() < 1e-10
+
+
+def test_temperature_folds_into_the_queries():
+    torch.manual_seed(0)
+    attention = Attention(12, 3, qkv_bias=True).double()
+    config = copy.copy(ATTENTION)
+    config.temperature = 2.5
+    from convnn import ConvNNAttention
+
+    layer = ConvNNAttention.from_layer(attention, config, "transfer", Site("a", 1, (3, 3)))
+    x = torch.randn(2, 10, 12, dtype=torch.float64)
+    assert (layer.to_layer()(x) - layer(x)).abs().max() < 1e-12
+    assert (attention(x) - layer(x)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "model, rule, operator, message",
+    [
+        ("resnet18", {"last": 1, "min_kernel": 3}, {"blend": 0.5}, "'layer4.1.conv2' cannot be exported.*blend=0.5"),
+        ("resnet18", {"last": 1, "min_kernel": 3}, {"blend": 0.0, "k": 12}, "k=12 is not the area"),
+        ("resnet18", {"last": 1, "min_kernel": 3}, {"blend": 0.0, "weighting": "softmax"}, "no convolution"),
+        ("vit_tiny_patch16_224", {"last": 1}, "kvt", "k=9 is less than the 17 tokens"),
+        ("vit_tiny_patch16_224", {"last": 1}, "convit", "no plain equivalent"),
+    ],
+)
+def test_export_says_why_not_and_changes_nothing(model, rule, operator, message):
+    kwargs = {"img_size": 32, "patch_size": 8} if model.startswith("vit") else {}
+    net = timm.create_model(model, **kwargs)
+    swap_layers(net, rule, compose_config([f"operator={operator}"]).operator if isinstance(operator, str) else operator)
+    before = str(net)
+    with pytest.raises(ConfigError, match=message):
+        export_layers(net)
+    assert str(net) == before
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"aggregation": "separable"}, "no place with operator.aggregation=separable"),
+        ({"projection": "linear"}, "no place with operator.projection=linear"),
+        ({"weighting": "softmax"}, "no place with operator.weighting=softmax"),
+        ({"shuffle": 2}, "no place with operator.shuffle=2"),
+        ({"distance": "euclidean"}, "no place with operator.distance=euclidean"),
+        ({"aggregation": "depthwise"}, "has groups=1 and operator.aggregation=depthwise 4"),
+    ],
+)
+def test_transfers_without_meaning_are_refused(change, message):
+    from convnn import ConvNN2d
+
+    with pytest.raises(ConfigError, match=message):
+        ConvNN2d.from_layer(nn.Conv2d(4, 8, 3, padding=1), OperatorConfig(**change), "transfer", Site("here"))

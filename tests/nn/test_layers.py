@@ -1,0 +1,180 @@
+"""Modules as users meet them: signatures, errors, sizes, state, and properties that no reference shows."""
+
+import pytest
+import torch
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from convnn import ConfigError, ConvNN2d, ConvNNAttention, HybridConvNN2d, OperatorConfig
+from convnn.nn.base import Site
+
+
+def attention_config(**kwargs):
+    base = {"kind": "attention", "similarity": "dot", "self_first": False, "weighting": "softmax", "k": 4}
+    return OperatorConfig(**(base | {"aggregation": "depthwise"} | kwargs))
+
+
+@pytest.mark.parametrize("blend", [0.0, 0.5, 1.0])
+def test_two_sizes_through_one_module(blend):
+    conv = ConvNN2d(3, 4, 5, blend=blend)
+    for size in ((8, 8), (5, 9), (8, 8)):
+        assert conv(torch.randn(2, 3, *size)).shape == (2, 4, *size)
+    attention = ConvNNAttention(8, 2, 5, blend=blend, num_prefix_tokens=1)
+    for n in (17, 26, 17):
+        assert attention(torch.randn(2, n, 8)).shape == (2, n, 8)
+
+
+def test_output_shape_is_conv2ds():
+    for kernel, stride, padding, dilation in [(3, 2, 1, 1), (5, 3, 1, 1), (3, 1, 0, 2), (1, 2, 0, 1), (7, 2, 3, 1)]:
+        x = torch.randn(1, 2, 17, 14)
+        expected = nn.Conv2d(2, 3, kernel, stride, padding, dilation)(x).shape
+        module = ConvNN2d(2, 3, 4, stride, padding, kernel_size=kernel, dilation=dilation)
+        assert module(x).shape == expected
+
+
+def test_set_spectrum_keeps_parameters_and_state_dict():
+    module = ConvNN2d(3, 4, 9, blend=0.0)
+    keys, ids = module.state_dict().keys(), [id(p) for p in module.parameters()]
+    x = torch.randn(1, 3, 6, 6)
+    outputs = []
+    for blend, k in ((0.0, 9), (0.5, 9), (1.0, 4)):
+        module.set_spectrum(blend=blend, k=k)
+        outputs.append(module(x))
+    assert module.spectrum() == {"blend": 1.0, "k": 4, "temperature": 1.0}
+    assert keys == module.state_dict().keys() and ids == [id(p) for p in module.parameters()]
+    assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"blend": 1.5}, "blend=1.5"),
+        ({"k": 0}, "k=0"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"similarity": "cos"}, "similarity=cos"),
+        ({"kernel_size": 4}, "must be odd"),
+        ({"groups": 2}, "groups=2"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        ConvNN2d(3, 4, **kwargs)
+
+
+def test_bad_calls_name_the_shape():
+    with pytest.raises(ValueError, match=r"expected \(batch, 3, height, width\), got \(1, 2, 8, 8\)"):
+        ConvNN2d(3, 4)(torch.randn(1, 2, 8, 8))
+    with pytest.raises(ValueError, match="smaller than the window"):
+        ConvNN2d(3, 4, kernel_size=7, padding=0)(torch.randn(1, 3, 5, 5))
+    with pytest.raises(ValueError, match="12 tokens less 0 prefix tokens"):
+        ConvNNAttention(8, 2, 4, blend=0.5)(torch.randn(1, 12, 8))
+    with pytest.raises(ValueError, match="num_heads=3 must divide dim=8"):
+        ConvNNAttention(8, 3)
+
+
+def test_masks_are_refused_not_ignored():
+    module = ConvNNAttention(8, 2, 4)
+    x = torch.randn(1, 9, 8)
+    for kwargs in ({"attn_mask": torch.ones(9, 9, dtype=torch.bool)}, {"is_causal": True}):
+        with pytest.raises(ValueError, match="not supported"):
+            module(x, **kwargs)
+    block = Block(8, 2)
+    block.attn = module
+    assert block(x).shape == x.shape  # timm's block passes attn_mask=None and is_causal=False
+
+
+@pytest.mark.parametrize(
+    "conv, message",
+    [
+        (nn.Conv2d(2, 2, 4), "even 4x4 kernel"),
+        (nn.Conv2d(2, 2, 3, padding_mode="reflect"), "padding_mode=reflect"),
+        (nn.Linear(2, 2), "not a convolution"),
+    ],
+)
+def test_convolutions_that_cannot_be_replaced_say_why(conv, message):
+    with pytest.raises(ConfigError, match=message):
+        ConvNN2d.from_layer(conv, OperatorConfig(), "fresh", Site("here"))
+
+
+def test_transfer_needs_enough_slots():
+    conv = nn.Conv2d(2, 2, 5, padding=2)
+    with pytest.raises(ConfigError, match=r"'here' has a 5x5 kernel and needs operator.k >= 25, not 9"):
+        ConvNN2d.from_layer(conv, OperatorConfig(k=9), "transfer", Site("here"))
+    with pytest.raises(ConfigError, match=r"needs operator.k = 25"):
+        ConvNN2d.from_layer(conv, OperatorConfig(k=26, slots="raster"), "transfer", Site("here"))
+
+
+def test_gated_attention_is_refused():
+    with pytest.raises(ConfigError, match="gate or output norm"):
+        ConvNNAttention.from_layer(Attention(8, 2, gated=True), attention_config(), "fresh", Site("a", 1, (3, 3)))
+
+
+def test_hybrid_branch_without_channels_is_refused():
+    conv = nn.Conv2d(3, 4, 3, padding=1)
+    for ratio in (0.1, 0.999):
+        config = OperatorConfig(branch_ratio=ratio)
+        if ratio == 0.1:
+            with pytest.raises(ConfigError, match="leaves a branch of 'here' without any"):
+                HybridConvNN2d.from_layer(conv, config, "fresh", Site("here"))
+        else:
+            hybrid = HybridConvNN2d.from_layer(conv, config, "fresh", Site("here"))
+            assert hybrid.neighbors.out_channels == 3 and hybrid.conv.out_channels == 1
+
+
+@pytest.mark.parametrize("blend", [0.3, 1.0])
+def test_selection_passes_no_gradient_but_every_parameter_gets_one(blend):
+    module = ConvNN2d(3, 4, 5, blend=blend)
+    x = torch.randn(1, 3, 6, 6, requires_grad=True)
+    module(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+    assert x.grad.isfinite().all()
+    attention = ConvNNAttention(8, 2, 5, blend=blend, qkv_bias=True)
+    attention(torch.randn(1, 16, 8)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in attention.parameters())
+
+
+def test_feature_end_commutes_with_permutations_of_tokens():
+    torch.manual_seed(0)
+    module = ConvNNAttention(8, 2, 5).double()
+    x = torch.randn(2, 16, 8, dtype=torch.float64)
+    order = torch.randperm(16)
+    assert (module(x)[:, order] - module(x[:, order])).abs().max() < 1e-12
+
+
+def test_position_end_commutes_with_translation():
+    torch.manual_seed(0)
+    module = ConvNN2d(2, 3, 6, blend=0.0, fast=False).double()
+    x = torch.zeros(1, 2, 12, 12, dtype=torch.float64)
+    x[..., 3:7, 3:7] = torch.randn(4, 4)
+    moved = torch.roll(x, (2, 1), (-2, -1))
+    assert (torch.roll(module(x), (2, 1), (-2, -1)) - module(moved)).abs().max() < 1e-12
+
+
+def test_constant_and_zero_maps_give_finite_results():
+    for similarity in ("cosine", "euclidean", "dot"):
+        for blend in (0.5, 1.0):
+            module = ConvNN2d(2, 3, 5, blend=blend, similarity=similarity, weighting="softmax")
+            for value in (0.0, 1.0):
+                x = torch.full((1, 2, 5, 5), value, requires_grad=True)
+                y = module(x)
+                y.sum().backward()
+                assert y.isfinite().all() and x.grad.isfinite().all()
+
+
+def test_bf16_autocast_keeps_the_choice_of_neighbours_by_position():
+    module = ConvNN2d(3, 4, 9, blend=0.0, fast=False)
+    x = torch.randn(2, 3, 20, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    assert (y.float() - module(x)).abs().max() < 0.05
+
+
+def test_repr_states_the_configuration():
+    assert "k=9, blend=0.5, slots=raster" in repr(ConvNN2d(3, 4, 9, blend=0.5, slots="raster"))
+    assert "num_heads=2, k=4, blend=1" in repr(ConvNNAttention(8, 2, 4))
+
+
+def test_attention_without_positions_takes_any_sequence_length():
+    module = ConvNNAttention(8, 2, 4)
+    assert module(torch.randn(1, 13, 8)).shape == (1, 13, 8)

@@ -1,0 +1,171 @@
+"""Aggregation along edges against the gathered block, and what it may not hold in memory."""
+
+import pytest
+import torch
+
+from convnn import ConvNN2d, ConvNNAttention
+from convnn.ops import aggregation, edges, functional
+from convnn.ops.topk import stable_topk
+
+OPTIONS = [
+    {"aggregation": "conv"},
+    {"aggregation": "conv", "weighting": "softmax"},
+    {"aggregation": "conv", "weighting": "score", "similarity": "dot"},
+    {"aggregation": "conv", "groups": 2},
+    {"aggregation": "conv", "candidates": "window", "num_candidates": 1, "k_policy": "clamp"},
+    {"aggregation": "conv", "candidates": "random", "num_candidates": 6},
+    {"aggregation": "conv", "candidates": "random", "num_candidates": 9, "self_first": False, "slots": "raster"},
+    {"aggregation": "conv", "candidates": "grid", "num_candidates": 3, "weighting": "softmax"},
+    {"aggregation": "conv", "candidates": "grid", "num_candidates": 3, "blend": 0.5, "learn_blend": "layer"},
+    {"aggregation": "depthwise"},
+    {"aggregation": "depthwise", "weighting": "softmax", "blend": 0.5},
+    {"aggregation": "sum", "weighting": "softmax", "blend": 0.3, "straight_through": True},
+    {"aggregation": "sum", "weighting": "score", "similarity": "euclidean"},
+    {"aggregation": "separable"},
+]
+
+
+def results(layer, x):
+    """Return output and gradients of the input and all parameters."""
+    x = x.clone().requires_grad_()
+    torch.manual_seed(1)
+    y = layer(x)
+    (y * torch.linspace(0, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in layer.parameters())]
+
+
+def compare(layer, x, monkeypatch):
+    """Compare a layer with edges to the same with the gathered block; return how often edges were walked."""
+    walked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(edges.Edges, "__init__", _counting(walked))
+        patch.setattr(edges, "BLOCK", 64)  # several parts
+        own = results(layer, x)
+    layer.zero_grad()
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "walks_edges", lambda _: False)
+        plain = results(layer, x)
+    for a, b in zip(own, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    return len(walked)
+
+
+def _counting(walked, init=edges.Edges.__init__):
+    def counted(self, *args):
+        walked.append(self)
+        init(self, *args)
+
+    return counted
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_convolutional_layers(options, monkeypatch):
+    """Values and all gradients are those of the gathered block."""
+    torch.manual_seed(0)
+    layer = ConvNN2d(4, 4, 5, 1, 1, **options).double()
+    assert compare(layer, torch.randn(2, 4, 5, 6, dtype=torch.float64), monkeypatch)
+
+
+@pytest.mark.parametrize("aggregation", ["sum", "depthwise", "conv", "separable"])
+@pytest.mark.parametrize("weighting", ["softmax", "ones", "score"])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_attention_layers(aggregation, weighting, heads, monkeypatch):
+    """Values and all gradients are those of the gathered block, also with a token before the grid."""
+    torch.manual_seed(0)
+    layer = ConvNNAttention(12, heads, 4, aggregation=aggregation, weighting=weighting, num_prefix_tokens=1).double()
+    assert compare(layer, torch.randn(2, 10, 12, dtype=torch.float64), monkeypatch)
+
+
+def test_few_candidates_are_multiplied_before_they_are_gathered(monkeypatch):
+    """The products are those of the candidates, not of all queries."""
+    seen = []
+    monkeypatch.setattr(
+        functional, "mix_candidates", lambda *a: seen.append(len(a[4])) or aggregation.mix_candidates(*a)
+    )
+    layer = ConvNN2d(4, 8, 3, candidates="random", num_candidates=6, pad_candidates=False)
+    layer(torch.randn(2, 4, 6, 6))
+    assert seen == [6]
+    ConvNN2d(4, 8, 3, candidates="random", num_candidates=30, pad_candidates=False)(torch.randn(2, 4, 6, 6))
+    assert seen == [6]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_where_edges_do_not_serve(autocast):
+    """Half precision and autocast gather."""
+    x = torch.randn(1, 1, 4, 2, dtype=torch.float32 if autocast else torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert not aggregation.walks_edges(x)
+    assert aggregation.walks_edges(x.float())
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_second_derivatives(options):
+    """They are those of gathered neighbours, through the layers around too, and none is left out in silence."""
+    torch.manual_seed(0)
+    layer = ConvNN2d(4, 4, 5, 1, 1, **options).double()
+    first = torch.nn.Conv2d(2, 4, 3).double()
+    x, found = torch.randn(2, 2, 6, 6, dtype=torch.float64), []
+    for backend in ("auto", "torch"):
+        layer.backend = backend
+        torch.manual_seed(1)
+        y = layer(first(x).tanh()).square().sum()
+        parts = [first.weight, *layer.parameters()]
+        gradients = torch.autograd.grad(y, parts, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), parts))
+    for own, plain in zip(*found, strict=True):
+        torch.testing.assert_close(own, plain, rtol=1e-9, atol=1e-10)
+
+
+def test_transforms_of_torch_func():
+    """``torch.func.grad`` gives what ``backward`` gives."""
+    layer = ConvNN2d(2, 2, 3, weighting="softmax")
+    x = torch.randn(1, 2, 4, 4)
+    own = torch.func.grad(lambda p: torch.func.functional_call(layer, p, (x,)).sum())(dict(layer.named_parameters()))
+    layer(x).sum().backward()
+    torch.testing.assert_close(own["weight"], layer.weight.grad)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
+def test_a_traced_layer_computes_the_same():
+    layer = ConvNN2d(2, 2, 3, blend=0.5, weighting="softmax").eval()
+    x, other = torch.randn(2, 1, 2, 4, 4)
+    torch.testing.assert_close(torch.jit.trace(layer, x)(other), layer(other))
+
+
+def test_topk_with_and_without_ties():
+    """The look for ties changes nothing: against a stable sort."""
+    torch.manual_seed(0)
+    for levels in (3, 1000):
+        score = torch.randint(levels, (50, 40)).float()
+        score[3, 5] = -0.0
+        want = score.sort(dim=-1, descending=True, stable=True).indices
+        for k in (1, 7, 39, 40):
+            assert torch.equal(stable_topk(score, k), want[:, :k])
+
+
+def test_no_block_of_neighbours_is_held(monkeypatch):
+    """Forward and backward pass allocate nothing of the size of the gathered neighbours."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(t, torch.Tensor) and t.layout == torch.strided:
+                    Largest.elements = max(Largest.elements, t.untyped_storage().nbytes() // t.element_size())
+            return out
+
+    monkeypatch.setattr(edges, "BLOCK", 1 << 12)
+    monkeypatch.setattr("convnn.ops.selection.CHUNK_SCORES", {"cpu": 1 << 12})
+    tokens, width, k = 400, 32, 16
+    for layer, x in (
+        (ConvNN2d(width, width, k, padding=0), torch.randn(1, width, 20, 20)),
+        (ConvNNAttention(width, 1, k), torch.randn(1, tokens, width)),
+        (ConvNNAttention(width, 1, k, aggregation="sum"), torch.randn(1, tokens, width)),
+    ):
+        Largest.elements = 0
+        with Largest():
+            layer(x.requires_grad_()).sum().backward()
+        assert tokens * width <= Largest.elements <= 3 * tokens * width < tokens * width * k

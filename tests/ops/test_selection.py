@@ -1,0 +1,199 @@
+"""Total order, candidates, slots and the policies around them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convnn import ConvNN2d, ConvNNAttention
+from convnn.ops import selection
+from convnn.ops.candidates import candidate_tokens
+from convnn.ops.geometry import Geometry, window_order
+from convnn.ops.selection import select_neighbors
+from convnn.ops.settings import Selection
+from convnn.ops.topk import stable_topk
+
+
+@given(
+    st.lists(st.sampled_from([-1.5, -0.0, 0.0, 1e-30, 2.0, -torch.inf, torch.inf]), min_size=1, max_size=40), st.data()
+)
+@settings(max_examples=150, deadline=None)
+def test_stable_topk_orders_by_score_then_index(scores, data):
+    k = data.draw(st.integers(1, len(scores)))
+    expected = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k]
+    for dtype in (torch.float32, torch.float64):
+        assert stable_topk(torch.tensor(scores, dtype=dtype), k).tolist() == expected
+
+
+@pytest.mark.parametrize("m", [1, 3, 5, 7])
+@pytest.mark.parametrize("size", [(8, 20), (10, 14), (7, 7)])
+def test_nearest_tokens_are_the_window_in_one_order_everywhere(m, size):
+    p = m // 2
+    geometry = Geometry(*size, kernel=(m, m), padding=(p, p))
+    x = torch.zeros(1, 1, geometry.num_tokens, 1)
+    queries = geometry.query_index()
+    index = select_neighbors(x[:, :, queries], x, geometry, Selection(), num=m * m, blend=0.0, training=False).index[
+        0, 0
+    ]
+    rows, cols = geometry.coordinates(index)
+    qr, qc = geometry.coordinates(queries)
+    offsets = torch.stack([rows - qr[:, None], cols - qc[:, None]], -1)
+    taps = window_order((m, m))
+    expected = torch.stack([taps // m - p, taps % m - p], -1)
+    assert (offsets == expected).all()
+
+
+def test_random_candidates():
+    geometry = Geometry(6, 7, kernel=(3, 3), padding=(1, 1))
+    random = Selection(candidates="random", num_candidates=10)
+
+    def draw(sel=random, **kwargs):
+        return candidate_tokens(geometry, sel, **({"pads": sel.pad_candidates, "training": False} | kwargs))
+
+    assert torch.equal(draw(), draw()) and len(draw()) == 10
+    assert draw().tolist() == sorted(set(draw().tolist()))
+    other = Selection(candidates="random", num_candidates=10, candidate_seed=1)
+    assert not torch.equal(draw(), draw(other))
+    torch.manual_seed(0)
+    a, b = draw(training=True), draw(training=True)
+    torch.manual_seed(0)
+    assert torch.equal(draw(training=True), a) and not torch.equal(a, b)
+    resample = Selection(candidates="random", num_candidates=10, eval_candidates="resample")
+    assert not torch.equal(draw(resample), draw(resample))
+    everything = Selection(candidates="random", num_candidates=10, eval_candidates="all")
+    assert draw(everything) is None
+    assert draw(Selection(candidates="random", num_candidates=72), training=True) is None
+    inner = Selection(candidates="random", num_candidates=10, pad_candidates=False)
+    assert set(draw(inner).tolist()) <= set(geometry.inner_tokens().tolist())
+    assert len(draw(Selection(pad_candidates=False))) == 42
+    assert draw(Selection(pad_candidates=False), pads=True) is None  # below 1 a convolution's zeros take part
+
+
+def test_random_candidates_as_large_as_the_map_equal_all():
+    torch.manual_seed(0)
+    every = ConvNN2d(3, 4, 5)
+    sampled = ConvNN2d(3, 4, 5, candidates="random", num_candidates=64)
+    sampled.load_state_dict(every.state_dict())
+    x = torch.randn(2, 3, 6, 6)  # 8 x 8 with its ring
+    assert torch.equal(every(x), sampled(x))
+
+
+@pytest.mark.parametrize("layer", ["conv", "attention"])
+@pytest.mark.parametrize("blend", [0.0, 0.5, 1.0])
+def test_batch_size_changes_no_result(layer, blend):
+    torch.manual_seed(0)
+    if layer == "conv":
+        module = ConvNN2d(3, 4, 5, blend=blend, candidates="random", num_candidates=20, self_first=True).eval()
+        x = torch.randn(5, 3, 6, 7)
+    else:
+        module = ConvNNAttention(8, 2, 5, blend, num_prefix_tokens=1, candidates="random", num_candidates=9).eval()
+        x = torch.randn(5, 17, 8)
+    whole = module.double()(x.double())
+    parts = torch.cat([module(part.double()) for part in x.split(2)])
+    assert (whole - parts).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("blend", [0.0, 0.4, 1.0])
+def test_chunks_change_nothing(blend, monkeypatch):
+    torch.manual_seed(0)
+    modules = [ConvNN2d(3, 4, 5, blend=blend, fast=False).double(), ConvNNAttention(8, 2, 5, blend).double()]
+    inputs = [torch.randn(3, 3, 6, 7).double(), torch.randn(3, 16, 8).double()]
+    whole = [m(x) for m, x in zip(modules, inputs, strict=True)]
+    for limit in (1, 100, 700):
+        monkeypatch.setitem(selection.CHUNK_SCORES, "cpu", limit)
+        for m, x, y in zip(modules, inputs, whole, strict=True):
+            assert (m(x) - y).abs().max() < 1e-12
+
+
+def test_missing_neighbours_leave_no_slot_without_a_token():
+    torch.manual_seed(0)
+    options = {"blend": 0.5, "slots": "window", "candidates": "window"}
+    layer = ConvNN2d(2, 2, 25, padding=1, num_candidates=2, **options)
+    geometry = layer.geometry(4, 4)
+    x = torch.randn(1, 1, geometry.num_tokens, 2)
+    queries = geometry.query_index()
+    for _ in range(5):
+        found = select_neighbors(x[:, :, queries], x, geometry, layer.selection, num=25, blend=0.5, training=False)
+        assert found.index.min() >= 0 and found.index.max() < geometry.num_tokens
+        assert (~found.valid).any() and (found.valid.sum(-1) >= 9).all()
+
+
+def test_self_is_first_where_promised():
+    geometry = Geometry(5, 6, kernel=(3, 3), padding=(1, 1))
+    x = torch.randn(2, 1, geometry.num_tokens, 4)
+    queries = geometry.query_index()
+    for kind in ("all", "random", "grid"):
+        sel = Selection("dot", candidates=kind, num_candidates=6)
+        for blend in (0.0, 0.5, 1.0):
+            index = select_neighbors(x[:, :, queries], x, geometry, sel, num=4, blend=blend, training=False).index
+            assert (index[..., 0] == queries).all()
+            assert (index.sort(-1).values.diff(dim=-1) > 0).all(), "a neighbour was taken twice"
+
+
+@pytest.mark.parametrize("layer", ["conv", "attention"])
+def test_k_beyond_the_candidates(layer):
+    build = {
+        "conv": lambda **kw: (ConvNN2d(3, 4, 40, **kw), torch.randn(1, 3, 4, 4)),
+        "attention": lambda **kw: (ConvNNAttention(8, 2, 40, **kw), torch.randn(1, 16, 8)),
+    }[layer]
+    module, x = build()
+    with pytest.raises(ValueError, match=r"k=40 exceeds the \d+ candidates of a .* map"):
+        module(x)
+    module, x = build(k_policy="clamp")
+    weights = module.weight if layer == "conv" else module.slot_weight
+    module(x).sum().backward()
+    used = 36 if layer == "conv" else 16
+    assert weights.grad[..., :used].abs().sum() > 0 and weights.grad[..., used:].abs().sum() == 0
+
+
+def test_overlap_with_the_window_falls_as_blend_rises():
+    torch.manual_seed(0)
+    geometry = Geometry(9, 9, kernel=(3, 3), padding=(1, 1))
+    x = torch.randn(1, 1, geometry.num_tokens, 8)
+    queries = geometry.query_index()
+
+    def overlap(blend):
+        index = select_neighbors(x[:, :, queries], x, geometry, Selection(), num=9, blend=blend, training=False).index
+        rows, cols = geometry.coordinates(index[0, 0])
+        qr, qc = geometry.coordinates(queries)
+        return ((rows - qr[:, None]).abs().maximum((cols - qc[:, None]).abs()) <= 1).float().mean().item()
+
+    values = [overlap(b) for b in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert values[0] == 1.0 and values == sorted(values, reverse=True) and values[-1] < 0.4
+
+
+def test_window_slots_change_one_slot_per_newcomer():
+    """A neighbour outside the window takes the slot of the tap that left."""
+    geometry = Geometry(5, 5, kernel=(3, 3), padding=(1, 1))
+    queries = torch.tensor([24])  # centre of the padded 7 x 7 map
+    window = [24, 16, 17, 18, 23, 25, 30, 31, 32]
+    from convnn.ops.selection import window_slots
+
+    for leaver in window[1:]:
+        neighbours = torch.tensor([[[[j for j in window if j != leaver] + [0]]]])
+        ranked = neighbours.flip(-1)
+        slots = torch.empty_like(ranked).scatter_(-1, window_slots(ranked, queries, geometry), ranked)[0, 0, 0].tolist()
+        assert slots == [0 if j == leaver else j for j in window]
+
+
+def test_float32_keeps_the_order_and_lower_precision_does_not():
+    """The rule: scores are float32, whatever the precision of the features and autocast say."""
+    torch.manual_seed(0)
+    geometry, selection = Geometry(12, 12), Selection(self_first=False)
+    tokens = torch.randn(2, 1, 144, 64, dtype=torch.float64)
+
+    def chosen(x, autocast=False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return select_neighbors(x, x, geometry, selection, num=9, blend=1.0, training=False).index
+
+    unit = torch.nn.functional.normalize(tokens, dim=-1)
+    exact = (unit @ unit.mT).sort(dim=-1, descending=True, stable=True)
+    clear = (exact.values[..., :9] - exact.values[..., 1:10]).amin(-1) > 1e-6  # float32 can tell them apart
+    want, keeps = exact.indices[..., :9][clear], clear.float().mean()
+    assert keeps > 0.9
+    assert torch.equal(chosen(tokens)[clear], want)
+    assert torch.equal(chosen(tokens.float())[clear], want)
+    assert torch.equal(chosen(tokens.float(), autocast=True)[clear], want)
+    rounded = unit.bfloat16()
+    low = (rounded @ rounded.mT).float().sort(dim=-1, descending=True, stable=True).indices[..., :9][clear]
+    assert (low != want).any(-1).float().mean() > 0.1  # of the queries have other neighbours, or another order

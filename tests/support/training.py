@@ -1,0 +1,46 @@
+"""Runs that are stopped and resumed."""
+
+import contextlib
+import signal
+
+from helpers import without_times
+
+from convnn.runs.metrics import read_metrics
+from convnn.train import trainer as engine
+
+# All that could break a resume at once.
+HARD = [
+    "train.epochs=3",
+    "schedule=linear",
+    "operator=spectrum",
+    "swap.init=transfer",
+    "operator.candidates=random",
+    "operator.num_candidates=24",
+    "operator.eval_candidates=resample",
+    "data.val_fraction=0.25",
+    "data.crop_padding=2",
+    "data.flip=true",
+    "train.batch_size=16",
+    "train.mixup=0.4",
+    "train.cutmix=0.5",
+    "train.label_smoothing=0.1",
+    "train.ema=0.9",
+    "backbone.drop_rate=0.2",
+    "optim.clip_grad=1.0",
+    "swap=first_half",
+]
+
+
+def stop_after(monkeypatch, calls, signum=signal.SIGTERM):
+    """Make the engine see a signal at the given call of ``stop()``."""
+
+    @contextlib.contextmanager
+    def fake():
+        count = iter(range(10**9))
+        yield lambda: signum if next(count) >= calls else None
+
+    monkeypatch.setattr(engine, "stop_on_signal", fake)
+
+
+def rows(folder):
+    return [without_times(row) for row in read_metrics(folder / "metrics.jsonl")]

@@ -202,8 +202,9 @@ def check_stream(data: DataConfig) -> None:
         )
     needs = data.file_transforms()
     memory_only = data.target.startswith("convnn.data.") and data.target != "convnn.data.load_imagefolder"
-    if memory_only and (needs or data.stream == "true"):
-        key = needs[0] if needs else "stream"
+    of_folders = needs + ["stream"] * (data.stream == "true") + ["val_folder"] * (not data.val_folder)
+    if memory_only and of_folders:
+        key = of_folders[0]
         raise ConfigError(f"data.{key} is for image folders, not data={data.name}; leave it at its default")
     if needs and data.stream == "false":
         raise ConfigError(f"data.{needs[0]} needs files that are streamed; set data.stream=auto")
@@ -235,12 +236,15 @@ def check(config: Config) -> Config:
     _range("backbone.drop_path_rate", backbone.drop_path_rate, 0, 1, open_high=True)
     _range("backbone.image_size", backbone.image_size, 1)
     _range("backbone.patch_size", backbone.patch_size, 1)
-    for name in ("limit", "limit_test", "image_size", "load_size", "size", "num_classes"):
+    for name in ("limit", "limit_test", "image_size", "load_size", "size"):
         _range(f"data.{name}", getattr(data, name), 1)
+    _range("data.num_classes", data.num_classes, 2)
     _range("data.val_fraction", data.val_fraction, 0, 1, open_high=True)
     _range("data.crop_padding", data.crop_padding, 0)
     _range("data.split_seed", data.split_seed, 0)
     check_stream(data)
+    for value in data.mean:
+        _range("data.mean", value, 0, 1)  # of pixels that were divided by 255
     for value in data.std:
         _range("data.std", value, 0, open_low=True)
     if len(data.mean) != len(data.std):

@@ -16,7 +16,7 @@ class DataConfig:
     target: str = "convnn.data.load_digits"
     """Function ``(config) -> convnn.data.Dataset``."""
     root: str = "data"
-    """Folder of the files; below it the layout that torchvision uses, or train/CLASS and test/CLASS (or val/CLASS)."""
+    """Folder of the files; below it the layout that torchvision uses, or CLASS folders in train, test and val."""
     download: bool = True
     """Fetch what is missing (cifar10, cifar100)."""
     limit: int | None = None
@@ -24,13 +24,16 @@ class DataConfig:
     limit_test: int | None = None
     """The same for test images."""
     val_fraction: float = 0.0
-    """Share of the training images held out to choose the best checkpoint; 0 chooses it on the test set and says so."""
+    """Share of each class's training images held out to choose the best checkpoint; 0: it is chosen on the validation
+    set that the data has, else on the test set, and that is said."""
     split_seed: int = 0
     """Seed of the validation split and of ``limit``."""
+    val_folder: bool = True
+    """Image folders with ``val`` beside ``test``: ``val`` chooses the best checkpoint; false leaves it out."""
     image_size: int | None = None
     """Side in pixels of what the network sees; null takes the backbone's, else the images' own."""
     load_size: int | None = None
-    """Side in pixels of the squares that an image folder's files become; null keeps the first image's shorter side."""
+    """Side in pixels of the squares that an image folder's files become; null: the median of their shorter sides."""
     crop_padding: int = 0
     """Random crops after padding by this many pixels (of the stored image); 0: none."""
     flip: bool = False

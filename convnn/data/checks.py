@@ -55,6 +55,8 @@ def _checked_split(split: Any, classes: int, what: str) -> AnySplit:
     if not isinstance(split, Split | FileSplit):
         raise ConfigError(f"{what} is {_kind(split)}; give a convnn.data.Split(images, labels)")
     if isinstance(split, FileSplit):
+        if not isinstance(split.side, int) or split.side < 1:
+            raise ConfigError(f"{what}: side is {split.side!r}; give the images' side in pixels")
         count = len(split.paths)
         paths = np.array([os.fsencode(path) for path in split.paths])
         fixed: AnySplit = replace(split, paths=paths, labels=_labels(split.labels, what))

@@ -58,10 +58,10 @@ def split_folders(root: Path, val_folder: bool) -> dict[str, Path]:
     if len(beside) > 1 or (beside and test.name != "test"):
         names = " and ".join(folder.name for folder in found if folder.name != "test")
         raise ConfigError(f"data.root={root} has {names}; keep one of them")
-    for folder in there:
-        if folder not in found:
-            log.info("data.root=%s: %s has no class folders and is left out", root, folder.name)
     splits = {"train": train, "test": test} | ({"val": beside[0]} if beside and val_folder else {})
+    unused = [name for name in _classes(root, root) if root / name not in splits.values()]
+    if unused:
+        log.info("data.root=%s: folders left out: %s", root, listed(unused))
     for folder in (*splits.values(),)[1:]:
         if folder.samefile(train):
             log.warning("data.root=%s: %s is the folder of train, so that it tells nothing new", root, folder.name)
@@ -113,6 +113,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _classes(root: Path, folder: Path) -> list[str]:
+    """Return the sorted names of the folders in a folder, without hidden ones."""
     if not folder.is_dir():
         return []
     try:

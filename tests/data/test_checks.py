@@ -92,6 +92,8 @@ WRONG = [
     (lambda: dataset(test=Split(IMAGES[..., :4], LABELS)), r"of test \(3, 5, 4\) .* one shape, or set data.image_size"),
     (lambda: dataset(test=Split(IMAGES, LABELS.float())), "test labels are float32"),
     (lambda: dataset(val=Split(IMAGES, LABELS + 9)), "val has labels from 9 to 12"),
+    (lambda: dataset(test=FileSplit(["x.png"] * 4, [0, 1, 2, 3], None)), "test: side is None; give the images' side"),
+    (lambda: dataset(test=FileSplit(["x.png"] * 4, [0, 1, 2], 8)), "test has 4 images and 3 labels"),
 ]
 
 

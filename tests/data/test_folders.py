@@ -268,7 +268,10 @@ def test_without_test_val_is_the_test_set(root, lines):
     data = load(root)
     assert data.val is None and len(data.test) == 8 and "8 val (the test set) images" in "".join(lines)
     (root / "test").mkdir()
-    assert load(root).val is None and f"data.root={root}: test has no class folders and is left out" in lines
+    assert load(root).val is None and f"data.root={root}: folders left out: 'test'" in lines
+    (root / "Val").mkdir()
+    load(root, val_folder=False)
+    assert f"data.root={root}: folders left out: 'Val', 'test'" in lines
     (root / "valid").symlink_to(root / "val")
     assert load(root).val is None  # one folder under two names
     (root / "valid").unlink(), shutil.copytree(root / "val", root / "valid")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tarfile
 import warnings
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -68,12 +69,7 @@ def _unpack(kind: Any, root: Path, download: bool) -> None:
         raise RuntimeError(f"no {archive.name}, and data.download=false")
     root.mkdir(parents=True, exist_ok=True)
     guard = root / f".{archive.name}.lock"
-    held = lock(guard)
-    if held is None:
-        log.info("waiting for %s to unpack %s", lock_owner(guard), archive)
-        held = lock(guard, wait=WAIT)
-    if held is None:
-        raise RuntimeError(f"{lock_owner(guard)} has been unpacking {archive.name} for {WAIT / 60:.0f} minutes")
+    held = _hold(guard, archive)
     try:
         files = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
         if all(check_integrity(folder / name, md5) for name, md5 in files):  # another process was first
@@ -90,18 +86,25 @@ def _unpack(kind: Any, root: Path, download: bool) -> None:
             extract_archive(archive, aside)
             for name, _ in files:
                 (Path(aside) / kind.base_folder / name).replace(folder / name)
-    except BaseException:
-        _remove_traces(root, archive, guard, existed)
-        raise
     finally:
+        guard.unlink(missing_ok=True)
         release(held)
+        with suppress(OSError):
+            if archive.exists() and archive.stat().st_size == 0:  # of a download that failed
+                archive.unlink()
+            if not existed:
+                root.rmdir()  # refused where something is in it
 
 
-def _remove_traces(root: Path, archive: Path, guard: Path, existed: bool) -> None:
-    """Leave no empty archive of a download that failed, and no folder that was made for it."""
-    with suppress(OSError):
-        if archive.exists() and archive.stat().st_size == 0:
-            archive.unlink()
-        if not existed and [path.name for path in root.iterdir()] == [guard.name]:
-            guard.unlink()
-            root.rmdir()
+def _hold(guard: Path, archive: Path) -> TextIO:
+    """Lock the file ``guard``, which its owner removes in the end."""
+    while True:
+        held = lock(guard)
+        if held is None:
+            log.info("waiting for %s to unpack %s", lock_owner(guard), archive)
+            held = lock(guard, wait=WAIT)
+        if held is None:
+            raise RuntimeError(f"{lock_owner(guard)} has been unpacking {archive.name} for {WAIT / 60:.0f} minutes")
+        if guard.exists() and guard.stat().st_ino == os.fstat(held.fileno()).st_ino:
+            return held
+        held.close()  # what was locked is no longer the file of this name

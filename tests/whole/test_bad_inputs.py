@@ -168,7 +168,7 @@ def test_group06_image_folders(call, monkeypatch):
     args = [*SMALL, "data=imagefolder", "data.root=images"]
     write_image_folder(Path("images"), per_class=2)
     (Path("images") / "test" / "cat").rename(Path("images") / "test" / "bird")
-    assert_refused(call, "train.py", args, "different classes, such as 'bird'")
+    assert_refused(call, "train.py", args, "classes differ: train lacks 'bird'; test lacks 'cat'")
 
     def unreadable(*_):
         raise PermissionError(errno.EACCES, "Permission denied")

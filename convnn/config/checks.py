@@ -243,8 +243,6 @@ def check(config: Config) -> Config:
     _range("data.crop_padding", data.crop_padding, 0)
     _range("data.split_seed", data.split_seed, 0)
     check_stream(data)
-    for value in data.mean:
-        _range("data.mean", value, 0, 1)  # of pixels that were divided by 255
     for value in data.std:
         _range("data.std", value, 0, open_low=True)
     if len(data.mean) != len(data.std):

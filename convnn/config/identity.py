@@ -36,7 +36,8 @@ def identity_of(values: Mapping[str, Any]) -> dict[str, Any]:
     unused = {"download", "stream", "workers", "prefetch"}
     if values["data"]["name"] != "imagefolder":
         unused.add("root")
-    if values["data"].get("val_folder", True):  # a key that older runs do not have
+    # A key that older runs do not have, and without effect beside images held out.
+    if values["data"].get("val_folder", True) or values["data"]["val_fraction"]:
         unused.add("val_folder")
     own = {"data": unused, "operator": {"backend"}}
     kept |= {group: {k: v for k, v in values[group].items() if k not in own[group]} for group in own}

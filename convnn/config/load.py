@@ -41,4 +41,6 @@ def load_config(folder: Path) -> Config:
         raise ConfigError(f"{path} is damaged: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is damaged: it holds no mapping")
+    if isinstance(data := values.get("data"), dict):  # runs older than this key took no notice of such a folder
+        data.setdefault("val_folder", not data.get("val_fraction"))
     return to_config(values)

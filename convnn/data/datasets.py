@@ -175,6 +175,8 @@ def load_dataset(config: DataConfig) -> Dataset:
     )
     dataset = replace(dataset, train=train, test=test)
     warn_of_missing(dataset, config)
+    if max(map(abs, config.mean), default=0) > 1:
+        log.warning("data.mean=%s is of pixels up to 255; means and deviations are of pixels from 0 to 1", config.mean)
     if config.val_fraction:
         held = torch.from_numpy(_held_out(dataset, config, rng))
         rest = torch.ones(len(dataset.train), dtype=torch.bool)

@@ -102,8 +102,8 @@ def list_images(root: Path, folder: Path) -> Listing:
 def _check_classes(root: Path, folder: Path, classes: list[str]) -> None:
     """Refuse classes that cannot be told apart, and one class alone: its folder often holds those that were meant."""
     check_spelling(classes, f"data.root={root}: {folder.name}")
-    if len(classes) == 1:
-        nested = _classes(root, folder / classes[0])
+    nested = _classes(root, folder / classes[0]) if len(classes) == 1 else []
+    if nested or (len(classes) == 1 and folder.name == "train"):
         way = f"it holds the folders {listed(nested)}: move them up one level" if nested else "give at least two"
         raise ConfigError(f"data.root={root}: {folder.name} has one class folder, {classes[0]!r}; {way}")
 
@@ -131,9 +131,8 @@ class _Tree:
         self.others: Counter[str] = Counter()
         self.nested: list[set[str]] = []
         """By class, the names of its folders, none where images lie beside them."""
-        above = {root, folder}.union(*((folder / name).resolve().parents for name in classes))
-        self.owner = dict.fromkeys(map(_place, above), "")
-        """Class by device and inode of the folders that were entered, none for those above the classes."""
+        self.owner: dict[tuple[int, int], str] = {}
+        """Class of the folders that were entered, by device and inode."""
         for name in classes:
             self._enter(folder / name, name)
 
@@ -147,7 +146,7 @@ class _Tree:
         owner = self.owner.get(place)
         if owner is None:
             self.owner[place] = name
-        elif owner not in ("", name):
+        elif owner != name:
             raise ConfigError(
                 f"data.root={self.root}: {path} is a folder of both classes {owner!r} and {name!r}; "
                 "remove the link from one of them"
@@ -161,11 +160,14 @@ class _Tree:
             raise ConfigError(f"data.root={self.root} cannot be read: {error}") from error
 
         suffixes, found, others = image_suffixes(), [], Counter[str]()
-        for place, folders, files in os.walk(self.folder / name, onerror=refuse, followlinks=True):
+        top = self.folder / name
+        above = set(map(_place, (self.root, self.folder, *top.resolve().parents)))  # where links would go in circles
+        for place, folders, files in os.walk(top, onerror=refuse, followlinks=True):
+            paths = {folder: os.path.join(place, folder) for folder in sorted(folders)}  # noqa: PTH118
             folders[:] = [
                 folder
-                for folder in sorted(folders)
-                if not _is_hidden(folder) and self._enter(os.path.join(place, folder), name)  # noqa: PTH118
+                for folder, path in paths.items()
+                if not _is_hidden(folder) and _place(path) not in above and self._enter(path, name)
             ]
             for file in files:
                 suffix = os.path.splitext(file)[1].lower()  # noqa: PTH122 a Path for each of a million files is slow
@@ -173,11 +175,11 @@ class _Tree:
                     found.append(os.fsencode(os.path.join(place, file)))  # noqa: PTH118
                 elif not _is_hidden(file):
                     others[suffix or "without a suffix"] += 1
-            if place == str(self.folder / name):
+            if place == str(top):
                 self.nested.append(set() if found else set(folders))
         if not found:
             left = f" (left out: {counted(others)})" if others else ""
-            raise ConfigError(f"data.root={self.root}: {self.folder / name} has no images{left}")
+            raise ConfigError(f"data.root={self.root}: {top} has no images{left}")
         self.others += others
         return sorted(found)
 

@@ -1,10 +1,11 @@
 """Data sets of other modules: what is taken, what is converted, and one line for what is refused."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
 
-from convnn.config.compose import compose_config
 from convnn.config.schema import DataConfig
 from convnn.data import Dataset, FileSplit, Split
 from convnn.data.datasets import load_dataset
@@ -119,7 +120,9 @@ def test_a_stream_needs_files():
         load(dataset, stream="true")
 
 
-@pytest.mark.parametrize("mean", ["[123.7,116.3,103.5]", "[-0.1]", "[nan]"])
-def test_means_are_of_pixels_from_0_to_1(mean):
-    with pytest.raises(ConfigError, match=r"data.mean=.* must lie in \[0, 1\]"):
-        compose_config([f"data.mean={mean}", "data.std=[1.0]" if "," not in mean else "data.std=[1.0,1.0,1.0]"])
+def test_means_of_pixels_up_to_255_are_said(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("convnn"), "propagate", True)
+    load(dataset, mean=[0.5, 0.4, 0.3], std=[0.2] * 3)
+    assert not caplog.messages
+    load(dataset, mean=[123.7, 116.3, 103.5], std=[58.4] * 3)
+    assert caplog.messages[0].startswith("data.mean=[123.7, 116.3, 103.5] is of pixels up to 255")

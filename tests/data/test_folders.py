@@ -4,14 +4,17 @@ import logging
 import os
 import shutil
 import unicodedata
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers import tiny, write_image_folder
 from PIL import Image
 
-from convnn.config.identity import fingerprint
+from convnn.config.identity import fingerprint, fingerprint_of, identity_of
+from convnn.config.load import load_config
 from convnn.config.schema import DataConfig
 from convnn.data.classes import class_order
 from convnn.data.datasets import load_dataset
@@ -100,7 +103,7 @@ def test_hidden_files_and_folders_are_ignored_everywhere(root, lines):
 
 
 def test_linked_folders_are_followed_and_loops_end(root, tmp_path_factory):
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    elsewhere = tmp_path_factory.mktemp("pool") / "elsewhere"
     save(elsewhere / "a.png"), save(elsewhere / "sub" / "b.png")
     cat, dog = root / "train" / "cat", root / "train" / "dog"
     (cat / "link").symlink_to(elsewhere)
@@ -110,7 +113,9 @@ def test_linked_folders_are_followed_and_loops_end(root, tmp_path_factory):
     (elsewhere / "up").symlink_to(root / "train")
     (cat / "again").symlink_to(elsewhere / "sub")  # each real folder counts once
     assert load(root).train.labels.bincount().tolist() == [6, 4]
-    (dog / "more").symlink_to(elsewhere)
+    (dog / "above").symlink_to(elsewhere.parent)  # through which the links of the other class are reached
+    refused(root, "dog/above/elsewhere is a folder of both classes 'cat' and 'dog'")
+    (dog / "above").unlink(), (dog / "more").symlink_to(elsewhere)
     refused(root, r"dog/more is a folder of both classes 'cat' and 'dog'; remove the link")
 
 
@@ -182,6 +187,10 @@ def test_one_class_alone_is_refused(root):
     for split in ("train", "test"):
         shutil.rmtree(root / split / "dog")
     refused(root, r"train has one class folder, 'cat'; give at least two")
+    save(root / "train" / "dog" / "x.png")
+    refused(root, r"classes differ: test lacks 'dog'")
+    (root / "test").rename(root / "deep"), (root / "test").mkdir(), (root / "deep").rename(root / "test" / "images")
+    refused(root, r"test has one class folder, 'images'; it holds the folders 'cat': move them up")
     with pytest.raises(ConfigError, match=r"data.num_classes=1 must lie in \[2, inf\]"):
         tiny("data.num_classes=1")
 
@@ -289,6 +298,18 @@ def test_the_key_for_validation_folders_leaves_older_runs_the_same():
     base = tiny("data=imagefolder", "data.root=x")
     assert fingerprint(base) == fingerprint(tiny("data=imagefolder", "data.root=x", "data.val_folder=true"))
     assert fingerprint(base) != fingerprint(tiny("data=imagefolder", "data.root=x", "data.val_folder=false"))
+
+
+def test_a_run_older_than_the_key_took_no_notice_of_a_validation_folder(root, tmp_path):
+    shutil.copytree(root / "test", root / "val")
+    for fraction in (0.25, 0.0):
+        more = ["data=imagefolder", f"data.root={root}", f"data.val_fraction={fraction}"]
+        values = asdict(tiny(*more))
+        del values["data"]["val_folder"]
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+        config = load_config(tmp_path)
+        assert fingerprint(config) == fingerprint_of(identity_of(values)) == fingerprint(tiny(*more))
+        assert len(load_dataset(config.data).val) == (2 if fraction else 8)
 
 
 def lopsided(sizes):

@@ -80,8 +80,7 @@ def neighbor_aggregate(
         own = selection_weights(q, k, geometry, selection, found, blend, mixing.temperature)
         rho = own if rho is None else rho * own
     if mixing.aggregation == "max_relative":
-        x = gather_tokens(v, found.index)
-        x = x if rho is None else x * rho[..., None]
+        x = gather_tokens(v, found.index) * (1 if rho is None else rho[..., None])
         return mix_max_relative(x, v[:, :, geometry.query_index(v.device)], found.valid)
     if graph is not None and weight is not None and groups == 1 and multiplies_first(found, selection, weight):
         first = geometry.query_index(v.device) if selection.self_first else None

@@ -152,6 +152,24 @@ class NeighborLayer(nn.Module):
             del values["blend"]
         return values
 
+    def get_extra_state(self) -> Tensor:
+        """Return blend, k and temperature, so that they travel with the ``state_dict``.
+
+        They are float64 numbers seen as int64, (3,): averages of weights leave integers alone.
+        """
+        return torch.tensor([self._blend, self.k, self.temperature], dtype=torch.float64).view(torch.int64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Stand where the layer stood that ``state`` comes from."""
+        blend, k, temperature = state.cpu().view(torch.float64).tolist()
+        moved = {} if self.blend_logit is not None else {"blend": blend}
+        self.set_spectrum(k=int(k), temperature=temperature, **moved)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # States of before this was kept, and those of plain layers, leave the spectrum as it is.
+        state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def neighborhood(self, x: Tensor, *, blend: float | None = None) -> Neighborhood:
         """Return what the layer chooses on an input, at its own blend or another.
 

@@ -56,6 +56,12 @@ class Geometry:
         """N: prefix tokens and the padded grid."""
         return self.prefix + self.padded_shape[0] * self.padded_shape[1]
 
+    @property
+    def queries_on_ring(self) -> bool:
+        """Whether some query sits on a token of the zero ring, which is wider than the window needs."""
+        axes = zip(self.kernel, self.padding, self.dilation, strict=True)
+        return any(p > d * (m - 1) // 2 for m, p, d in axes)
+
     def query_index(self, device: torch.device | None = None) -> Tensor:
         """Return the token that each query sits on: (Q,) int64."""
         rows, cols = (

@@ -63,7 +63,8 @@ def select_neighbors(
     plain = nullcontext() if q.device.type == "meta" else torch.autocast(q.device.type, enabled=False)
     with torch.no_grad(), plain:
         best: Any = rank
-        if not by_position and dispatch.selects(backend, q, k, selection):
+        fits = candidates is None or selection.k <= len(candidates)
+        if not by_position and fits and dispatch.selects(backend, q, k, selection):
             best = launch.best_tokens
         else:
             q, k = precise(q), precise(k)
@@ -80,6 +81,8 @@ def select_neighbors(
 def possible_k(geometry: Geometry, selection: Selection, candidates: Tensor | None) -> int:
     """Return how many neighbours the queries get: k, or fewer where ``k_policy=clamp`` meets fewer candidates.
 
+    With ``self_first`` a query that is no candidate has itself besides: one neighbour more than there are candidates.
+
     Raises:
         ValueError: if k exceeds the candidates and ``k_policy`` is ``error``.
     """
@@ -91,7 +94,9 @@ def possible_k(geometry: Geometry, selection: Selection, candidates: Tensor | No
             f"k={selection.k} exceeds the {available} candidates of a {geometry.height}x{geometry.width} map "
             f"(padding {geometry.padding}, {geometry.prefix} prefix tokens); lower k or set k_policy=clamp"
         )
-    return min(selection.k, most)
+    outsiders = selection.candidates in ("random", "grid") or geometry.queries_on_ring
+    beside = int(selection.self_first and candidates is not None and outsiders)
+    return min(selection.k, most + beside)
 
 
 def rank(
@@ -113,7 +118,9 @@ def rank(
     first = int(selection.self_first)  # slots that are not ranked: the query itself
     shape = scores.batch * scores.heads, len(queries), selection.k
     best = torch.empty(shape, dtype=torch.int64, device=q.device)
-    valid = torch.ones_like(best, dtype=torch.bool) if selection.candidates in RELATIVE else None
+    # Where a query can have fewer than k neighbours, the last slots hold fillers that do not count.
+    short = selection.candidates in RELATIVE or selection.k > len(scores.tokens)
+    valid = torch.ones_like(best, dtype=torch.bool) if short else None
     for block in scores.blocks():
         ranked = stable_topk(block.score, selection.k - first)
         best[block.items, block.part, :first] = queries[block.part, None]

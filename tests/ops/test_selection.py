@@ -195,3 +195,44 @@ def test_float32_keeps_the_order_and_lower_precision_does_not():
     rounded = unit.bfloat16()
     low = (rounded @ rounded.mT).float().sort(dim=-1, descending=True, stable=True).indices[..., :9][clear]
     assert (low != want).any(-1).float().mean() > 0.1  # of the queries have other neighbours, or another order
+
+
+@pytest.mark.parametrize("kind, count", [("grid", 2), ("random", 4)])
+@pytest.mark.parametrize("blend", [0.5, 1.0])
+def test_clamp_keeps_the_query_besides_all_candidates(kind, count, blend):
+    torch.manual_seed(0)
+    geometry, x = Geometry(4, 4), torch.randn(2, 1, 16, 3)
+    selection = Selection(k=30, k_policy="clamp", candidates=kind, num_candidates=count)
+    found = select_neighbors(x, x, geometry, selection, blend=blend)
+    candidates = set(found.candidates.tolist())
+    for image in range(2):
+        for query in range(16):
+            index, valid = found.index[image, 0, query], found.valid[image, 0, query]
+            chosen = index[valid].tolist()
+            assert chosen[0] == query and len(set(chosen)) == len(chosen)
+            assert set(chosen) == candidates | {query}
+
+
+def test_clamp_with_queries_on_a_wide_ring():
+    torch.manual_seed(0)
+    geometry = Geometry(3, 3, kernel=(1, 1), padding=(1, 1))
+    x = torch.randn(1, 1, 25, 3)
+    selection = Selection(k=30, k_policy="clamp", pad_candidates=False)
+    found = select_neighbors(x[:, :, geometry.query_index()], x, geometry, selection)
+    inner = set(geometry.inner_tokens().tolist())
+    for query in range(25):
+        chosen = found.index[0, 0, query][found.valid[0, 0, query]].tolist()
+        assert chosen[0] == query and set(chosen) == inner | {query} and len(set(chosen)) == len(chosen)
+
+
+def test_clamp_of_layers_is_the_softmax_over_candidates_and_query():
+    torch.manual_seed(0)
+    layer = ConvNNAttention(
+        6, 2, 30, candidates="grid", num_candidates=2, self_first=True, k_policy="clamp", aggregation="sum"
+    ).double()
+    x = torch.randn(2, 16, 6, dtype=torch.float64)
+    q, k, v = layer.qkv(x).view(2, 16, 3, 2, 3).permute(2, 0, 3, 1, 4)
+    allowed = torch.eye(16, dtype=torch.bool)
+    allowed[:, [0, 3, 12, 15]] = True
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, allowed)
+    torch.testing.assert_close(layer(x), layer.proj(y.transpose(1, 2).reshape(2, 16, 6)), rtol=1e-10, atol=1e-10)

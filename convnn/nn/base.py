@@ -155,15 +155,17 @@ class NeighborLayer(nn.Module):
     def get_extra_state(self) -> Tensor:
         """Return blend, k and temperature, so that they travel with the ``state_dict``.
 
-        They are float64 numbers seen as int64, (3,): averages of weights leave integers alone.
+        They are float64 numbers seen as int64, (3,): averages of weights leave integers alone. A learned blend, which
+        is a parameter, is NaN here.
         """
-        return torch.tensor([self._blend, self.k, self.temperature], dtype=torch.float64).view(torch.int64)
+        blend = self._blend if self.blend_logit is None else math.nan
+        return torch.tensor([blend, self.k, self.temperature], dtype=torch.float64).view(torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Stand where the layer stood that ``state`` comes from."""
         blend, k, temperature = state.cpu().view(torch.float64).tolist()
-        moved = {} if self.blend_logit is not None else {"blend": blend}
-        self.set_spectrum(k=int(k), temperature=temperature, **moved)
+        fixed = self.blend_logit is None and not math.isnan(blend)
+        self.set_spectrum(blend=blend if fixed else None, k=int(k), temperature=temperature)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # States of before this was kept, and those of plain layers, leave the spectrum as it is.

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from convnn.ops.candidates import out_of_reach
 from convnn.ops.geometry import Geometry
+from convnn.ops.precision import product
 from convnn.ops.settings import Selection
-from convnn.ops.similarity import ALIKE, deviation, pair_similarity, score_terms, span, with_positions
+from convnn.ops.similarity import ALIKE, deviation, own_similarity, score_terms, span, with_positions
 
 # Scores held at once; more go through in chunks. On a CPU a chunk should stay in the cache (measured: 4 times faster
 # than all at once for 4096 x 1156 scores), on a GPU it should only bound memory (64 Mi scores: 256 MiB in float32).
@@ -77,7 +78,7 @@ def prepare(
     if ranged and selection.similarity == "euclidean":
         floor = ALIKE**2 * precise(q).square().sum(-1, keepdim=True)
     if ranged and selection.self_first and candidates is not None:
-        own = pair_similarity(precise(q), precise(k[:, queries, None]), selection.similarity)
+        own = own_similarity(precise(q), precise(k[:, queries]), selection.similarity)
     if mixed and selection.mix == "concat":
         q, k, mixed = precise(q), precise(k), False
         positions, scale = geometry.positions(q.device), deviation(k)
@@ -182,7 +183,7 @@ class Scores:
         if self.by_position:
             assert distance is not None
             return -distance[None]
-        score = self.q[items, part] @ self.keys[items]
+        score = product(self.q[items, part], self.keys[items])
         if self.bias is not None:
             score = score + self.bias[items]
         if self.low is None or self.high is None:

@@ -54,6 +54,14 @@ def pair_similarity(q: Tensor, k: Tensor, kind: str) -> Tensor:
     return (k @ q[..., None]).squeeze(-1)
 
 
+def own_similarity(q: Tensor, k: Tensor, kind: str) -> Tensor:
+    """Return the similarity of each query to one token of its own: (..., Q, D) twice -> (..., Q, 1)."""
+    if kind == "euclidean":
+        return -(q - k).square().sum(-1, keepdim=True)
+    q, k = (unit(q), unit(k)) if kind == "cosine" else (q / math.sqrt(q.shape[-1]), k)
+    return (q * k).sum(-1, keepdim=True)  # no matrix product, whose precision may be lowered
+
+
 def blend_scores(features: Tensor, distance: Tensor, blend: float | Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Mix feature similarity (..., Q, N) with position: ``blend * f - (1 - blend) * d``.
 

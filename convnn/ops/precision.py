@@ -44,7 +44,7 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b`` in the full precision of its type, without a gradient: (..., n, d), (..., d, m) -> (..., n, m)."""
+    """Return ``a @ b`` in its type's full precision: (..., n, d), (..., d, m) -> (..., n, m). No gradient passes."""
     if torch.compiler.is_compiling():
         return _product(a, b)
     with full_precision():

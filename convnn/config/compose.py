@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from convnn.config.folders import CONF_DIR, config_folders, config_groups
-from convnn.config.keys import all_keys, nearest, unknown_key_error
+from convnn.config.keys import all_keys, nearest, schema_node, unknown_key_error
 from convnn.config.load import to_config
 from convnn.config.schema import Config
 from convnn.errors import ConfigError, first_line
@@ -26,7 +26,7 @@ from convnn.errors import ConfigError, first_line
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 """What Hydra raises for overrides and files that it cannot compose; see ``translate``."""
 
-ConfigStore.instance().store(name="schema", node=Config)
+ConfigStore.instance().store(name="schema", node=schema_node(Config))
 
 
 class UserFolders(SearchPathPlugin):

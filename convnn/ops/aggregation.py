@@ -64,7 +64,6 @@ def mix(
     v: Tensor,
     index: Tensor,
     rho: Tensor | None,
-    aggregation: str,
     weight: Tensor | None,
     groups: int,
     graph: Edges | None,
@@ -75,35 +74,33 @@ def mix(
         v: values.
         index: neighbours, (B or 1, H or 1, Q, K).
         rho: weights of the neighbours, or None: ones.
-        aggregation: ``conv``, ``depthwise`` or ``sum``.
-        weight: (O, C / groups, K) for conv, (C, K) for depthwise.
-        groups: of conv.
+        weight: of the slots: (O, C / groups, K), depthwise (C, K), or None: their sum.
+        groups: of full weights.
         graph: the neighbours as edges, or None: gather them.
     """
-    if weight is not None and aggregation == "conv" and groups == v.shape[-1] == len(weight):
-        aggregation, weight = "depthwise", weight.squeeze(1)
-    if graph is None or (aggregation == "conv" and groups > 1):
+    full = weight is not None and weight.ndim == 3
+    if graph is None or (full and groups > 1):
         x = gather_tokens(v, index)
         if rho is not None:
             x = x * rho[..., None]
         if weight is None:
             return x.sum(dim=-2)
-        return mix_conv(x, weight, groups) if aggregation == "conv" else (x * weight.t()).sum(dim=-2)
+        return mix_conv(x, weight, groups) if full else (x * weight.t()).sum(dim=-2)
     if rho is not None:
         rho = rho.expand(*v.shape[:2], -1, -1).reshape(-1, rho.shape[-1])
     if weight is None:
         y = edges.Sum.apply(_table(v), rho, graph)
-    elif aggregation == "depthwise":
-        y = edges.Depthwise.apply(_table(v), rho, weight.t().contiguous(), graph)
-    else:
+    elif full:
         y = edges.Conv.apply(_table(v), rho, weight.permute(2, 1, 0).flatten(0, 1), graph)
+    else:
+        y = edges.Depthwise.apply(_table(v), rho, weight.t().contiguous(), graph)
     return y.view(*v.shape[:2], index.shape[2], y.shape[-1])
 
 
 def mix_candidates(
     v: Tensor, index: Tensor, rho: Tensor | None, weight: Tensor, candidates: Tensor, own: Tensor | None
 ) -> Tensor:
-    """Mix as ``mix`` does with ``conv``, multiplying the few candidates before they are gathered.
+    """Mix as ``mix`` does with full weights, multiplying the few candidates before they are gathered.
 
     Then M K rows are multiplied instead of Q K.
 

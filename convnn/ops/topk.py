@@ -1,6 +1,7 @@
 """The k best under a total order.
 
-Shapes: M candidates, K neighbours."""
+Shapes: M candidates, K neighbours.
+"""
 
 from __future__ import annotations
 

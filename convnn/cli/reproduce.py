@@ -39,7 +39,8 @@ usage: uv run scripts/reproduce.py table=NAME [rows=GLOB,...] [careful=true] [se
   dry_run=true   train nothing: list the rows with published figures and parameter counts, and check the counts
   dir=DIR        default: reproductions/NAME
   key=value      any override of train.py (train.epochs=3, device=cuda) or of Hydra (hydra/launcher=joblib); whatever
-                 changes the experiment is named in the table, and the row is then no comparison
+                 changes the experiment is named in the table, and the row is then no comparison;
+                 options of your own: --config-dir DIR
 
 The same command again goes on where it stopped. Exit codes: as sweep.py; 1 too if a parameter count differs in dry_run.
 """

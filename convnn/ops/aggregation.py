@@ -98,7 +98,7 @@ def mix(
 
 
 def mix_candidates(
-    v: Tensor, index: Tensor, rho: Tensor | None, weight: Tensor, candidates: Tensor, own: Tensor | None
+    v: Tensor, index: Tensor, rho: Tensor | None, weight: Tensor, candidates: Tensor | None, own: Tensor | None
 ) -> Tensor:
     """Mix as ``mix`` does with full weights, multiplying the few candidates before they are gathered.
 
@@ -112,6 +112,7 @@ def mix_candidates(
         candidates: the tokens that neighbours are among, (M,).
         own: tokens of the queries, (Q,), if these are the first neighbours, which need not be candidates.
     """
+    assert candidates is not None
     b, h, n, c = v.shape
     first = int(own is not None)
     slots = index.shape[-1] - first

@@ -67,11 +67,8 @@ def neighbor_aggregate(
         raise ValueError(f"aggregation={mixing.aggregation} {'needs' if weight is None else 'takes no'} slot weights")
     blend = blend if isinstance(blend, Tensor) else float(blend)
     found = select_neighbors(q, k, geometry, selection, blend=blend, training=training, backend=mixing.backend)
-    num = found.index.shape[-1]
-    if weight is not None:
-        depthwise = weight.ndim == 2 or groups == v.shape[-1] == len(weight)
-        weight = (weight.flatten(1) if depthwise else weight)[..., :num]
-    drop = dropout if training else 0.0
+    num, drop = found.index.shape[-1], dropout if training else 0.0
+    weight = _used_weight(weight, v.shape[-1], groups, num)
     attention = mixing.weighting == "softmax" and (weight is None or weight.ndim == 2)
     if attention and dispatch.attends(q, k, v, weight, selection, mixing, num=num, dropout=drop):
         parts = q, k, v, found.index, found.valid, weight
@@ -83,17 +80,31 @@ def neighbor_aggregate(
         own = selection_weights(q, k, geometry, selection, found, blend, mixing.temperature)
         rho = own if rho is None else rho * own
     if mixing.aggregation == "max_relative":
-        x = gather_tokens(v, found.index)
-        x = x if rho is None else x * rho[..., None]
+        x = gather_tokens(v, found.index) * (1 if rho is None else rho[..., None])
         return mix_max_relative(x, v[:, :, geometry.query_index(v.device)], found.valid)
-    if graph is not None and weight is not None and weight.ndim == 3 and groups == 1:
-        few = found.candidates is not None and 2 * len(found.candidates) < found.index.shape[2]
-        placed = not selection.self_first or (selection.slots == "rank" and num > 1)
-        if few and placed:
-            assert found.candidates is not None
-            first = geometry.query_index(v.device) if selection.self_first else None
-            return mix_candidates(v, found.index, rho, weight, found.candidates, first)
+    if graph is not None and weight is not None and groups == 1 and multiplies_first(found, selection, weight):
+        first = geometry.query_index(v.device) if selection.self_first else None
+        return mix_candidates(v, found.index, rho, weight, found.candidates, first)
     return mix(v, found.index, rho, weight, groups, graph)
+
+
+def _used_weight(weight: Tensor | None, channels: int, groups: int, num: int) -> Tensor | None:
+    """Return the weights of the first ``num`` slots; grouped ones that are depthwise, (C, 1, K), as (C, K)."""
+    if weight is None:
+        return None
+    depthwise = weight.ndim == 2 or groups == channels == len(weight)
+    return (weight.flatten(1) if depthwise else weight)[..., :num]
+
+
+def multiplies_first(found: Neighbors, selection: Selection, weight: Tensor) -> bool:
+    """Return whether few candidates are better multiplied by all slot weights before they are gathered.
+
+    That needs full weights, half as many candidates as queries, and the query's own token, which need not be a
+    candidate, in a slot that is known.
+    """
+    few = found.candidates is not None and 2 * len(found.candidates) < found.index.shape[2]
+    placed = not selection.self_first or (selection.slots == "rank" and weight.shape[-1] > 1)
+    return few and placed and weight.ndim == 3
 
 
 def neighbor_weights(

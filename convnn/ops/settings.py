@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar
 
 from convnn.errors import ConfigError
@@ -25,6 +25,17 @@ def number(
 ) -> Any:
     """Declare a field for a number (or None) within [low, high]; ``above`` and ``below`` leave out the bounds."""
     return field(default=default, metadata={"range": (low, high, above, below)})
+
+
+def later(spec: Any) -> Any:
+    """Declare a field that came after runs had been made without it: at its default it is no part of a run's identity.
+
+    So a run folder and its fingerprint outlive new settings. ``spec`` is a default or another declaration.
+    """
+    if not isinstance(spec, Field):
+        return field(default=spec, metadata={"later": True})
+    parts = {"default": spec.default} if spec.default is not MISSING else {"default_factory": spec.default_factory}
+    return field(**parts, metadata={**spec.metadata, "later": True})
 
 
 @dataclass(frozen=True, kw_only=True)

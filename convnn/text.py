@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +35,11 @@ def duration(seconds: float) -> str:
     if minutes < 1:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def command_line(command: Sequence[str]) -> str:
+    """Return a command as a shell takes it: a script of the checkout is run by uv, an installed program by itself."""
+    return ("uv run " if command[0].endswith(".py") else "") + shlex.join(command)
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], *, right_from: int | None = None) -> str:

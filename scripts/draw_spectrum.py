@@ -1,9 +1,8 @@
 """Draw the README's picture: the neighbours of one pixel along the blend axis, chosen by the operator itself."""
 
-import sys
 from dataclasses import dataclass
 
-from convnn.cli.program import guarded, script_options
+from convnn.cli.program import run_program, script_options
 
 USAGE = """
 usage: uv run scripts/draw_spectrum.py [out=docs/spectrum.png] [k=9] [row=10] [column=33]
@@ -64,4 +63,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    guarded(lambda: main(sys.argv[1:]))
+    run_program(main)

@@ -12,7 +12,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from convnn.config.compose import CONF_DIR, from_hydra
+from convnn.config.compose import from_hydra
+from convnn.config.folders import CONF_DIR
 from convnn.config.identity import fingerprint
 from convnn.config.overrides import is_sweep, key_of, quoted
 from convnn.errors import ConfigError

@@ -8,11 +8,9 @@ from typing import Any
 
 from hydra import compose
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from convnn.config.compose import hydra_context, translate
+from convnn.config.compose import COMPOSE_ERRORS, hydra_context, translate
 from convnn.config.keys import schema_node
 from convnn.config.schema import Config
 from convnn.errors import ConfigError
@@ -69,7 +67,7 @@ def sweep_options(overrides: Sequence[str], launcher: Sequence[str] = ()) -> Swe
         with hydra_context():
             values = compose("sweep", [*overrides, *launcher])
         options: SweepConfig = OmegaConf.to_object(values.sweep)  # type: ignore[assignment]
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (*COMPOSE_ERRORS, ValueError) as error:
         raise translate(error, [*overrides, *launcher], SweepRun) from error
     if not options.dir.strip():
         raise ConfigError("sweep.dir is empty; name a folder")

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import platform
-import shlex
 import shutil
 import time
 from collections import Counter
@@ -28,6 +27,7 @@ from convnn.sweep.options import SweepConfig, sweep_options
 from convnn.sweep.plan import Plan, Point, adopt_names, make_plan, save_plan
 from convnn.sweep.progress import Progress
 from convnn.sweep.state import PointState, lock_file, point_state, stop_file
+from convnn.text import command_line
 
 _REFUSED = {
     "run.dir": "the points' folders are made by sweep.py; set sweep.dir",
@@ -41,11 +41,12 @@ _REFUSED = {
 _PLUGINS = {"joblib": ("hydra_joblib_launcher", "parallel"), "submitit": ("hydra_submitit_launcher", "slurm")}
 
 
-def run_sweep(argv: Sequence[str]) -> int:
+def run_sweep(argv: Sequence[str], command: Sequence[str] | None = None) -> int:
     """Carry out the sweep of a command line and return its exit code.
 
     Args:
         argv: command line of sweep.py.
+        command: what the user called, for the records.
 
     Raises:
         ConfigError: one line, naming the key and the way out; nothing has run then.
@@ -62,7 +63,7 @@ def run_sweep(argv: Sequence[str]) -> int:
     options = sweep_options(own, launcher)
     if any(key_of(o) == "hydra/sweeper" for o in launcher):
         return _foreign_sweep(options, given, launcher)
-    return carry_out(options, given, launcher, ["sweep.py", *argv])
+    return carry_out(options, given, launcher, command or ["sweep.py", *argv])
 
 
 def carry_out(
@@ -250,5 +251,5 @@ class Sweep:
         summary = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
         lines.append(f"sweep {self.folder}: {summary}")
         if self.todo():
-            lines.append("the same command goes on from here: uv run " + shlex.join(self.command))
+            lines.append("the same command goes on from here: " + command_line(self.command))
         return "\n".join(lines)

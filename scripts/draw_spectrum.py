@@ -48,9 +48,9 @@ def main(argv: list[str]) -> None:
     blends = (0.0, 0.25, 0.5, 0.75, 1.0)
     figure, panels = plt.subplots(1, len(blends), figsize=(16, 2.6), layout="constrained")
     for panel, blend in zip(panels, blends, strict=True):
-        chosen = select_neighbors(
-            patches[:, :, queries], patches, geometry, Selection(), num=options.k, blend=blend, training=False
-        ).index[0, 0, query]
+        chosen = select_neighbors(patches[:, :, queries], patches, geometry, Selection(k=options.k), blend=blend).index[
+            0, 0, query
+        ]
         rows, cols = (t - 1 for t in geometry.coordinates(chosen))  # without the ring
         panel.imshow(image[0].permute(1, 2, 0), interpolation="nearest")
         panel.scatter(cols[1:], rows[1:], s=36, marker="s", facecolors="none", edgecolors="white", linewidths=1.8)

@@ -14,7 +14,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from convnn.config.keys import all_keys, nearest, unknown_key_error
+from convnn.config.keys import all_keys, nearest, schema_node, unknown_key_error
 from convnn.config.load import to_config
 from convnn.config.schema import Config
 from convnn.errors import ConfigError, first_line
@@ -23,7 +23,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 CONF_DIR = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
 """The configuration groups: packed into an installed package, beside it in a checkout."""
 
-ConfigStore.instance().store(name="schema", node=Config)
+ConfigStore.instance().store(name="schema", node=schema_node(Config))
 
 
 def config_groups() -> dict[str, list[str]]:

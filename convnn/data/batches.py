@@ -1,6 +1,7 @@
 """Batches made, augmented and normalised on the training device.
 
-Shapes: N images, B batch, C channels."""
+Shapes: N images, B batch, C channels.
+"""
 
 from __future__ import annotations
 

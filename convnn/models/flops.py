@@ -83,7 +83,7 @@ def elementwise(layer: ConvNN2d | ConvNNAttention, x: Tensor) -> int:
     if isinstance(layer, ConvNN2d):
         height, width = (side // layer.shuffle for side in x.shape[-2:])
         geometry = layer.geometry(height, width)
-        if layer.fast and layer.weight is not None and layer._is_conv(geometry, layer.k):
+        if layer.fast and layer.weight is not None and layer.is_convolution(geometry, layer.k):
             return 0
         channels, heads = x.shape[1] * layer.shuffle**2 + 2 * layer.coordinates, 1
         single = layer.weight is None or layer.mix_groups == channels == layer.weight.shape[0]
@@ -95,5 +95,5 @@ def elementwise(layer: ConvNN2d | ConvNNAttention, x: Tensor) -> int:
         channels, heads = layer.head_dim, layer.num_heads
         sums = {"depthwise": 2, "separable": 2, "sum": 1}.get(layer.aggregation, 0)
     neighbors = min(layer.k, most_candidates(geometry, layer.selection, None)[1])
-    weights = int(layer.weighting != "ones")
+    weights = int(layer.mixing.weighting != "ones")
     return (weights + sums) * heads * len(geometry.query_index()) * neighbors * channels

@@ -68,7 +68,6 @@ def mix(
     v: Tensor,
     index: Tensor,
     rho: Tensor | None,
-    aggregation: str,
     weight: Tensor | None,
     groups: int,
     graph: Edges | None,
@@ -79,36 +78,33 @@ def mix(
         v: values.
         index: neighbours, (B or 1, H or 1, Q, K).
         rho: weights of the neighbours (the paper's rho), (B, H, Q, K), or None: ones.
-        aggregation: ``conv``, ``depthwise`` or ``sum``.
-        weight: (O, C / groups, K) for conv, (C, K) for depthwise.
-        groups: of conv.
+        weight: of the slots: (O, C / groups, K), depthwise (C, K), or None: their sum.
+        groups: of full weights.
         graph: the neighbours as edges, or None: gather them.
     """
-    # A grouped convolution with one input and one output channel per group is depthwise.
-    if weight is not None and aggregation == "conv" and groups == v.shape[-1] == len(weight):
-        aggregation, weight = "depthwise", weight.squeeze(1)
-    if graph is None or (aggregation == "conv" and groups > 1):
+    full = weight is not None and weight.ndim == 3
+    if graph is None or (full and groups > 1):
         x = gather_tokens(v, index)
         if rho is not None:
             x = x * rho[..., None]
         if weight is None:
             return x.sum(dim=-2)
-        return mix_conv(x, weight, groups) if aggregation == "conv" else (x * weight.t()).sum(dim=-2)
+        return mix_conv(x, weight, groups) if full else (x * weight.t()).sum(dim=-2)
     if rho is not None:
         rho = rho.expand(*v.shape[:2], -1, -1).reshape(-1, rho.shape[-1])
     if weight is None:
         y = edges.Sum.apply(_table(v), rho, graph)
-    elif aggregation == "depthwise":
-        y = edges.Depthwise.apply(_table(v), rho, weight.t().contiguous(), graph)
-    else:
+    elif full:
         y = edges.Conv.apply(_table(v), rho, weight.permute(2, 1, 0).flatten(0, 1), graph)
+    else:
+        y = edges.Depthwise.apply(_table(v), rho, weight.t().contiguous(), graph)
     return y.view(*v.shape[:2], index.shape[2], y.shape[-1])
 
 
 def mix_candidates(
-    v: Tensor, index: Tensor, rho: Tensor | None, weight: Tensor, candidates: Tensor, own: Tensor | None
+    v: Tensor, index: Tensor, rho: Tensor | None, weight: Tensor, candidates: Tensor | None, own: Tensor | None
 ) -> Tensor:
-    """Do what ``mix`` does with ``conv``, but multiply the M candidates by all slots before they are gathered.
+    """Do what ``mix`` does with full weights, but multiply the M candidates by all slots before they are gathered.
 
     With fewer candidates than queries that is less work: M K products of rows with weight matrices instead of Q K.
 
@@ -121,6 +117,7 @@ def mix_candidates(
         own: the queries' own tokens, (Q,), if those are their first neighbours: they need not be candidates, and are
             multiplied apart.
     """
+    assert candidates is not None
     b, h, n, c = v.shape
     first = int(own is not None)
     slots = index.shape[-1] - first

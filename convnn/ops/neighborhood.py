@@ -14,7 +14,7 @@ from torch import Tensor
 
 from convnn.ops.geometry import Geometry, Pair
 from convnn.ops.selection import select_neighbors
-from convnn.ops.settings import Selection
+from convnn.ops.settings import Mixing, Selection
 from convnn.ops.similarity import pair_similarity
 from convnn.ops.subsets import same_subsets
 
@@ -93,11 +93,9 @@ def find_neighborhood(
     k: Tensor,
     geometry: Geometry,
     selection: Selection,
+    mixing: Mixing,
     *,
-    num: int,
     blend: float | Tensor,
-    weighting: str = "ones",
-    temperature: float = 1.0,
     training: bool = False,
     window: Pair = (1, 1),
     seen: Geometry | None = None,
@@ -108,11 +106,9 @@ def find_neighborhood(
         q: queries (B, H, Q, D).
         k: keys (B, H, N, D).
         geometry: where they are, for the selection.
-        selection: how neighbours are chosen; a ``num`` above the candidates is lowered to them.
-        num: neighbours per query.
+        selection: how neighbours are chosen; a k above the candidates is lowered to them.
+        mixing: what they weigh.
         blend: 0 selects by position, 1 by features; a tensor (H,) strictly between.
-        weighting: ``ones``, ``softmax`` or ``score``.
-        temperature: divides the similarity.
         training: draw random candidates.
         window: of a convolution in this place.
         seen: geometry to report, where the layer selects on a simpler one: attention that needs no positions takes its
@@ -120,17 +116,17 @@ def find_neighborhood(
     """
     # By rank, since ``index`` is documented so; and fewer neighbours rather than an error.
     ranked = replace(selection, slots="rank", k_policy="clamp")
-    found = select_neighbors(q, k, geometry, ranked, num=num, blend=blend, training=training)
+    found = select_neighbors(q, k, geometry, ranked, blend=blend, training=training)
     index = found.index.expand(*q.shape[:2], -1, -1)
     valid = torch.ones_like(index, dtype=torch.bool) if found.valid is None else found.valid.expand_as(index)
     weights = None
-    if weighting != "ones":
+    if mixing.weighting != "ones":
         head = torch.arange(q.shape[1], device=q.device)[:, None, None]
         # Image by image: the gathered keys are the largest thing here.
         images = zip(q, k, index, strict=True)
         scores = [pair_similarity(own, keys[head, chosen], selection.similarity) for own, keys, chosen in images]
-        weights = torch.stack(scores) / temperature
-        if weighting == "softmax":
+        weights = torch.stack(scores) / mixing.temperature
+        if mixing.weighting == "softmax":
             weights = weights.masked_fill(~valid, -torch.inf).softmax(dim=-1)
         weights = weights.masked_fill(~valid, 0)
     return Neighborhood(index, valid, weights, seen or geometry, window)

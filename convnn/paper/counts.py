@@ -205,7 +205,7 @@ def profiled_conv(layer: ConvNN2d, height: int, width: int) -> int | None:
     """
     s = layer.selection
     mixed = s.mix == "concat" and 0 < layer.blend < 1
-    plain = s.similarity == "cosine" and layer.qkv is None and layer.shuffle == 1 and layer.weighting == "ones"
+    plain = s.similarity == "cosine" and layer.qkv is None and layer.shuffle == 1 and layer.mixing.weighting == "ones"
     if not plain or not (mixed or layer.blend == 1) or s.candidates not in ("all", "random", "grid"):
         return None
     tokens = layer.geometry(height, width).num_tokens
@@ -236,7 +236,7 @@ def profiled_attention(layer: ConvNNAttention, tokens: int, *, sampled_keys: boo
     """
     s, h = layer.selection, layer.num_heads
     wide = h * layer.head_dim
-    if layer.weighting != "softmax" or s.similarity != "dot" or layer.blend != 1 or layer.border != "nearest":
+    if layer.mixing.weighting != "softmax" or s.similarity != "dot" or layer.blend != 1 or layer.border != "nearest":
         return None
     projections, dense = 8 * tokens * layer.dim * wide, 4 * tokens**2 * wide
     if layer.aggregation != "sum":

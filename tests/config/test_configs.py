@@ -181,7 +181,8 @@ def test_bad_values_name_the_key(overrides, key):
 
 
 def test_configuration_errors_need_no_torch():
-    code = "import sys, convnn.config.compose as c\nc.compose_config(['experiment=quickstart'])\nsys.exit('torch' in sys.modules)"
+    code = "import sys, convnn.config.compose as c\n"
+    code += "c.compose_config(['experiment=quickstart'])\nsys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -1,6 +1,7 @@
 """Guard rails of numerics: each operator's error in float32 and bfloat16, and losses of fixed short runs."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,8 +36,9 @@ def layer_and_input(preset):
     import timm
 
     vit = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=3)
-    operator.num_candidates = min(operator.num_candidates, 2)  # so that windows and strides leave tokens out
-    operator.k_policy = "clamp" if operator.slots == "rank" else operator.k_policy
+    policy = "clamp" if operator.slots == "rank" else operator.k_policy
+    # Two candidates, so that windows and strides leave tokens out.
+    operator = replace(operator, num_candidates=min(operator.num_candidates, 2), k_policy=policy)
     swap_layers(vit, SwapRule(), operator)
     return randomised(vit.blocks[0].attn), torch.randn(4, 17, 24, dtype=torch.float64)
 

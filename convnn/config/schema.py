@@ -284,7 +284,7 @@ class TrainConfig:
     compile: bool = False
     """Train through ``torch.compile``."""
     sync_batchnorm: str = choice("auto", "true", "false")
-    """With several processes (see README.md): ``true``: batch normalisation over the joint batch, which needs GPUs;
+    """With several processes (docs/several_gpus.md): ``true``: batch normalisation over the joint batch, needs GPUs;
     ``false``: over each process' part, with the first one's running statistics; ``auto``: true on GPUs."""
     deterministic: str = choice("false", "warn", "true")
     """``false``, ``warn`` or ``true``: torch's deterministic algorithms."""
@@ -314,7 +314,7 @@ class TrackerConfig:
 
 @dataclass
 class DiagnosticsConfig:
-    """What each layer chooses on a few fixed test images, measured at the end of an epoch (convnn/diagnostics.py).
+    """What each layer chooses on a few fixed test images, measured at the end of an epoch (convnn/train/probe.py).
 
     It changes nothing about the training, so it is no part of a run's identity.
     """

@@ -1,4 +1,4 @@
-"""Data sets as uint8 tensors on the training device (or as files, see streaming.py), and batches made from them there.
+"""Data sets: uint8 images in memory, or image files that are read as batches need them (see ``data.stream``).
 
 A data set is a function ``(DataConfig) -> Dataset`` named by ``data.target``. Shapes: N images, C channels.
 """
@@ -20,6 +20,7 @@ from convnn.data.splits import Dataset, Split, balanced
 from convnn.errors import ConfigError, first_line
 
 MAX_BYTES = 8 << 30
+"""Largest split of an image folder that is kept in memory."""
 
 
 def load_digits(config: DataConfig) -> Dataset:
@@ -128,7 +129,7 @@ def _in_memory(split: FileSplit) -> Split:
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """Load the data set that ``data.target`` names, cut it to its limits, and split off the validation images.
+    """Load the data set that ``data.target`` names, keep ``data.limit`` images, and hold out the validation images.
 
     Raises:
         ConfigError: if it cannot be had, or a split would be empty.

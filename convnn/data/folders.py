@@ -1,4 +1,4 @@
-"""Folders of image files: what lies in them, and reading one file. Shapes: N images, C channels."""
+"""Image folders: listing their files and classes, and reading one file. Shapes: N images, C channels."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ class FileSplit:
     """Image files (N,) and their class indices (N,) int64; a file is read when a batch needs it."""
 
     paths: np.ndarray
-    """As bytes, ImageNet's million names in one array: forked workers share it."""
+    """Paths as bytes in one array, whose memory forked workers share; a list of strings would be copied into each as
+    its reference counts change."""
     labels: Tensor
     side: int
-    """Pixels of the square that an image becomes, unless the network wants another size."""
+    """Pixels of the square that an image becomes; timm's transforms make it the size that the network sees instead."""
 
     def __len__(self) -> int:
         return len(self.labels)

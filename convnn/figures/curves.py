@@ -1,4 +1,4 @@
-"""Diagnostics as pictures: over depth and training for one run, over depth for several. Imports no torch."""
+"""Figures of diagnostics: one run over epochs and depth, several runs over depth. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Cells = dict[tuple[str, int], float]
 
 @dataclass
 class Trend:
-    """What ``metrics.jsonl`` says about a run's layers."""
+    """The diagnostics of a run's layers, from its ``metrics.jsonl``."""
 
     epochs: list[int] = field(default_factory=list)
     """Of the measurements, counted from 1."""
@@ -138,7 +138,7 @@ def _heat_map(figure: Figure, axes: Axes, trend: Trend, name: str) -> None:
 
 
 def training(folder: Path) -> Figure | None:
-    """Draw accuracy, loss, and where the layers were on the spectrum, over the epochs; None without any epoch."""
+    """Draw accuracy, loss, and mean blend, overlap and agreement of the layers over the epochs; None without any."""
     import matplotlib as mpl
     from matplotlib.ticker import MaxNLocator
 

@@ -1,4 +1,4 @@
-"""Neighbours drawn on the image they were chosen in.
+"""Figures of the neighbours that layers chose, drawn on the image.
 
 Shapes: C channels, h, w rows and columns of the image in pixels; a token of a map covers a cell of the image.
 """
@@ -26,7 +26,7 @@ WINDOW, RING = "#D55E00", "#e6e6e6"
 """Okabe and Ito's vermilion for the convolution window; grey for padding."""
 
 LEAST = 32
-"""A mark is at least this part of the image's longer side, even where a token covers less."""
+"""A token's mark is at least 1 / LEAST of the image's longer side wide, so that it is seen on large maps too."""
 
 Pixel = tuple[int, int]
 Found = Mapping[str, Neighborhood]
@@ -56,7 +56,7 @@ def draw_neighbors(
 
 
 def draw_blends(image: Tensor, found: Mapping[float, Found], pixel: Pixel, *, item: int = 0, head: int = 0) -> Figure:
-    """Draw what one pixel chooses along the blend axis: a row for each blend, a column for each layer."""
+    """Draw the neighbours of one pixel at several blends: a row for each blend, a column for each layer."""
     _check(image, [pixel])
     first = next(iter(found.values()))
     ends = {0.0: "\n(convolution)", 1.0: "\n(attention)"}
@@ -66,7 +66,7 @@ def draw_blends(image: Tensor, found: Mapping[float, Found], pixel: Pixel, *, it
 
 
 def draw_weights(image: Tensor, found: Found, pixels: Sequence[Pixel] = (), *, item: int = 0) -> Figure | None:
-    """Draw what share of a query's weights each token gets, averaged over heads; None without weights."""
+    """Draw each token's share of a query's attention weights, averaged over heads; None if no layer has weights."""
     weighted = {name: one for name, one in found.items() if one.weights is not None}
     if not weighted:
         return None
@@ -114,9 +114,15 @@ def _grid(
     head: int | None,
     title: str,
 ) -> Figure:
-    """Draw panels: rows of (label, query, layers), a first column with the query; ``head`` None: weights.
+    """Draw a grid of panels: the image with the query at the left, then one panel for each layer.
 
-    Where all rows have the same query, the first column shows it once.
+    Args:
+        image: (C, h, w).
+        names: of the layers, the columns.
+        rows: (label, query pixel, neighbours by layer). Where all have the same query, the first shows it alone.
+        item: number of the image in the batch.
+        head: of attention layers; None: colour tokens by weight, not by rank.
+        title: of the figure.
     """
     import matplotlib as mpl
     from matplotlib.cm import ScalarMappable

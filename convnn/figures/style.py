@@ -1,4 +1,4 @@
-"""What the pictures of a report share: which key goes where, colours, figures, legends."""
+"""The common look of all figures: colours, markers, sizes, legends, axes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a forward pass costs, told in advance: torch's FLOP counter and what it misses.
+"""Operations of a forward pass, counted before training: torch's FLOP counter, and what that does not see.
 
 Shapes: N tokens, Q queries, K neighbours, H heads, C input channels, D channels per head.
 
@@ -31,7 +31,7 @@ class Cost:
     layers: dict[str, int]
     """Of each watched module, by name."""
     inputs: dict[str, tuple[int, ...]]
-    """Shape of what each watched module was given."""
+    """Input shape of each watched module, by name."""
 
 
 def on_meta(model: nn.Module) -> nn.Module:

@@ -34,7 +34,7 @@ def is_operator(module: nn.Module) -> bool:
 
 
 def site_stages(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
-    """Return the stage of each named module: the first entry of timm's ``feature_info`` not before it."""
+    """Return the stage of each named module: how many entries of timm's ``feature_info`` end before it."""
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     info = getattr(model, "feature_info", None) or []
     ends = []

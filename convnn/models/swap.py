@@ -24,7 +24,7 @@ from convnn.text import aligned
 
 @dataclass(frozen=True)
 class Replacement:
-    """One row of the report."""
+    """One replaced layer: a row of the report."""
 
     name: str
     old: str
@@ -40,12 +40,12 @@ class Replacement:
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What became what."""
+    """The replaced layers in forward order; ``str(report)`` is a table."""
 
     rows: tuple[Replacement, ...]
 
     def with_costs(self, cost: Cost) -> SwapReport:
-        """Return the report with what the layers cost, ``cost`` being that of the model with all of them watched."""
+        """Return the report with operations of each layer, from a count of the model that watched all of them."""
         rows = []
         for row in self.rows:
             before = count_operations(row.plain, torch.empty(cost.inputs[row.name], device="meta")).total
@@ -169,7 +169,7 @@ def _claims(model: nn.Module, rules: Rules, operator: OperatorConfig) -> dict[st
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` wherever ``old`` is registered; a shared layer stays shared."""
-    for name, module in list(model.named_modules(remove_duplicate=False)):
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # a list: the loop changes the model
         if module is old:
             model.set_submodule(name, new)
 
@@ -213,7 +213,7 @@ def _pair_of(value: Any) -> tuple[int, ...]:
 
 
 def export_layers(model: nn.Module) -> list[str]:
-    """Replace every layer that stands at an end of the spectrum by the plain layer that it equals, in place.
+    """Replace every swapped layer by the plain convolution or attention that it is equal to, in place.
 
     The result is a plain timm model: its ``state_dict`` loads into ``timm.create_model`` of the same name.
 
@@ -241,5 +241,5 @@ def export_layers(model: nn.Module) -> list[str]:
 
 
 def neighbor_layers(model: nn.Module) -> dict[str, NeighborLayer]:
-    """Return the layers of the model that lie on the spectrum, by name, in forward order."""
+    """Return the model's layers that have a blend between convolution and attention, by name, in forward order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, NeighborLayer)}

@@ -1,4 +1,7 @@
-"""Random subsets of tokens. Processes that train one model draw the same ones, whatever else they draw."""
+"""Random subsets of tokens, drawn from a generator of their own.
+
+Processes that train one model must draw the same candidates, but each its own dropout; one generator cannot do both.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ _KEPT = 4096
 
 
 def seed_subsets(seed: int | None, device: torch.device | None = None) -> None:
-    """Draw from a generator of their own on ``device``, seeded here; None: from torch's global one, as at first."""
+    """Seed the generator of the subsets, on ``device``; None: use torch's global generator again, as by default."""
     global _generator
     _generator = None if seed is None else torch.Generator(device or "cpu").manual_seed(seed)
     _drawn.clear()
@@ -24,7 +27,7 @@ def seed_subsets(seed: int | None, device: torch.device | None = None) -> None:
 
 @contextmanager
 def same_subsets() -> Iterator[None]:
-    """Leave the subsets' own generator as it was, so that what follows draws what was drawn inside."""
+    """Restore the generator of the subsets on exit, so that the code after it draws the same subsets again."""
     generator, drawn = _generator, dict(_drawn)
     state = None if generator is None else generator.get_state()
     try:
@@ -36,7 +39,7 @@ def same_subsets() -> Iterator[None]:
             _drawn.update(drawn)
 
 
-# An operator to the compiler, which cannot trace generators.
+# A custom operator, which torch.compile calls as it is: it cannot trace a generator.
 @library.custom_op("convnn::random_subset", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def random_subset(total: int, count: int, device: torch.device) -> Tensor:
     """Return ``count`` of ``range(total)`` drawn at random, sorted: (count,) int64.

@@ -1,4 +1,4 @@
-"""Plain torch or Triton kernels: which one computes, and the kernels as functions of tensors.
+"""Plain torch or Triton: which one computes a step.
 
 Triton is imported when a kernel runs, so that everything works without it. There is no kernel for selection by
 position alone, nor for other aggregations than the softmax-weighted sum: those are plain with every backend.
@@ -51,10 +51,10 @@ FASTER: tuple[Faster, ...] = ()
 
 
 def engaged(backend: str, device: torch.device) -> bool:
-    """Return whether kernels come into question at all.
+    """Return whether a kernel may be used at all.
 
-    They do not in a traced graph (torch.compile fuses the plain path itself), on the meta device, and under a dispatch
-    mode such as the FLOP counter, which sees no operations of a kernel.
+    Not in a traced graph (torch.compile fuses the plain path itself), on the meta device, or under a dispatch mode such
+    as the FLOP counter, which sees no operations of a kernel.
     """
     if backend == "torch" or torch.compiler.is_compiling() or device.type == "meta" or is_in_torch_dispatch_mode():
         return False
@@ -97,7 +97,7 @@ def measured_faster(step: str, device: torch.device, tokens: int, num: int) -> b
 
 
 def missing(device: torch.device) -> str | None:
-    """Return what kernels on this device lack and how to get it, or None."""
+    """Return what is missing to run kernels on this device and how to get it, or None."""
     if not _installed():
         return "triton is not installed; install it (pip install triton)"
     if device.type != "cuda" and not interpreted():

@@ -1,4 +1,4 @@
-"""The kernels as functions of tensors.
+"""Calling the kernels with tensors: sizes, strides, precision, and the gradient of attention.
 
 Shapes: B batch, H heads, Q queries, N tokens, M candidates, K neighbours, D channels per head, C channels of values.
 """
@@ -192,7 +192,7 @@ class _NeighborAttention(torch.autograd.Function):
         sizes, strides, blocks = _layout(q, k, v, index, weight)
         dq, dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (q, k, v))
         programs = -(-count // blocks["BQ"]) * b * h
-        parts = min(programs, 64)  # so that fewer programs wait for one another
+        parts = min(programs, 64)  # copies of dw that programs add to atomically, so that fewer wait for one another
         dw = None if weight is None else lse.new_zeros(parts, *sizes[1:])
         with on_device(q.device):
             attend_backward_kernel[(programs,)](

@@ -1,4 +1,4 @@
-"""What the Triton kernels serve, as far as the settings tell. Nothing here imports torch or triton.
+"""Which settings the Triton kernels cannot compute. Imports neither torch nor triton.
 
 The functions return None, or why there is no kernel; ``{p}`` stands for the prefix of the keys.
 """

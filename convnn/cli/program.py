@@ -18,6 +18,7 @@ from convnn.config.keys import check_keys
 from convnn.config.load import load_config
 from convnn.config.schema import Config
 from convnn.errors import EXIT_CONFIG, EXIT_FAILED, ConfigError, first_line
+from convnn.ops.settings import check_fields, choice
 from convnn.runtime import distributed
 
 
@@ -129,7 +130,7 @@ class RunOptions:
     """Options of the programs that read a run."""
 
     run: str = MISSING
-    checkpoint: str = "last"
+    checkpoint: str = choice("last", "best")
     data_root: str | None = None
 
 
@@ -139,8 +140,7 @@ def chosen_run(options: RunOptions) -> tuple[Path, Config]:
     Raises:
         ConfigError: for an unknown checkpoint, or if the folder is none of a run.
     """
-    if options.checkpoint not in ("last", "best"):
-        raise ConfigError(f"checkpoint={options.checkpoint} is not one of last, best")
+    check_fields(options, "")
     config = load_config(Path(options.run))
     if options.data_root:
         config.data.root = options.data_root

@@ -20,7 +20,7 @@ from convnn.train.pictures import image_file, test_image
 
 test_image.__test__ = False
 
-from convnn.cli import visualize
+from convnn.cli import visualize  # noqa: E402
 
 
 def cells(axes):

@@ -132,8 +132,9 @@ def check_stream(data: DataConfig) -> None:
         )
     needs = data.file_transforms()
     memory_only = data.target.startswith("convnn.data.") and data.target != "convnn.data.load_imagefolder"
-    if memory_only and (needs or data.stream == "true"):
-        key = needs[0] if needs else "stream"
+    of_folders = needs + ["stream"] * (data.stream == "true") + ["val_folder"] * (not data.val_folder)
+    if memory_only and of_folders:
+        key = of_folders[0]
         raise ConfigError(f"data.{key} is for image folders, not data={data.name}; leave it at its default")
     if needs and data.stream == "false":
         raise ConfigError(f"data.{needs[0]} needs files that are streamed; set data.stream=auto")
@@ -162,6 +163,8 @@ def check(config: Config) -> Config:
         check_fields(section, name)
     check_fields(config, "")
     check_stream(data)
+    for value in data.mean:
+        check_range("data.mean", value, 0, 1)  # of pixels that were divided by 255
     for value in data.std:
         check_range("data.std", value, 0, above=True)
     if len(data.mean) != len(data.std):

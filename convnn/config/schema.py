@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from convnn.ops.settings import Mixing, Selection, choice, number
+from convnn.ops.settings import Mixing, Selection, choice, later, number
 
 _FILE_TRANSFORMS = ("scale", "rand_augment", "color_jitter", "random_erasing", "crop_pct")
 
@@ -18,7 +18,7 @@ class DataConfig:
     target: str = "convnn.data.load_digits"
     """Function ``(config) -> convnn.data.Dataset``."""
     root: str = "data"
-    """Folder of the files; below it the layout that torchvision uses, or train/CLASS and test/CLASS (or val/CLASS)."""
+    """Folder of the files; below it the layout that torchvision uses, or CLASS folders in train, test and val."""
     download: bool = True
     """Fetch what is missing (cifar10, cifar100)."""
     limit: int | None = number(None, 1)
@@ -26,13 +26,16 @@ class DataConfig:
     limit_test: int | None = number(None, 1)
     """The same for test images."""
     val_fraction: float = number(0.0, 0, 1, below=True)
-    """Share of the training images held out to choose the best checkpoint; 0 chooses it on the test set and says so."""
+    """Share of each class's training images held out to choose the best checkpoint; 0: it is chosen on the validation
+    set that the data has, else on the test set, and that is said."""
     split_seed: int = number(0, 0)
     """Seed of the validation split and of ``limit``."""
+    val_folder: bool = later(True)
+    """Image folders with ``val`` beside ``test``: ``val`` chooses the best checkpoint; false leaves it out."""
     image_size: int | None = number(None, 1)
     """Side in pixels of what the network sees; null takes the backbone's, else the images' own."""
     load_size: int | None = number(None, 1)
-    """Side in pixels of the squares that an image folder's files become; null keeps the first image's shorter side."""
+    """Side in pixels of the squares that an image folder's files become; null: the median of their shorter sides."""
     crop_padding: int = number(0, 0)
     """Random crops after padding by this many pixels (of the stored image); 0: none."""
     flip: bool = False
@@ -67,7 +70,7 @@ class DataConfig:
     """Batches that each worker reads ahead."""
     size: int = number(2048, 1)
     """Number of images of the synthetic set."""
-    num_classes: int = number(10, 1)
+    num_classes: int = number(10, 2)
     """Number of classes of the synthetic set."""
     options: dict[str, Any] = field(default_factory=dict)
     """Free settings for data sets from other modules."""

@@ -1,13 +1,13 @@
-"""Data sets: uint8 images in memory, or image files that are read as batches need them (see ``data.stream``).
+"""Data sets: uint8 tensors, or files that are read batch by batch (see stream.py).
 
 A data set is a function ``(DataConfig) -> Dataset`` named by ``data.target``. Shapes: N images, C channels.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-import warnings
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +15,16 @@ import numpy as np
 import torch
 
 from convnn.config.schema import DataConfig
-from convnn.data.folders import FileSplit, list_images, open_image, open_square
-from convnn.data.splits import Dataset, Split, balanced
-from convnn.errors import ConfigError, first_line
+from convnn.data.checks import checked, warn_of_missing
+from convnn.data.cifar import load_cifar
+from convnn.data.classes import class_order, listed
+from convnn.data.folders import counted, list_images, split_folders
+from convnn.data.images import image_size, in_threads, open_image, open_square
+from convnn.data.splits import Dataset, FileSplit, Split, balanced, stratified
+from convnn.errors import ConfigError
 
+__all__ = ["load_cifar", "load_dataset", "load_digits", "load_imagefolder", "load_synthetic"]
+log = logging.getLogger("convnn")
 MAX_BYTES = 8 << 30
 """Largest split of an image folder that is kept in memory."""
 
@@ -53,106 +59,147 @@ def load_synthetic(config: DataConfig) -> Dataset:
     return Dataset(draw(config.size), draw(max(config.size // 4, 1)), [str(i) for i in range(config.num_classes)])
 
 
-def load_cifar(config: DataConfig) -> Dataset:
-    """Load CIFAR-10 or CIFAR-100 (``config.name``) through torchvision, which downloads and verifies its files.
-
-    Raises:
-        ConfigError: if the files are missing or damaged and cannot be fetched.
-    """
-    from torchvision.datasets import CIFAR10, CIFAR100
-
-    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[config.name]
-    root = Path(config.root)
-    existed = root.exists()
-    splits = []
-    try:
-        for train in (True, False):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                data = kind(root, train=train, download=config.download)
-            images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-            splits.append(Split(images, torch.tensor(data.targets)))
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        archive = root / kind.filename
-        if archive.exists() and archive.stat().st_size == 0:
-            archive.unlink()
-        if not existed and root.exists() and not any(root.iterdir()):
-            root.rmdir()
-        raise ConfigError(
-            f"data={config.name}: no valid files in {(root / kind.base_folder).absolute()} and no download "
-            f"({first_line(error)}); put {kind.filename} (md5 {kind.tgz_md5}) into {root.absolute()}, or set data.root"
-        ) from error
-    return Dataset(splits[0], splits[1], list(data.classes))
-
-
 def load_imagefolder(config: DataConfig) -> Dataset:
-    """Load ``root/train/CLASS/*`` and ``root/test/CLASS/*`` (or ``val``), any format Pillow reads, as RGB.
+    """Load ``root/train/CLASS/**`` and ``root/test/CLASS/**``, any format that Pillow reads, as RGB.
 
-    Images are squares of ``data.load_size`` pixels (default: the first image's shorter side); others are scaled and
-    cropped at the centre. They are kept in memory, or stay files that are streamed: see ``data.stream``.
+    ``root/val`` is the validation set, or the test set where there is none. Images become squares of
+    ``data.load_size`` pixels (default: the median of all files' shorter sides), scaled and cropped at the centre. They
+    are kept in memory, or stay files that are streamed: see ``data.stream``. One log line says what was found.
 
     Raises:
         ConfigError: for a missing or empty folder, differing classes, unreadable images, or too much data.
     """
-    root = Path(config.root)
-    listed = [list_images(root, "train"), list_images(root, "test", "val")]
-    classes = listed[0][2]
-    if listed[1][2] != classes:
-        only = sorted(set(listed[1][2]) ^ set(classes))
-        raise ConfigError(f"data.root={root}: train and test have different classes, such as '{only[0]}'")
+    root = Path(config.root).expanduser()
+    folders = split_folders(root, config.val_folder)
+    _check_one_validation(config, "val" in folders)
+    found = {name: list_images(root, folder) for name, folder in folders.items()}
+    classes = found["train"].classes
+    for name, folder in folders.items():
+        try:
+            class_order(classes, found[name].classes, ("train", folder.name))
+        except ConfigError as error:
+            raise ConfigError(f"data.root={root}: {error}") from error
     rng = np.random.default_rng(config.split_seed)
-    side = config.load_size
-    splits = []
-    for (paths, labels, _), limit in zip(listed, (config.limit, config.limit_test), strict=True):
-        keep = balanced(labels, limit, rng)
-        side = side or min(open_image(paths[keep[0]]).size)
-        splits.append(FileSplit(paths[keep], torch.from_numpy(labels[keep]), side))
-    train, test = splits
-    need = max(len(split) * math.prod(split.shape) for split in splits)
-    stream = config.stream == "true" or (config.stream == "auto" and (need > MAX_BYTES or config.file_transforms()))
-    if stream:
-        return Dataset(train, test, classes)
+    kept = {name: np.arange(len(listing.paths)) for name, listing in found.items()}
+    for name, limit in (("train", config.limit), ("test", config.limit_test)):
+        kept[name] = balanced(found[name].labels, limit, rng)
+    paths = {name: found[name].paths[keep] for name, keep in kept.items()}
+    side, how = _side(config, np.concatenate(list(paths.values())))
+    splits = {
+        name: FileSplit(paths[name], torch.from_numpy(found[name].labels[keep]), side) for name, keep in kept.items()
+    }
+    parts = [f"{len(split)} {_role(name, folders)}" for name, split in splits.items()]
+    log.info("data.root=%s: %d classes (%s), %s images, %s", root, len(classes), listed(classes), ", ".join(parts), how)
+    others = sum((listing.others for listing in found.values()), Counter[str]())
+    if others:
+        log.info("data.root=%s: files left out: %s", root, counted(others))
+    _warn_if_black(root, paths["train"])
+    need = max(len(split) * math.prod(split.shape) for split in splits.values())
+    if config.stream == "true" or (config.stream == "auto" and (need > MAX_BYTES or config.file_transforms())):
+        return Dataset(splits["train"], splits["test"], classes, splits.get("val"))
     if need > MAX_BYTES:
         raise ConfigError(
-            f"data.root={root}: {need / 2**30:.1f} GiB of {train.side}x{train.side} images exceed the "
+            f"data.root={root}: {need / 2**30:.1f} GiB of {side}x{side} images exceed the "
             f"{MAX_BYTES / 2**30:.0f} GiB for memory; set data.stream=auto, lower data.load_size or set data.limit"
         )
-    return Dataset(_in_memory(train), _in_memory(test), classes)
+    memory = {name: _in_memory(split) for name, split in splits.items()}
+    return Dataset(memory["train"], memory["test"], classes, memory.get("val"))
+
+
+def _check_one_validation(config: DataConfig, has_own: bool) -> None:
+    if has_own and config.val_fraction:
+        raise ConfigError(
+            f"data.val_fraction={config.val_fraction} holds out training images, but data={config.name} has a "
+            "validation set of its own; set data.val_fraction=0, or for a folder data.val_folder=false"
+        )
+
+
+def _role(name: str, folders: dict[str, Path]) -> str:
+    """Return how the log names a split: by its folder, and by its part where the name does not say it."""
+    folder = folders[name].name
+    if name == "val":
+        return f"{folder} (the validation set)"
+    return f"{folder} (the test set)" if name != folder else folder
+
+
+def _side(config: DataConfig, paths: np.ndarray) -> tuple[int, str]:
+    """Return the side in pixels of the squares that image files become, and how that came."""
+    if config.load_size:
+        return config.load_size, f"as squares of {config.load_size} pixels"
+    if config.image_size and config.file_transforms():  # which make that size of the whole file
+        return config.image_size, f"as squares of {config.image_size} pixels"
+    sizes = np.array(in_threads(image_size, paths))
+    shorter = np.sort(sizes.min(1))
+    side = int(shorter[(len(shorter) - 1) // 2])
+    if shorter[0] != shorter[-1]:
+        span = f"from {shorter[0]} to {shorter[-1]}"
+        return side, f"as squares of {side} pixels, the median of shorter sides {span} (data.load_size sets another)"
+    cut = ", cut at the centre" if (sizes != side).any() else ""
+    return side, f"as squares of {side} pixels{cut}"
+
+
+def _warn_if_black(root: Path, paths: np.ndarray) -> None:
+    """Say so if images are black, as 8-bit values in 16-bit files are."""
+    for path in paths[:: math.ceil(len(paths) / 8)]:
+        if np.asarray(open_image(path)).max() > 1:
+            return
+    log.warning("data.root=%s: images are black; values of few bits in deeper files? save them as 8 bits", root)
 
 
 def _in_memory(split: FileSplit) -> Split:
     array = np.empty((len(split), split.side, split.side, 3), np.uint8)
-    with ThreadPoolExecutor() as pool:
-        for i, image in enumerate(pool.map(lambda path: np.asarray(open_square(path, split.side)), split.paths)):
-            array[i] = image
-    return Split(torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(), split.labels)
+
+    def read(index: int) -> None:
+        array[index] = np.asarray(open_square(split.paths[index], split.side))
+
+    in_threads(read, range(len(split)))
+    return Split(torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(), split.labels, split.paths)
 
 
 def load_dataset(config: DataConfig) -> Dataset:
     """Load the data set that ``data.target`` names, keep ``data.limit`` images, and hold out the validation images.
 
     Raises:
-        ConfigError: if it cannot be had, or a split would be empty.
+        ConfigError: if it cannot be had or is no proper data set, or a split would lack a class.
     """
     from convnn.config.targets import resolve_target
 
-    dataset: Dataset = resolve_target(config.target, "data.target")(config)
-    if config.file_transforms() and not isinstance(dataset.train, FileSplit):
-        raise ConfigError(f"data.{config.file_transforms()[0]} needs files that are streamed, not data={config.name}")
+    dataset = checked(resolve_target(config.target, "data.target")(config), config)
+    needs = config.file_transforms() or (["stream=true"] if config.stream == "true" else [])
+    if needs and not isinstance(dataset.train, FileSplit):
+        raise ConfigError(f"data.{needs[0]} needs files that are streamed, not data={config.name}")
+    _check_one_validation(config, dataset.val is not None)
     rng = np.random.default_rng(config.split_seed)
     train, test = (
         split.take(torch.from_numpy(balanced(split.labels.numpy(), limit, rng)))
         for split, limit in ((dataset.train, config.limit), (dataset.test, config.limit_test))
     )
     dataset = replace(dataset, train=train, test=test)
+    warn_of_missing(dataset, config)
     if config.val_fraction:
-        count = round(config.val_fraction * len(dataset.train))
-        if not 0 < count < len(dataset.train):
-            raise ConfigError(
-                f"data.val_fraction={config.val_fraction} of {len(dataset.train)} images leaves a split empty"
-            )
-        held = torch.from_numpy(balanced(dataset.train.labels.numpy(), count, rng))
+        held = torch.from_numpy(_held_out(dataset, config, rng))
         rest = torch.ones(len(dataset.train), dtype=torch.bool)
         rest[held] = False
         dataset = replace(dataset, train=dataset.train.take(rest.nonzero().squeeze(1)), val=dataset.train.take(held))
     return dataset
+
+
+def _held_out(dataset: Dataset, config: DataConfig, rng: np.random.Generator) -> np.ndarray:
+    """Return the indices of the training images that are held out for validation: of each class its share."""
+    labels, n = dataset.train.labels.numpy(), len(dataset.train)
+    count = round(config.val_fraction * n)
+    what = f"data.val_fraction={config.val_fraction} of {n} images"
+    if not 0 < count < n:
+        raise ConfigError(f"{what} leaves a split empty")
+    sizes = np.bincount(labels, minlength=len(dataset.classes))
+    single = [dataset.classes[c] for c in np.flatnonzero(sizes == 1)]
+    if single:
+        raise ConfigError(f"{what}: classes of one image ({listed(single)}) cannot be on both sides; set it to 0")
+    present = np.count_nonzero(sizes)
+    if min(count, n - count) < present:
+        least = math.ceil(1000 * present / n) / 1000
+        raise ConfigError(
+            f"{what} leaves {min(count, n - count)} images for {present} classes on one side; "
+            f"choose from {least:g} to {1 - least:g}, or 0"
+        )
+    return stratified(labels, count, rng)

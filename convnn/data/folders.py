@@ -1,126 +1,192 @@
-"""Image folders: listing their files and classes, and reading one file. Shapes: N images, C channels."""
+"""Folders of image files: which splits, classes and files they hold. Shapes: N images."""
 
 from __future__ import annotations
 
+import logging
 import os
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor, device
 
-from convnn.errors import ConfigError, first_line
+from convnn.data.classes import check_spelling, listed
+from convnn.data.images import image_suffixes
+from convnn.errors import ConfigError
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+log = logging.getLogger("convnn")
+VALIDATION = ("val", "valid", "validation")
+"""Names of a folder of validation images."""
+
+_LITTER = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
+"""Folders that systems leave behind, hidden where they come from."""
 
 
 @dataclass
-class FileSplit:
-    """Image files (N,) and their class indices (N,) int64; a file is read when a batch needs it."""
+class Listing:
+    """The image files of a split."""
 
     paths: np.ndarray
-    """Paths as bytes in one array, whose memory forked workers share; a list of strings would be copied into each as
-    its reference counts change."""
-    labels: Tensor
-    side: int
-    """Pixels of the square that an image becomes; timm's transforms make it the size that the network sees instead."""
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, rows and columns of an image."""
-        return 3, self.side, self.side
-
-    def take(self, index: Tensor) -> FileSplit:
-        """Return the files at ``index``."""
-        return FileSplit(self.paths[index.numpy()], self.labels[index], self.side)
-
-    def to(self, device: device) -> FileSplit:
-        """Return the split with its labels on a device, where its batches will be."""
-        return FileSplit(self.paths, self.labels.to(device), self.side)
+    """(N,) as bytes, ImageNet's million names in one array: forked workers share it."""
+    labels: np.ndarray
+    """(N,) class indices."""
+    classes: list[str]
+    others: Counter[str] = field(default_factory=Counter)
+    """Files that are left out, by suffix or place."""
 
 
-def list_images(root: Path, *names: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Return the paths (N,) as bytes, class indices (N,) and class names of ``root/NAME/CLASS/**``.
+def split_folders(root: Path, val_folder: bool) -> dict[str, Path]:
+    """Return the folders of ``train`` and ``test``, and of ``val`` if it lies beside ``test`` and is wanted.
 
-    Args:
-        root: folder of the data set.
-        names: of the split's folder; the first one that has class folders counts.
+    A validation folder without ``test`` beside it is the test set. A folder without class folders, as ImageNet's
+    unlabelled test images, does not count.
 
     Raises:
-        ConfigError: if there is none, or a class has no images.
+        ConfigError: if there is no folder to train or to test on, or several to validate on.
     """
-    folders = [root / name for name in names]
-    folder = next((f for f in folders if _classes(root, f)), next((f for f in folders if f.is_dir()), folders[0]))
-    if not folder.is_dir():
-        raise ConfigError(
-            f"data.root={root}: no folder {' or '.join(str(f.absolute()) for f in folders)}; "
-            f"expected {'|'.join(names)}/CLASS/IMAGE below data.root"
-        )
+    there = [root / name for name in ("test", *VALIDATION) if (root / name).is_dir()]
+    found = [folder for folder in there if _classes(root, folder)] or there[:1]
+    train = root / "train"
+    for wanted, exists in ((["train"], train.is_dir()), (["test", "val"], found)):
+        if not exists:
+            missing = " or ".join(str((root / name).absolute()) for name in wanted)
+            raise ConfigError(
+                f"data.root={root}: no folder {missing}; expected {'|'.join(wanted)}/CLASS/IMAGE below data.root"
+            )
+    test = found[0]
+    beside = [folder for folder in found[1:] if not folder.samefile(test)]
+    if len(beside) > 1 or (beside and test.name != "test"):
+        names = " and ".join(folder.name for folder in found if folder.name != "test")
+        raise ConfigError(f"data.root={root} has {names}; keep one of them")
+    splits = {"train": train, "test": test} | ({"val": beside[0]} if beside and val_folder else {})
+    unused = [name for name in _classes(root, root) if root / name not in splits.values()]
+    if unused:
+        log.info("data.root=%s: folders left out: %s", root, listed(unused))
+    for folder in (*splits.values(),)[1:]:
+        if folder.samefile(train):
+            log.warning("data.root=%s: %s is the folder of train, so that it tells nothing new", root, folder.name)
+    return splits
+
+
+def list_images(root: Path, folder: Path) -> Listing:
+    """Return what lies in ``folder/CLASS/**``: every file with a suffix of an image, through links to folders too.
+
+    Hidden files and folders do not count.
+
+    Args:
+        root: folder of the data set, for messages.
+        folder: of the split.
+
+    Raises:
+        ConfigError: if a class has no images, or there are fewer than two classes.
+    """
     classes = _classes(root, folder)
     if not classes:
         raise ConfigError(f"data.root={root}: {folder} has no class folders; expected {folder.name}/CLASS/IMAGE")
-    paths: list[bytes] = []
-    labels = []
-    for c, name in enumerate(classes):
-        own = _images(root, folder / name)
-        paths += own
-        labels.append(np.full(len(own), c))
-    return np.array(paths), np.concatenate(labels), classes
+    _check_classes(root, folder, classes)
+    tree = _Tree(root, folder, classes)
+    found = [tree.images(name) for name in classes]
+    labels = np.repeat(np.arange(len(classes)), [len(own) for own in found])
+    same = set.intersection(*tree.nested)
+    if same:
+        log.warning(
+            "data.root=%s: all classes of %s hold folders of one name (%s); if those are the classes, move them up",
+            *(root, folder.name, listed(sorted(same))),
+        )
+    with os.scandir(folder) as entries:
+        beside = sum(not _is_hidden(entry.name) and not entry.is_dir() for entry in entries)
+    tree.others.update({"beside the class folders": beside} if beside else {})
+    return Listing(np.array([path for own in found for path in own]), labels, classes, tree.others)
+
+
+def _check_classes(root: Path, folder: Path, classes: list[str]) -> None:
+    """Refuse classes that cannot be told apart, and one class alone: its folder often holds those that were meant."""
+    check_spelling(classes, f"data.root={root}: {folder.name}")
+    if len(classes) == 1:
+        nested = _classes(root, folder / classes[0])
+        way = f"it holds the folders {listed(nested)}: move them up one level" if nested else "give at least two"
+        raise ConfigError(f"data.root={root}: {folder.name} has one class folder, {classes[0]!r}; {way}")
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in _LITTER
 
 
 def _classes(root: Path, folder: Path) -> list[str]:
+    """Return the sorted names of the folders in a folder, without hidden ones."""
     if not folder.is_dir():
         return []
     try:
         with os.scandir(folder) as entries:
-            return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+            return sorted(e.name for e in entries if not _is_hidden(e.name) and e.is_dir())
     except OSError as error:
         raise ConfigError(f"data.root={root} cannot be read: {error}") from error
 
 
-def _images(root: Path, folder: Path) -> list[bytes]:
-    from torchvision.datasets.folder import IMG_EXTENSIONS
+class _Tree:
+    """The class folders of a split, walked one after the other; each real folder is entered once."""
 
-    def refuse(error: OSError) -> None:
-        raise ConfigError(f"data.root={root} cannot be read: {error}") from error
+    def __init__(self, root: Path, folder: Path, classes: list[str]) -> None:
+        self.root, self.folder = root, folder
+        self.others: Counter[str] = Counter()
+        self.nested: list[set[str]] = []
+        """By class, the names of its folders, none where images lie beside them."""
+        above = {root, folder}.union(*((folder / name).resolve().parents for name in classes))
+        self.owner = dict.fromkeys(map(_place, above), "")
+        """Class by device and inode of the folders that were entered, none for those above the classes."""
+        for name in classes:
+            self._enter(folder / name, name)
 
-    found = sorted(
-        os.fsencode(os.path.join(place, name))  # noqa: PTH118 a Path for each of a million files is slow
-        for place, _, names in os.walk(folder, onerror=refuse)
-        for name in names
-        if name.lower().endswith(IMG_EXTENSIONS)
-    )
-    if not found:
-        raise ConfigError(f"data.root={root}: {folder} has no images ({', '.join(IMG_EXTENSIONS)})")
-    return found
+    def _enter(self, path: Path | str, name: str) -> bool:
+        """Return whether a folder of a class was not entered yet.
+
+        Raises:
+            ConfigError: if it belongs to another class.
+        """
+        place = _place(path)
+        owner = self.owner.get(place)
+        if owner is None:
+            self.owner[place] = name
+        elif owner not in ("", name):
+            raise ConfigError(
+                f"data.root={self.root}: {path} is a folder of both classes {owner!r} and {name!r}; "
+                "remove the link from one of them"
+            )
+        return owner is None
+
+    def images(self, name: str) -> list[bytes]:
+        """Return the sorted paths of a class."""
+
+        def refuse(error: OSError) -> None:
+            raise ConfigError(f"data.root={self.root} cannot be read: {error}") from error
+
+        suffixes, found, others = image_suffixes(), [], Counter[str]()
+        for place, folders, files in os.walk(self.folder / name, onerror=refuse, followlinks=True):
+            folders[:] = [
+                folder
+                for folder in sorted(folders)
+                if not _is_hidden(folder) and self._enter(os.path.join(place, folder), name)  # noqa: PTH118
+            ]
+            for file in files:
+                suffix = os.path.splitext(file)[1].lower()  # noqa: PTH122 a Path for each of a million files is slow
+                if suffix in suffixes and not _is_hidden(file):
+                    found.append(os.fsencode(os.path.join(place, file)))  # noqa: PTH118
+                elif not _is_hidden(file):
+                    others[suffix or "without a suffix"] += 1
+            if place == str(self.folder / name):
+                self.nested.append(set() if found else set(folders))
+        if not found:
+            left = f" (left out: {counted(others)})" if others else ""
+            raise ConfigError(f"data.root={self.root}: {self.folder / name} has no images{left}")
+        self.others += others
+        return sorted(found)
 
 
-def open_image(path: bytes) -> Image:
-    """Read a file as an RGB image.
-
-    Raises:
-        ConfigError: naming the file, if Pillow cannot read it.
-    """
-    from PIL import Image
-
-    name = os.fsdecode(path)
-    try:
-        with Image.open(name) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ConfigError(
-            f"data.root: {name} cannot be read as an image ({first_line(error)}); remove or replace it"
-        ) from error
+def _place(path: Path | str) -> tuple[int, int]:
+    status = os.stat(path)  # noqa: PTH116
+    return status.st_dev, status.st_ino
 
 
-def open_square(path: bytes, side: int) -> Image:
-    """Read a file as an RGB square of ``side`` pixels: scaled and cropped at the centre where it is none."""
-    from PIL import Image, ImageOps
-
-    image = open_image(path)
-    return image if image.size == (side, side) else ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
+def counted(others: Counter[str]) -> str:
+    """Return what was left out, the most first, such as ``3 .txt, 1 .heic``."""
+    return ", ".join(f"{count} {what}" for what, count in sorted(others.items(), key=lambda item: (-item[1], item[0])))

@@ -25,8 +25,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from convnn.config.schema import DataConfig
 from convnn.data.batches import Batches
-from convnn.data.folders import FileSplit, open_image, open_square
-from convnn.data.splits import AnySplit
+from convnn.data.images import open_image, open_square
+from convnn.data.splits import AnySplit, FileSplit
 from convnn.errors import ConfigError, first_line
 
 MAX_WORKERS = 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from convnn.config.schema import Config, DataConfig
 from convnn.data.batches import Batches
+from convnn.data.images import open_image
 from convnn.data.splits import AnySplit
 from convnn.data.stream import make_batches
 from convnn.errors import ConfigError, first_line
@@ -60,11 +62,7 @@ def image_file(path: Path, channels: int, config: DataConfig, image_size: int, s
     """
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("L" if channels == 1 else "RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"image={path} cannot be read as an image ({error})") from error
+    image = open_image(os.fsencode(path), "image=").convert("L" if channels == 1 else "RGB")
     grain = math.gcd(image_size, _GRAIN)
     short = min(image.size)
     w, h = (image_size if square else max(round(side * image_size / short / grain), 1) * grain for side in image.size)

@@ -81,7 +81,7 @@ def test_image_folder_faults(tmp_path):
     with pytest.raises(ConfigError, match=r"bird has no images"):
         load_dataset(folder(tmp_path))
     Image.new("L", (5, 5)).save(tmp_path / "test" / "bird" / "x.png")
-    with pytest.raises(ConfigError, match="different classes, such as 'bird'"):
+    with pytest.raises(ConfigError, match="classes differ: train lacks 'bird'"):
         load_dataset(folder(tmp_path))
     (tmp_path / "train" / "bird").mkdir()
     (tmp_path / "train" / "bird" / "x.png").write_bytes(b"<html>not an image</html>")

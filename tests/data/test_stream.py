@@ -26,8 +26,7 @@ from convnn.config.identity import fingerprint
 from convnn.config.schema import DataConfig
 from convnn.data.batches import Batches
 from convnn.data.datasets import load_dataset
-from convnn.data.folders import FileSplit
-from convnn.data.splits import Split
+from convnn.data.splits import FileSplit, Split
 from convnn.data.stream import ByteErasing, Stream, count_workers, file_transform, make_batches, seeded
 from convnn.errors import ConfigError
 from convnn.runs.checkpoint import load_checkpoint
@@ -376,6 +375,10 @@ def test_a_stopped_run_leaves_a_checkpoint_and_no_process(root, tmp_path):
         (
             {"target": "convnn.data.load_cifar", "name": "cifar10", "scale": None, "stream": "true"},
             "data.stream is for image folders, not data=cifar10",
+        ),
+        (
+            {"target": "convnn.data.load_cifar", "name": "cifar10", "scale": None, "val_folder": False},
+            "data.val_folder is for image folders, not data=cifar10",
         ),
     ],
 )

@@ -1,0 +1,399 @@
+"""Image folders: which files, classes and splits count, and the size that images get."""
+
+import logging
+import os
+import shutil
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny, write_image_folder
+from PIL import Image
+
+from convnn.config.identity import fingerprint
+from convnn.config.schema import DataConfig
+from convnn.data.classes import class_order
+from convnn.data.datasets import load_dataset
+from convnn.data.splits import Split, stratified
+from convnn.errors import ConfigError
+from convnn.train.trainer import run
+
+
+@pytest.fixture
+def root(tmp_path):
+    write_image_folder(tmp_path, per_class=4)
+    return tmp_path
+
+
+@pytest.fixture
+def lines():
+    """The messages of the program since the test began."""
+    log, seen = logging.getLogger("convnn"), []
+    handler, level = logging.Handler(), log.level
+    handler.emit = lambda record: seen.append(record.getMessage())
+    log.addHandler(handler), log.setLevel(logging.INFO)
+    yield seen
+    log.removeHandler(handler), log.setLevel(level)
+
+
+def load(root, **kwargs):
+    return load_dataset(DataConfig("imagefolder", "convnn.data.load_imagefolder", str(root), **kwargs))
+
+
+def refused(root, message, **kwargs):
+    with pytest.raises(ConfigError, match=message) as error:
+        load(root, **kwargs)
+    assert "\n" not in str(error.value) and str(error.value).startswith("data.")
+
+
+def save(path, side=12, colour=(200, 30, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (side, side), colour).save(path)
+
+
+# ---------------------------------------------------------------------------------------------- which files
+
+
+def test_every_suffix_that_pillow_reads_counts(root, lines):
+    image = Image.new("RGB", (12, 12), (9, 99, 199))
+    formats = {"jfif": "JPEG", "jpe": "JPEG", "mpo": "JPEG", "PNG": "PNG", "apng": "PNG", "j2k": "JPEG2000"}
+    for suffix, format in formats.items():
+        image.save(root / "train" / "cat" / f"x.{suffix}", format=format)
+    for suffix in ("gif", "tga", "jp2", "avif", "qoi", "icns", "pcx", "sgi", "dds", "ico"):
+        try:
+            image.save(root / "train" / "cat" / f"y.{suffix}", **({"sizes": [(12, 12)]} if suffix == "ico" else {}))
+        except (OSError, KeyError, ValueError):  # a Pillow without this format, or without saving it
+            (root / "train" / "cat" / f"y.{suffix}").unlink(missing_ok=True)
+    count = len(list((root / "train" / "cat").iterdir()))
+    data = load(root)
+    assert count > 15 and data.train.labels.bincount().tolist() == [count, 4]
+    assert "left out" not in "".join(lines)
+
+
+def test_files_left_out_are_counted_in_one_line(root, lines):
+    for name in ("a.txt", "b.txt", "labels.h5", "c.heic", "noname"):
+        (root / "train" / "dog" / name).write_text("x")
+    (root / "test" / "dog" / "more").mkdir()
+    (root / "test" / "dog" / "more" / "d.TXT").write_text("x")
+    (root / "train" / "stray.png").write_bytes(b"x")
+    assert len(load(root).train) == 8
+    left = [line for line in lines if "left out" in line]
+    expected = "3 .txt, 1 .h5, 1 .heic, 1 beside the class folders, 1 without a suffix"
+    assert left == [f"data.root={root}: files left out: {expected}"]
+    shutil.rmtree(root / "test" / "dog"), (root / "test" / "dog").mkdir()
+    (root / "test" / "dog" / "x.heic").write_bytes(b"x")
+    refused(root, r"test/dog has no images \(left out: 1 .heic\)")
+
+
+def test_hidden_files_and_folders_are_ignored_everywhere(root, lines):
+    train = root / "train"
+    (train / "cat" / "._0.png").write_bytes(b"Mac OS X")
+    for place in (".ipynb_checkpoints", ".Trash-1000/files", "__MACOSX", "deep/.thumbs", "@eaDir/0.png"):
+        save(train / "cat" / place / "copy.png")
+    save(train / ".hidden" / "x.png")
+    save(train / "__MACOSX" / "x.png")
+    (train / ".DS_Store").write_bytes(b"x")
+    assert len(load(root).train) == 8 and "left out" not in "".join(lines)
+    save(train / "cat" / "deep" / "x.png")
+    assert len(load(root).train) == 9
+
+
+def test_linked_folders_are_followed_and_loops_end(root, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    save(elsewhere / "a.png"), save(elsewhere / "sub" / "b.png")
+    cat, dog = root / "train" / "cat", root / "train" / "dog"
+    (cat / "link").symlink_to(elsewhere)
+    assert load(root).train.labels.bincount().tolist() == [6, 4]
+    (elsewhere / "back").symlink_to(cat)  # to the class, to itself, to all classes
+    (elsewhere / "self").symlink_to(elsewhere)
+    (elsewhere / "up").symlink_to(root / "train")
+    (cat / "again").symlink_to(elsewhere / "sub")  # each real folder counts once
+    assert load(root).train.labels.bincount().tolist() == [6, 4]
+    (dog / "more").symlink_to(elsewhere)
+    refused(root, r"dog/more is a folder of both classes 'cat' and 'dog'; remove the link")
+
+
+def test_a_class_that_has_only_links_and_a_linked_split(root, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (root / "train" / "cat").rename(elsewhere / "cat")
+    (root / "train" / "cat").mkdir()
+    (root / "train" / "cat" / "all").symlink_to(elsewhere / "cat")
+    (root / "test").rename(elsewhere / "test")
+    (root / "test").symlink_to(elsewhere / "test")
+    data = load(root)
+    assert len(data.train) == len(data.test) == 8
+    (root / "train" / "bird").symlink_to(elsewhere / "cat")
+    refused(root, "is a folder of both classes")
+
+
+# -------------------------------------------------------------------------------------------------- the size
+
+
+def test_one_thumbnail_sorted_first_does_not_set_the_size(root, lines):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            for i in range(4):
+                save(root / split / name / f"{i}.png", 64)
+    save(root / "train" / "cat" / "+.png", 4)
+    data = load(root)
+    assert data.train.shape == data.test.shape == (3, 64, 64)
+    assert any("squares of 64 pixels, the median of shorter sides from 4 to 64 (data.load_size" in x for x in lines)
+    assert load(root, load_size=10).train.shape == (3, 10, 10) and "squares of 10 pixels" in lines[-1]
+
+
+def test_the_size_comes_from_all_splits_and_is_always_said(root, lines):
+    assert load(root).train.shape == (3, 12, 12) and "squares of 12 pixels, cut at the centre" in lines[-1]
+    for name in ("cat", "dog"):
+        for i in range(9):
+            save(root / "test" / name / f"large{i}.png", 20)
+    assert load(root, stream="true", workers=0).train.shape == (3, 20, 20)
+    assert "the median of shorter sides from 12 to 20" in lines[-1]
+    exif = Image.Exif()
+    exif[274] = 6
+    shutil.rmtree(root)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            Image.new("RGB", (9, 16), "red").save(root / split / name / "x.jpg", exif=exif)
+    assert load(root).train.shape == (3, 9, 9)
+
+
+def test_images_that_are_all_black_are_said(root, lines):
+    for split in ("train", "test"):
+        for path in (root / split).rglob("*.png"):
+            Image.fromarray(np.full((12, 12), 200, np.uint16)).save(path)  # 8 bits in 16
+    load(root)
+    assert any("images are black" in line for line in lines)
+
+
+# ----------------------------------------------------------------------------------------------- the classes
+
+
+def test_class_folders_one_level_too_deep_are_named(root):
+    for split in ("train", "test"):
+        (root / split).rename(root / "images")
+        (root / split).mkdir()
+        (root / "images").rename(root / split / "images")
+    refused(root, r"train has one class folder, 'images'; it holds the folders 'cat', 'dog': move them up one level")
+
+
+def test_one_class_alone_is_refused(root):
+    for split in ("train", "test"):
+        shutil.rmtree(root / split / "dog")
+    refused(root, r"train has one class folder, 'cat'; give at least two")
+    with pytest.raises(ConfigError, match=r"data.num_classes=1 must lie in \[2, inf\]"):
+        tiny("data.num_classes=1")
+
+
+def test_the_same_folders_in_every_class_are_said(root, lines):
+    for split in ("train", "test"):
+        for part in ("a", "b"):
+            shutil.copytree(root / split, root / "new" / split / part)
+    load(root / "new")
+    (warning,) = {line for line in lines if "folders of one name" in line and "train" in line}
+    assert "('cat', 'dog')" in warning
+    assert any("2 classes ('a', 'b')" in line for line in lines)
+
+
+def test_which_side_lacks_which_class(root):
+    (root / "test" / "cat").rename(root / "test" / "katze")
+    save(root / "train" / "bird" / "x.png")
+    refused(root, r"classes differ: train lacks 'katze'; test lacks 'bird', 'cat'; rename the class folders alike")
+    for i in range(9):
+        save(root / "train" / f"x{i}" / "x.png")
+    refused(root, "test lacks 'bird', 'cat', 'x0', 'x1', 'x2' and 6 more")
+
+
+def test_two_spellings_of_a_name_are_shown_apart(root):
+    composed, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    (root / "train" / "cat").rename(root / "train" / composed)
+    (root / "test" / "cat").rename(root / "test" / apart)
+    refused(root, r"train lacks '.*' \('cafe\\u0301'\); test lacks '.*' \('caf\\xe9'\), which are two spellings")
+    shutil.copytree(root / "train" / composed, root / "train" / apart)
+    refused(root, r"train has two classes of one name, '.*' \('cafe\\u0301'\), '.*' \('caf\\xe9'\); rename one")
+    (root / "train" / composed).rename(root / "train" / "Cat")
+    (root / "train" / apart).rename(root / "train" / "dog ")
+    (root / "test" / apart).rename(root / "test" / "cat")
+    refused(root, r"train lacks 'cat'; test lacks 'Cat', 'dog ', which are two spellings of the same name")
+
+
+def test_classes_are_matched_by_name():
+    assert class_order(["a", "b", "c"], ["a", "b", "c"], ("x", "y")) == [0, 1, 2]
+    assert class_order(["a", "b", "c"], ["c", "a", "b"], ("x", "y")) == [2, 0, 1]
+    with pytest.raises(ConfigError, match="classes differ: the run lacks 'b'; the data lacks 'B', which are two"):
+        class_order(["B", "a"], ["a", "b"], ("the run", "the data"))
+
+
+def test_labels_follow_the_names_that_a_model_learnt(root):
+    data = load(root, val_fraction=0.5)
+    mapped = data.ordered_as(["dog", "cat"])
+    assert mapped.classes == ["dog", "cat"] and data.ordered_as(["cat", "dog"]) is data
+    for name, split in mapped.splits().items():
+        before = data.splits()[name]
+        assert torch.equal(split.labels, 1 - before.labels) and torch.equal(split.images, before.images)
+    with pytest.raises(ConfigError, match="the run lacks 'dog'; the data lacks 'bird'"):
+        data.ordered_as(["bird", "cat"])
+
+
+# ------------------------------------------------------------------------------------------------ the splits
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_a_validation_folder_beside_test_is_the_validation_set(name, root, lines):
+    shutil.copytree(root / "test", root / name)
+    (root / name / "cat" / "0.png").unlink()
+    data = load(root)
+    assert [len(split) for split in data.splits().values()] == [8, 7, 8]
+    assert f"8 train, 8 test, 7 {name} (the validation set) images" in "".join(lines)
+    assert load(root, val_folder=False).val is None
+    refused(
+        root, r"data.val_fraction=0.2 holds out .* set data.val_fraction=0, or .*val_folder=false", val_fraction=0.2
+    )
+    assert len(load(root, val_folder=False, val_fraction=0.25).val) == 2
+    (root / name / "cat").rename(root / name / "bird")
+    refused(root, f"train lacks 'bird'; {name} lacks 'cat'")
+
+
+def test_the_best_checkpoint_is_chosen_on_the_validation_folder(root, tmp_path):
+    shutil.copytree(root / "test", root / "val")
+    (root / "val" / "cat" / "0.png").unlink()
+    more = [f"data.root={root}", "data.load_size=8", "data.image_size=8", "train.batch_size=4", "train.epochs=1"]
+    result = run(tiny("data=imagefolder", *more, f"run.dir={tmp_path}/r"))
+    assert result["val_top1_best"] is not None and result["top1_best_on_test"] is None
+
+
+def test_without_test_val_is_the_test_set(root, lines):
+    (root / "test").rename(root / "val")
+    data = load(root)
+    assert data.val is None and len(data.test) == 8 and "8 val (the test set) images" in "".join(lines)
+    (root / "test").mkdir()
+    assert load(root).val is None and f"data.root={root}: folders left out: 'test'" in lines
+    (root / "Val").mkdir()
+    load(root, val_folder=False)
+    assert f"data.root={root}: folders left out: 'Val', 'test'" in lines
+    (root / "valid").symlink_to(root / "val")
+    assert load(root).val is None  # one folder under two names
+    (root / "valid").unlink(), shutil.copytree(root / "val", root / "valid")
+    refused(root, "has val and valid; keep one of them")
+
+
+def test_a_validation_folder_that_is_test_or_train_is_said(root, lines):
+    (root / "val").symlink_to(root / "test")
+    assert load(root).val is None
+    (root / "val").unlink(), (root / "val").symlink_to(root / "train")
+    assert len(load(root).val) == 8 and any("val is the folder of train" in line for line in lines)
+
+
+def test_the_key_for_validation_folders_leaves_older_runs_the_same():
+    base = tiny("data=imagefolder", "data.root=x")
+    assert fingerprint(base) == fingerprint(tiny("data=imagefolder", "data.root=x", "data.val_folder=true"))
+    assert fingerprint(base) != fingerprint(tiny("data=imagefolder", "data.root=x", "data.val_folder=false"))
+
+
+def lopsided(sizes):
+    return np.repeat(np.arange(len(sizes)), sizes)
+
+
+@pytest.mark.parametrize(
+    "sizes, count, expected",
+    [
+        ((900, 100), 200, (180, 20)),
+        ((100, 900), 200, (20, 180)),
+        ((5, 995), 100, (1, 100)),  # its share of 0.5 is one image
+        ((10, 20, 30), 6, (1, 2, 3)),
+        ((2, 2, 996), 500, (1, 1, 498)),
+        ((3, 997), 900, (2, 897)),
+    ],
+)
+def test_validation_takes_each_class_its_share(sizes, count, expected):
+    labels = lopsided(sizes)
+    for seed in range(3):
+        chosen = stratified(labels, count, np.random.default_rng(seed))
+        taken = np.bincount(labels[chosen], minlength=len(sizes))
+        assert np.abs(taken - expected).max() <= 1 and (taken > 0).all() and (taken < sizes).all()
+        assert len(set(chosen)) == len(chosen) and (np.diff(chosen) > 0).all()
+
+
+def test_where_classes_are_equal_the_validation_set_is_the_one_of_earlier_versions():
+    """A run that goes on must not train on what it validates on."""
+    labels = np.tile(np.arange(7), 30)
+    for count in (7, 40, 100):
+        order = np.random.default_rng(3).permutation(len(labels))
+        rank = np.empty(len(labels), int)
+        for c in range(7):
+            own = order[labels[order] == c]
+            rank[own] = np.arange(len(own))
+        before = np.sort(order[np.argsort(rank[order], kind="stable")][:count])
+        assert np.array_equal(stratified(labels, count, np.random.default_rng(3)), before)
+
+
+def load_lopsided(config):
+    sizes = config.options["sizes"]
+    labels = torch.from_numpy(lopsided(sizes))
+    images = torch.arange(len(labels)).remainder(256).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+    split = Split(images, labels)
+    from convnn.data import Dataset
+
+    return Dataset(split, split, [f"c{i}" for i in range(len(sizes))])
+
+
+def from_sizes(*sizes, **kwargs):
+    return load_dataset(DataConfig("mine", "test_folders.load_lopsided", options={"sizes": sizes}, **kwargs))
+
+
+def test_a_class_that_cannot_be_on_both_sides_is_an_error():
+    data = from_sizes(900, 100, val_fraction=0.2)
+    assert data.val.labels.bincount().tolist() == [180, 20] and data.train.labels.bincount().tolist() == [720, 80]
+    for sizes, fraction, message in (
+        ((1, 99, 1), 0.2, r"classes of one image \('c0', 'c2'\) cannot be on both sides"),
+        ((50, 50, 50), 0.01, "leaves 2 images for 3 classes on one side; choose from 0.02 to 0.98"),
+        ((50, 50, 50), 0.99, "leaves 2 images for 3 classes on one side"),
+        ((50, 50), 0.001, "leaves a split empty"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            from_sizes(*sizes, val_fraction=fraction)
+
+
+def test_classes_that_a_limit_leaves_without_images_are_said(lines):
+    from_sizes(5, 5, 5, limit=2)
+    (line,) = lines
+    assert line.startswith("data=mine: train has no images of 1 of the 3 classes ('c")
+
+
+# ---------------------------------------------------------------------------------------------- fingerprints
+
+
+def test_the_fingerprint_of_a_folder_is_its_content(root, tmp_path_factory):
+    first = load(root).content_fingerprint()
+    assert len(first) == 16 and load(root, stream="true").content_fingerprint() == first
+    moved = tmp_path_factory.mktemp("moved") / "elsewhere"
+    shutil.copytree(root, moved)
+    assert load(moved).content_fingerprint() == first
+    os.utime(moved / "train" / "cat" / "0.png", (1, 1))
+    assert load(moved).content_fingerprint() == first
+
+    def changed(change):
+        shutil.rmtree(moved), shutil.copytree(root, moved)
+        change()
+        return load(moved).content_fingerprint() != first
+
+    assert changed(lambda: (moved / "train" / "cat" / "0.png").unlink())
+    assert changed(lambda: (moved / "test" / "cat" / "0.png").rename(moved / "test" / "dog" / "9.png"))
+    assert changed(lambda: (moved / "train" / "cat" / "0.png").rename(moved / "train" / "cat" / "00.png"))
+    assert changed(lambda: save(moved / "train" / "cat" / "0.png"))
+    assert changed(lambda: [(moved / s / "cat").rename(moved / s / "kat") for s in ("train", "test")])
+    assert changed(lambda: shutil.copytree(moved / "test", moved / "val"))
+
+
+def test_the_fingerprint_in_memory_is_of_pixels_and_labels():
+    first = from_sizes(5, 6)
+    assert from_sizes(5, 6).content_fingerprint() == first.content_fingerprint()
+    for change in ("images", "labels"):
+        other = from_sizes(5, 6)
+        values = getattr(other.test, change).clone()
+        values[0] = 1 - values[0]
+        setattr(other.test, change, values)
+        assert other.content_fingerprint() != first.content_fingerprint()
+    other.classes = ["c1", "c0"]
+    assert len({first.content_fingerprint(), other.content_fingerprint(), from_sizes(6, 5).content_fingerprint()}) == 3

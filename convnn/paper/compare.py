@@ -19,6 +19,7 @@ from convnn.errors import ConfigError
 from convnn.paper.published import PaperRow, PaperTable
 from convnn.runs.folder import read_result
 from convnn.runs.metrics import read_metrics
+from convnn.runs.status import COMPLETE
 from convnn.runtime.files import write_text
 from convnn.sweep.options import SweepConfig
 from convnn.sweep.plan import read_plan
@@ -152,7 +153,7 @@ def compare(
 
 
 def _comparison(row: PaperRow, published: Config, configs: Sequence[Config], folders: Sequence[Path]) -> Comparison:
-    results = [(r, path) for path in folders if (r := read_result(path)) and r.get("status") == "complete"]
+    results = [(r, path) for path in folders if (r := read_result(path)) and r.get("status") == COMPLETE]
     values: dict[str, list[float]] = {column: [] for column in SCORES}
     for _, path in results:
         accuracies = [m["test_top1"] for m in read_metrics(path / "metrics.jsonl") if "test_top1" in m]

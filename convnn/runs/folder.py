@@ -16,6 +16,7 @@ from convnn.config.identity import differences, fingerprint, identity, run_name
 from convnn.config.load import load_config
 from convnn.config.schema import Config
 from convnn.errors import ConfigError
+from convnn.runs.status import COMPLETE, UNFINISHED
 from convnn.runtime import distributed
 from convnn.runtime.files import (
     is_leftover,
@@ -148,7 +149,7 @@ def _open(config: Config) -> RunFolder:
         raise ConfigError(f"run.dir={path} is not empty and not a run folder; choose another run.dir")
     if used and policy == "fail":
         result = read_result(path)
-        state = result["status"] if result else "unfinished"
+        state = result["status"] if result else UNFINISHED
         raise ConfigError(
             f"run.dir={path} already holds a run ({state}); set run.if_exists=resume, skip or overwrite, or run.dir"
         )
@@ -169,7 +170,7 @@ def _open(config: Config) -> RunFolder:
                 )
             result = read_result(path)
             folder.resume = True
-            folder.done = result if result and result.get("status") == "complete" else None
+            folder.done = result if result and result.get("status") == COMPLETE else None
     except BaseException:
         folder.close()
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from convnn.runs.status import FAILED
+from convnn.runs.status import COMPLETE, FAILURES, INTERRUPTED, INVALID, PARTIAL
 from convnn.sweep.options import SweepConfig
 from convnn.sweep.plan import Plan
 from convnn.sweep.state import point_state
@@ -44,25 +44,25 @@ def describe(plan: Plan, folder: Path, options: SweepConfig) -> str:
         lines.append("all points: " + " ".join(o for o in plan.points[0].overrides if o in shared))
     for point in plan.points:
         state = point_state(folder, point)
-        word = "done" if state.status == "complete" else "partial" if state.status == "interrupted" else state.status
+        word = {COMPLETE: "done", INTERRUPTED: PARTIAL}.get(state.status, state.status)
         counts[word] += 1
         own = " ".join(o for o in point.overrides if o not in shared)
         text = f"{word:<8} {point.name}  {own}"
-        lines.append(text + (f"  ({state.reason})" if state.reason and word in FAILED else ""))
-    counts["invalid"] = len(plan.invalid)
+        lines.append(text + (f"  ({state.reason})" if state.reason and word in FAILURES else ""))
+    counts[INVALID] = len(plan.invalid)
     if plan.invalid:
         lines.append(invalid_lines(plan))
     total = ", ".join(f"{n} {word}" for word, n in counts.items() if n)
     if plan.duplicates:
         total += f"; {plan.duplicates} duplicates merged"
-    if any(counts[s] for s in FAILED) and not options.retry_failed:
+    if any(counts[s] for s in FAILURES) and not options.retry_failed:
         total += "; failed points are left (sweep.retry_failed=false)"
     return "\n".join([*lines, f"{len(plan.points) + len(plan.invalid)} points in {folder}: {total}"])
 
 
 def cost_line(plan: Plan, folder: Path) -> str:
     """Return an estimate of what is left to compute; see ``convnn.sweep.cost``."""
-    left = [p for p in plan.points if point_state(folder, p).status != "complete"]
+    left = [p for p in plan.points if point_state(folder, p).status != COMPLETE]
     if not left:
         return "nothing is left to compute"
     from convnn.sweep.cost import estimate

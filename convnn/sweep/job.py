@@ -16,6 +16,7 @@ from convnn.config.compose import CONF_DIR, from_hydra
 from convnn.config.identity import fingerprint
 from convnn.config.overrides import is_sweep, key_of, quoted
 from convnn.errors import ConfigError
+from convnn.runs.status import COMPLETE, FAILED, INVALID
 from convnn.runtime.files import write_json
 from convnn.sweep.options import SweepConfig
 from convnn.sweep.plan import Point, load_point, point_name
@@ -51,7 +52,7 @@ def main(values: DictConfig) -> float | str | None:
     )
     if sweep_is_gone(sweep.token):
         os._exit(1)  # a worker without a sweep would wait for ever to hand over its result
-    return point_state(folder, point).top1 if status == "complete" else status
+    return point_state(folder, point).top1 if status == COMPLETE else status
 
 
 def _device(point: Point) -> str:
@@ -62,9 +63,9 @@ def _device(point: Point) -> str:
 def _record_invalid(folder: Path, token: str, reason: str) -> str:
     (folder / "status").mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(reason.encode()).hexdigest()[:8]
-    record = {"status": "failed", "reason": reason, "name": "invalid", "log": None, "token": token}
-    write_json(folder / "status" / f"invalid-{name}.json", record)
-    return "invalid"
+    record = {"status": FAILED, "reason": reason, "name": INVALID, "log": None, "token": token}
+    write_json(folder / "status" / f"{INVALID}-{name}.json", record)
+    return INVALID
 
 
 def _free_point(values: DictConfig) -> Point:

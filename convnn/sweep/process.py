@@ -15,6 +15,7 @@ from typing import Any
 
 from convnn.config.overrides import quoted
 from convnn.errors import EXIT_DIVERGED
+from convnn.runs.status import COMPLETE, DIVERGED, FAILED, INTERRUPTED, KILLED, RUNNING
 from convnn.runtime.files import lock, write_json
 from convnn.runtime.signals import PARENT, StopSignals
 from convnn.sweep.gpus import device_lease
@@ -57,14 +58,14 @@ def run_point(
         (folder / "logs").mkdir(exist_ok=True)
         held = lock(lock_file(folder, point), wait=1.0)
         if held is None:
-            return "running"
+            return RUNNING
         stack.enter_context(held)
         before = point_state(folder, point, mine=True)
-        if before.status == "complete" or stop.exists() or sweep_is_gone(token):
+        if before.status == COMPLETE or stop.exists() or sweep_is_gone(token):
             return before.status
         signals = stack.enter_context(_own_signals())
         record: dict[str, Any] = {
-            "status": "running",
+            "status": RUNNING,
             "reason": None,
             "exit_code": None,
             "name": point.name,
@@ -158,8 +159,8 @@ def _run(
 
 def _outcome(folder: Path, point: Point, code: int, output: str, asked: int | None) -> tuple[str, str | None]:
     """Return status and reason of an ended process, which was ``asked`` to stop by a signal or not."""
-    if code == 0 and point_state(folder, point, mine=True).status == "complete":
-        return "complete", None
+    if code == 0 and point_state(folder, point, mine=True).status == COMPLETE:
+        return COMPLETE, None
     lines = [line.strip() for line in output.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
     told = [line for line in lines if line.startswith(("error:", "diverged:"))]
     last = (told or lines or ["no output"])[-1][:500]
@@ -167,10 +168,10 @@ def _outcome(folder: Path, point: Point, code: int, output: str, asked: int | No
     if asked is not None and code != -signal.SIGKILL:
         stopped = asked
     if stopped in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-        return "interrupted", f"stopped by {signal.Signals(stopped).name}"
+        return INTERRUPTED, f"stopped by {signal.Signals(stopped).name}"
     if code < 0:
         name = signal.Signals(-code).name
-        return "killed", f"killed by {name}" + (" (often: out of memory)" if name == "SIGKILL" else "")
+        return KILLED, f"killed by {name}" + (" (often: out of memory)" if name == "SIGKILL" else "")
     if code == EXIT_DIVERGED:
-        return "diverged", last
-    return "failed", last if code else f"exit code 0 without a complete result: {last}"
+        return DIVERGED, last
+    return FAILED, last if code else f"exit code 0 without a complete result: {last}"

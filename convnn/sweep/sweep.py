@@ -19,7 +19,7 @@ from convnn.config.overrides import is_hydra, is_sweep, key_of, merge_overrides,
 from convnn.errors import EXIT_CONFIG, EXIT_FAILED, ConfigError
 from convnn.report.build import make_report
 from convnn.report.content import Report
-from convnn.runs.status import FAILED
+from convnn.runs.status import COMPLETE, FAILURES, INTERRUPTED, PARTIAL, TODO
 from convnn.runtime.files import is_locked, lock, read_json
 from convnn.runtime.signals import StopSignals
 from convnn.sweep.describe import cost_line, describe, invalid_lines, moved_axes
@@ -137,7 +137,7 @@ def _foreign_sweep(options: SweepConfig, given: Sequence[str], launcher: Sequenc
     finally:
         stop.unlink(missing_ok=True)
     records = [r for path in Path(options.dir).glob("status/*.json") if (r := read_json(path))]
-    bad = [r for r in records if r.get("token") == token and r["status"] != "complete"]
+    bad = [r for r in records if r.get("token") == token and r["status"] != COMPLETE]
     for record in bad:
         print(f"{record['status']}: {record['name']}: {record['reason']}; log {record['log']}")
     if signals.seen is not None:
@@ -162,7 +162,7 @@ class Sweep:
     def todo(self) -> list[Point]:
         """Return the points that are to be run."""
         states = self.states()
-        skip = ("complete", *(FAILED if not self.options.retry_failed else ()))
+        skip = (COMPLETE, *(FAILURES if not self.options.retry_failed else ()))
         return [p for p in self.plan.points if states[p.fingerprint].status not in skip]
 
     def run(self, launcher: list[str]) -> int:
@@ -185,7 +185,7 @@ class Sweep:
         print(self._closing(failures=not reported))
         if signals.seen is not None:
             return 128 + signals.seen
-        return EXIT_FAILED if any(s.status != "complete" for s in self.states().values()) else 0
+        return EXIT_FAILED if any(s.status != COMPLETE for s in self.states().values()) else 0
 
     def _prepare(self) -> None:
         try:
@@ -204,7 +204,7 @@ class Sweep:
                 continue
             while signals.seen is None and is_locked(path):
                 time.sleep(0.5)
-            if point_state(self.folder, point).status in ("todo", "partial", "interrupted"):
+            if point_state(self.folder, point).status in (TODO, PARTIAL, INTERRUPTED):
                 left.append(point)
         return left
 
@@ -244,7 +244,7 @@ class Sweep:
         lines = []
         for point in self.plan.points:
             state = states[point.fingerprint]
-            if failures and state.status in FAILED:
+            if failures and state.status in FAILURES:
                 lines.append(f"{state.status}: {point.name}: {state.reason}; log {self.folder / point.log}")
         counts = Counter(s.status for s in states.values())
         summary = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))

@@ -20,6 +20,7 @@ from convnn.data.batches import Batches
 from convnn.models.inspect import choosing_layers, neighbors_of
 from convnn.ops.neighborhood import Neighborhood
 from convnn.runs.metrics import MEASURES
+from convnn.train.state import RunState
 
 COMPARED_QUERIES = 256
 """Queries per image and head whose neighbours are kept to compare the next ones with."""
@@ -90,7 +91,7 @@ def _agreement(now: Tensor, before: Tensor | None) -> Tensor:
 
 
 class Probe:
-    """Fixed images of a split, and what each layer chose on them last."""
+    """Measures, on fixed images of a split, what each layer chooses."""
 
     def __init__(self, config: DiagnosticsConfig, batches: Batches, autocast: Callable[[], Any] = nullcontext) -> None:
         """Take ``config.images`` images, evenly spread over the split, as the model takes them."""
@@ -99,25 +100,27 @@ class Probe:
         places = torch.linspace(0, total - 1, min(config.images, total), dtype=torch.float64).round().long()
         few = replace(batches, split=batches.split.take(places), batch_size=len(places), rank=0, world_size=1)
         self.images = next(few.epoch())[0]
-        self.before: dict[str, Tensor] = {}
 
-    def measure(self, model: nn.Module) -> dict[str, dict[str, float | None]]:
-        """Return the measures of every layer that chooses neighbours, by name. The model stays as it is."""
+    def measure(self, model: nn.Module, state: RunState) -> dict[str, dict[str, float | None]]:
+        """Return the measures of every layer that chooses neighbours, by name. The model stays as it is.
+
+        ``state`` has the neighbours of the last measurement, and those of this one afterwards.
+        """
         if not choosing_layers(model):
             return {}
         with self.autocast():
             found = neighbors_of(model, self.images)
-        rows = {name: measure(neighbors, self.before.get(name)) for name, neighbors in found.items()}
-        self.before = {name: compared(neighbors).cpu() for name, neighbors in found.items()}
-        return rows
+        measures = {name: measure(one, state.neighbors.get(name)) for name, one in found.items()}
+        state.neighbors = {name: compared(one).cpu() for name, one in found.items()}
+        return measures
 
-    def add_to(self, row: dict[str, Any], model: nn.Module) -> None:
+    def add_to(self, row: dict[str, Any], model: nn.Module, state: RunState) -> None:
         """Add the measures to a row of metrics, to its ``layers`` by name, where its epoch is one to measure in."""
         if not self.config.enabled or (row["epoch"] + 1) % self.config.every:
             return
         start = time.perf_counter()
         layers = {layer["name"]: layer for layer in row["layers"]}
-        for name, measures in self.measure(model).items():
+        for name, measures in self.measure(model, state).items():
             layers.setdefault(name, {"name": name}).update(measures)
         row["layers"] = list(layers.values())
         row["diagnostics_seconds"] = round(time.perf_counter() - start, 3)

@@ -10,7 +10,7 @@ from convnn.config.compose import compose_config, config_groups
 from convnn.config.identity import differences, fingerprint, identity, run_name
 from convnn.errors import ConfigError
 from convnn.paper.counts import facts
-from convnn.train.trainer import run
+from convnn.train.run import run
 
 GROUPS = config_groups()
 CONV = [o for o in GROUPS["operator"] if compose_config([f"operator={o}"]).operator.kind == "conv"]

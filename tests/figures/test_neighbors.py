@@ -12,7 +12,7 @@ from helpers import tiny
 
 from convnn import ConvNN2d, ConvNNAttention
 from convnn.errors import ConfigError
-from convnn.train.trainer import run
+from convnn.train.run import run
 
 pytest.importorskip("matplotlib")
 from convnn.figures.neighbors import draw_blends, draw_neighbors, draw_weights, query_at

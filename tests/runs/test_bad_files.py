@@ -30,7 +30,7 @@ class Hostile:
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
     """The folder of a run that a signal ended after its first epoch."""
-    from convnn.train import trainer as engine
+    from convnn.train import run as running
 
     folder = tmp_path_factory.mktemp("begun") / "r"
     calls = iter(range(100))
@@ -40,8 +40,8 @@ def begun(tmp_path_factory):
         yield lambda: signal.SIGTERM if next(calls) >= 6 else None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "stop_on_signal", stop)
-        assert engine.run(tiny("swap.last=1", "train.epochs=4", f"run.dir={folder}"))["epochs"] >= 1
+        patch.setattr(running, "stop_on_signal", stop)
+        assert running.run(tiny("swap.last=1", "train.epochs=4", f"run.dir={folder}"))["epochs"] >= 1
     return folder
 
 

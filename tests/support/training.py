@@ -6,7 +6,7 @@ import signal
 from helpers import without_times
 
 from convnn.runs.metrics import read_metrics
-from convnn.train import trainer as engine
+from convnn.train import run as running
 
 # All that could break a resume at once.
 HARD = [
@@ -32,14 +32,14 @@ HARD = [
 
 
 def stop_after(monkeypatch, calls, signum=signal.SIGTERM):
-    """Make the engine see a signal at the given call of ``stop()``."""
+    """Make a run see a signal at the given call of ``stop()``."""
 
     @contextlib.contextmanager
     def fake():
         count = iter(range(10**9))
         yield lambda: signum if next(count) >= calls else None
 
-    monkeypatch.setattr(engine, "stop_on_signal", fake)
+    monkeypatch.setattr(running, "stop_on_signal", fake)
 
 
 def rows(folder):

@@ -13,8 +13,10 @@ from convnn.data.batches import Batches
 from convnn.data.datasets import load_dataset
 from convnn.runs.checkpoint import load_checkpoint
 from convnn.runs.metrics import MEASURES, read_metrics
+from convnn.train.evaluate import Meter
 from convnn.train.probe import Probe, compared, measure
-from convnn.train.trainer import run
+from convnn.train.run import run
+from convnn.train.state import RunState
 
 
 def by_loops(found, before=None):
@@ -141,7 +143,8 @@ def test_a_model_without_neighbours_is_not_measured():
     config = tiny("diagnostics.images=100")
     probe = Probe(config.diagnostics, Batches(load_dataset(config.data).test, 4, config.data, 8))
     assert probe.images.shape == (16, 3, 8, 8)  # all there are
-    assert probe.measure(torch.nn.Conv2d(3, 3, 3)) == {}
+    state = RunState(Meter.new(torch.device("cpu")))
+    assert probe.measure(torch.nn.Conv2d(3, 3, 3), state) == state.neighbors == {}
 
 
 @pytest.mark.parametrize("key", ["images", "every"])

@@ -14,12 +14,14 @@ from convnn.data.datasets import load_dataset
 from convnn.data.splits import Split
 from convnn.errors import CheckpointError, ConfigError
 from convnn.models.build import build_model
+from convnn.models.schedule import apply_schedule
+from convnn.models.swap import neighbor_layers
 from convnn.runs.checkpoint import load_checkpoint, previous_of
 from convnn.runs.folder import open_run_folder
-from convnn.train import trainer as engine
 from convnn.train.evaluate import evaluate
 from convnn.train.restore import evaluate_run
-from convnn.train.trainer import Trainer, run
+from convnn.train.run import run, run_trainer
+from convnn.train.trainer import Trainer
 
 LEARNED = ["schedule=constant", "operator.blend=0.4", "operator.learn_blend=layer"]
 
@@ -84,10 +86,10 @@ def test_transfer_starts_from_the_unswapped_models_logits(operator):
     dataset = load_dataset(config.data)
     (model, report, _), (reference, _, _) = build_model(config, dataset), build_model(plain, dataset)
     assert len(report) > 5
-    engine.apply_schedule(model, config.schedule, 0.0)
+    apply_schedule(model, config.schedule, 0.0)
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     model, reference = model.double().eval(), reference.double().eval()
-    for layer in engine.neighbor_layers(model).values():
+    for layer in neighbor_layers(model).values():
         layer.fast = False
         assert layer.blend == 0
     assert (model(x) - reference(x)).abs().max() < 1e-10
@@ -101,7 +103,7 @@ def test_attention_transfer_with_all_tokens_keeps_the_logits():
     assert len(report) == 2
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     model, reference = model.double().eval(), reference.double().eval()
-    for layer in engine.neighbor_layers(model).values():
+    for layer in neighbor_layers(model).values():
         layer.fast = False
     assert (model(x) - reference(x)).abs().max() < 1e-10
 
@@ -111,7 +113,7 @@ def test_blend_schedule_moves_every_layer_and_rebuilds_nothing(tmp_path):
     folder = open_run_folder(config)
     trainer = Trainer(config, folder)
     before = [id(m) for m in trainer.model.modules()], [id(p) for p in trainer.model.parameters()]
-    trainer.run(lambda: None)
+    run_trainer(trainer, lambda: None)
     folder.close()
     assert before == ([id(m) for m in trainer.model.modules()], [id(p) for p in trainer.model.parameters()])
     blends = [{layer["blend"] for layer in row["layers"]} for row in rows(tmp_path / "r")]

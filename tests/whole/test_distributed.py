@@ -26,7 +26,7 @@ from convnn.runs.metrics import read_metrics
 from convnn.runtime import distributed
 from convnn.runtime.device import seed_step
 from convnn.runtime.distributed import World
-from convnn.train.trainer import run
+from convnn.train.run import run
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,7 +10,7 @@ from helpers import tiny
 
 from convnn.config.compose import CONF_DIR
 from convnn.train.restore import evaluate_run
-from convnn.train.trainer import run
+from convnn.train.run import run
 
 ROOT = CONF_DIR.parent
 SOURCES = [p for d in (".", "convnn", "scripts") for p in sorted((ROOT / d).glob("*.py"))]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convnn.figures.style import COLOURS, SCALE, STYLE, add_legend, new_figure, plain, styles
-from convnn.runs.metrics import SHOWN, read_metrics
+from convnn.runs.metrics import SHOWN, is_number, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,27 +43,13 @@ class Trend:
         return [sum(column) / len(column) if column else math.nan for column in columns]
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def epoch_rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run folder's metrics.jsonl up to the first damaged one; none if it cannot be read."""
-    try:
-        rows = read_metrics(folder / "metrics.jsonl")
-    except (OSError, ValueError):
-        return []
-    whole = [isinstance(row, dict) and _number(row.get("epoch")) for row in rows]
-    return rows[: whole.index(False)] if False in whole else rows
-
-
 def read_trend(folder: Path) -> Trend:
     """Return the diagnostics of a run folder; without any, an empty Trend."""
     trend = Trend()
-    for row in epoch_rows(folder):
+    for row in read_metrics(folder / "metrics.jsonl"):
         layers = row.get("layers")
         every = [one for one in layers if isinstance(one, dict)] if isinstance(layers, list) else []
-        measured = [one for one in every if all(_number(one.get(name)) for name in ("overlap", "padding", "prefix"))]
+        measured = [one for one in every if all(is_number(one.get(name)) for name in ("overlap", "padding", "prefix"))]
         if not measured:
             continue
         epoch = int(row["epoch"]) + 1
@@ -74,7 +60,7 @@ def read_trend(folder: Path) -> Trend:
                 trend.layers.append(name)
             values = one | {"outside": one["padding"] + one["prefix"]}
             for key in SHOWN:
-                if _number(values.get(key)):
+                if is_number(values.get(key)):
                     trend.values.setdefault(key, {})[name, epoch] = float(values[key])
     return trend
 
@@ -142,7 +128,7 @@ def training(folder: Path) -> Figure | None:
     import matplotlib as mpl
     from matplotlib.ticker import MaxNLocator
 
-    rows = epoch_rows(folder)
+    rows = read_metrics(folder / "metrics.jsonl")
     if not rows:
         return None
     trend = read_trend(folder)
@@ -158,7 +144,7 @@ def training(folder: Path) -> Figure | None:
             for split, colour, marker in lines:
                 values = [row.get(f"{split}_{end}") for row in rows]
                 if any(value is not None for value in values):
-                    ys = [float(value) if value is not None and _number(value) else math.nan for value in values]
+                    ys = [float(value) if is_number(value) else math.nan for value in values]
                     axes.plot(epochs, ys, color=colour, marker=marker, ms=5, label=split)
             axes.set_ylabel(label)
             if axes.lines:

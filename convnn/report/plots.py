@@ -9,7 +9,6 @@ points, as in a random search, all points stand in one panel without lines. Keys
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
@@ -35,6 +34,7 @@ from convnn.report.content import Picture
 from convnn.report.spectrum import draw_along, draw_layers
 from convnn.report.tables import METRICS, describe, grouped, main_keys, short_name, varying_keys
 from convnn.report.view import BLEND, MAX_CELLS, MAX_DOTS, MAX_LINES, MAX_PANELS, K, Row, View, split
+from convnn.runs.metrics import read_metrics
 from convnn.runs.status import COMPLETE
 from convnn.text import is_missing, show, sort_key
 
@@ -305,15 +305,15 @@ def curves(frame: pd.DataFrame, summary: pd.DataFrame, folders: Sequence[Path]) 
 
 
 def _history(folder: Path) -> list[Row]:
-    """Return the whole rows of a run's metrics.jsonl, by rising epoch."""
+    """Return epoch, test top-1 and training loss of a run's epochs, up to the first that lacks one."""
     rows = []
-    try:
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            row["train_loss"] = math.nan if row["train_loss"] is None else row["train_loss"]  # all steps skipped
-            rows.append({name: float(row[name]) for name in ("epoch", "test_top1", "train_loss")})
-    except (OSError, ValueError, TypeError, KeyError):
-        pass  # what stands before a damaged line counts
+    for row in read_metrics(folder / "metrics.jsonl"):
+        found = {name: row.get(name) for name in ("epoch", "test_top1", "train_loss")}
+        if found["train_loss"] is None and "train_loss" in row:  # all steps of the epoch were skipped
+            found["train_loss"] = math.nan
+        if not all(isinstance(value, (int, float)) for value in found.values()):
+            break
+        rows.append(found)
     return rows
 
 

@@ -17,6 +17,7 @@ import yaml
 
 from convnn.config.identity import fingerprint_of, identity_of
 from convnn.errors import ConfigError
+from convnn.runs.metrics import epochs_done
 from convnn.runs.status import COMPLETE, DAMAGED, TODO, UNFINISHED, UNUSABLE
 
 
@@ -147,7 +148,7 @@ def _read_result(run: Run) -> None:
         run.status = DAMAGED
         run.reason = "; ".join(filter(None, [run.reason, f"result.json is damaged: {problem}"]))
     elif result is None:
-        run.result = {"epochs": _epochs_done(run.folder / "metrics.jsonl")}
+        run.result = {"epochs": epochs_done(run.folder / "metrics.jsonl")}
     elif run.status != DAMAGED:
         run.result, run.status = result, tidy(result["status"])
         run.reason, run.exit_code = text_of(result.get("reason")), integer_of(result.get("exit_code"))
@@ -163,22 +164,6 @@ def _read_json(path: Path) -> tuple[dict[str, Any] | None, str | None]:
     except (OSError, ValueError, RecursionError) as error:
         return None, tidy(str(error))[:120]
     return (value, None) if isinstance(value, dict) else (None, "it holds no mapping")
-
-
-def _epochs_done(path: Path) -> int | None:
-    """Return how many epochs metrics.jsonl has, from its end alone."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(file.seek(0, os.SEEK_END) - 2**16, 0))
-            lines = file.read().splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["epoch"]) + 1
-        except (ValueError, TypeError, KeyError):
-            continue
-    return None
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

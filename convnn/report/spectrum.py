@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convnn.figures.curves import along, epoch_rows, heat_maps, over_depth, read_trend
+from convnn.figures.curves import along, heat_maps, over_depth, read_trend
 from convnn.figures.style import COLOURS, evenly, plain
 from convnn.report.tables import describe, grouped, is_numeric, main_keys, short_name, varying_keys
 from convnn.report.view import BLEND, MAX_LINES, RATIO, Row
+from convnn.runs.metrics import is_number, read_metrics
 from convnn.runs.status import COMPLETE
 from convnn.text import is_missing
 
@@ -100,6 +101,6 @@ def draw_along(frame: pd.DataFrame, summary: pd.DataFrame, folders: Sequence[Pat
 
 
 def _last_loss(folder: Path) -> float:
-    rows = epoch_rows(folder)
+    rows = read_metrics(folder / "metrics.jsonl")
     value = rows[-1].get("test_loss") if rows else None
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    return float(value) if is_number(value) else math.nan

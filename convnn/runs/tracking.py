@@ -11,7 +11,7 @@ from typing import Any
 
 from convnn.config.schema import TrackerConfig
 from convnn.errors import first_line
-from convnn.runs.metrics import parse_row
+from convnn.runs.metrics import json_line
 from convnn.runtime import distributed
 from convnn.runtime.files import write_text
 
@@ -29,7 +29,7 @@ class Tracker:
         self._wandb = None
         if not distributed.is_main():
             return
-        write_text(self.path, "".join(parse_row(row) for row in rows))
+        write_text(self.path, "".join(json_line(row) for row in rows))
         self._wandb = _start_wandb(config, folder, run_config) if config.name == "wandb" else None
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -37,7 +37,7 @@ class Tracker:
         if not distributed.is_main():
             return
         with self.path.open("a") as file:
-            file.write(parse_row(row))
+            file.write(json_line(row))
             file.flush()
             os.fsync(file.fileno())
         if self._wandb is not None:

@@ -17,7 +17,7 @@ from convnn.config.overrides import quoted
 from convnn.errors import EXIT_DIVERGED
 from convnn.runs.status import COMPLETE, DIVERGED, FAILED, INTERRUPTED, KILLED, RUNNING
 from convnn.runtime.files import lock, write_json
-from convnn.runtime.signals import PARENT, StopSignals
+from convnn.runtime.signals import PARENT, STOP_SIGNALS, StopSignals
 from convnn.sweep.gpus import device_lease
 from convnn.sweep.plan import Point
 from convnn.sweep.state import lock_file, point_state, status_file, stop_file, sweep_is_gone
@@ -167,7 +167,7 @@ def _outcome(folder: Path, point: Point, code: int, output: str, asked: int | No
     stopped = -code if code < 0 else code - 128  # by the signal itself, where it came before the handlers
     if asked is not None and code != -signal.SIGKILL:
         stopped = asked
-    if stopped in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+    if stopped in STOP_SIGNALS:
         return INTERRUPTED, f"stopped by {signal.Signals(stopped).name}"
     if code < 0:
         name = signal.Signals(-code).name

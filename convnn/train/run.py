@@ -20,7 +20,7 @@ from convnn.runs.status import COMPLETE, DIVERGED, INTERRUPTED
 from convnn.runs.tracking import Tracker
 from convnn.runtime import distributed
 from convnn.runtime.device import device_name, explain_memory, pick_device, set_determinism
-from convnn.runtime.signals import stop_on_signal
+from convnn.runtime.signals import StopSignals
 from convnn.train.pictures import draw_at_end
 from convnn.train.result import result_of
 from convnn.train.trainer import Trainer
@@ -50,13 +50,13 @@ def run(config: Config) -> Result:
 
 def _run_in(folder: RunFolder, config: Config) -> Result:
     set_determinism(config.train.deterministic)
-    with stop_on_signal() as stop, explain_memory(config.train.batch_size):
+    with StopSignals(_say_that_it_stops, leaving=True) as signals, explain_memory(config.train.batch_size):
         try:
             trainer = Trainer(config, folder)
         except Exception:
             folder.discard()
             raise
-        result = run_trainer(trainer, distributed.agreed(stop))
+        result = run_trainer(trainer, distributed.agreed(lambda: signals.seen))
     if result["status"] == COMPLETE:
         log.info(
             "top-1 %.2f%% (last epoch), best on %s %.2f%%, %d parameters, %s",
@@ -67,6 +67,10 @@ def _run_in(folder: RunFolder, config: Config) -> Result:
             folder.path,
         )
     return result
+
+
+def _say_that_it_stops(signum: int) -> None:
+    log.warning("%s: stopping after this step with a checkpoint", signal.Signals(signum).name)
 
 
 def run_trainer(trainer: Trainer, stop: Callable[[], int | None]) -> Result:

@@ -1,6 +1,7 @@
 """Runs that are stopped and resumed."""
 
 import contextlib
+import itertools
 import signal
 
 from helpers import without_times
@@ -32,14 +33,18 @@ HARD = [
 
 
 def stop_after(monkeypatch, calls, signum=signal.SIGTERM):
-    """Make a run see a signal at the given call of ``stop()``."""
+    """Make a run see a signal at the given look at ``StopSignals.seen``, and at all later ones."""
 
-    @contextlib.contextmanager
-    def fake():
-        count = iter(range(10**9))
-        yield lambda: signum if next(count) >= calls else None
+    class Signals(contextlib.nullcontext):
+        def __init__(self, *_, **__):
+            super().__init__(self)
+            self.looks = itertools.count()
 
-    monkeypatch.setattr(running, "stop_on_signal", fake)
+        @property
+        def seen(self):
+            return signum if next(self.looks) >= calls else None
+
+    monkeypatch.setattr(running, "StopSignals", Signals)
 
 
 def rows(folder):

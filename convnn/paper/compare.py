@@ -23,7 +23,7 @@ from convnn.runs.status import COMPLETE
 from convnn.runtime.files import write_text
 from convnn.sweep.options import SweepConfig
 from convnn.sweep.plan import read_plan
-from convnn.text import markdown_table
+from convnn.text import Score, markdown_table
 
 SCORES = {
     "top1_best": "best epoch (chosen on the test set)",
@@ -64,20 +64,6 @@ def sweep_of(
     base = [o for o in table.base if key_of(o) != "seed" or not seeds]
     axes = {"seed": list(seeds)} if seeds else {}
     return SweepConfig(name=Path(folder).name, dir=folder, base=base, points=points, axes=axes)
-
-
-@dataclass(frozen=True)
-class Score:
-    """Mean over runs, in percent."""
-
-    mean: float
-    std: float | None
-    """Sample standard deviation; None for one run."""
-    n: int
-
-    def __str__(self) -> str:
-        spread = "" if self.std is None else f" ± {self.std:.2f}"
-        return f"{self.mean:.2f}{spread} (n={self.n})"
 
 
 @dataclass(frozen=True)
@@ -161,11 +147,7 @@ def _comparison(row: PaperRow, published: Config, configs: Sequence[Config], fol
             values["top1_best"].append(max(accuracies))
             values["top1_last"].append(accuracies[-1])
             values["top1_last5_mean"].append(statistics.fmean(accuracies[-5:]))
-    scores = {
-        column: Score(statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else None, len(v))
-        for column, v in values.items()
-        if v
-    }
+    scores = {column: Score.of(v) for column, v in values.items() if v}
     old, new = identity(published), identity(configs[0])
     old.pop("seed"), new.pop("seed")
     first = results[0][0] if results else {}
@@ -268,7 +250,8 @@ def write_comparison(table: PaperTable, found: Sequence[Comparison], folder: Pat
         cells: list[object] = [c.row.row]
         for column in SCORES:
             score = c.scores.get(column)
-            cells += [getattr(c.row, column), score and round(score.mean, 4), score and score.std]
+            cells += [getattr(c.row, column), score and round(score.mean, 4)]
+            cells.append(score.std if score and score.n > 1 else None)
         cells += [c.runs, c.row.params, c.params, c.row.gflops, c.gflops, c.label, "; ".join(c.changed), c.row.source]
         writer.writerow(cells)
     write_text(paths[1], file.getvalue())

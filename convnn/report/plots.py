@@ -36,7 +36,7 @@ from convnn.report.tables import METRICS, describe, grouped, main_keys, short_na
 from convnn.report.view import BLEND, MAX_CELLS, MAX_DOTS, MAX_LINES, MAX_PANELS, K, Row, View, split
 from convnn.runs.metrics import read_metrics
 from convnn.runs.status import COMPLETE
-from convnn.text import is_missing, show, sort_key
+from convnn.text import Score, is_missing, show, sort_key
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -323,9 +323,8 @@ def _curve(axes: Axes, histories: list[list[Row]], name: str, look: dict[str, An
         for row in history:
             values.setdefault(row["epoch"] + 1, []).append(row[name])
     epochs = sorted(values)
-    means = [statistics.fmean(values[epoch]) for epoch in epochs]
+    scores = [Score.of(values[epoch]) for epoch in epochs]
     if banded:
-        stds = [statistics.stdev(values[e]) if len(values[e]) > 1 else 0.0 for e in epochs]
-        low, high = ([m + sign * s for m, s in zip(means, stds, strict=True)] for sign in (-1, 1))
+        low, high = ([s.mean + sign * s.std if s.n > 1 else s.mean for s in scores] for sign in (-1, 1))
         axes.fill_between(epochs, low, high, color=look["color"], alpha=0.15, linewidth=0)
-    return axes.plot(epochs, means, marker="o" if len(epochs) == 1 else None, **look)[0]
+    return axes.plot(epochs, [s.mean for s in scores], marker="o" if len(epochs) == 1 else None, **look)[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from convnn.report.tables import describe, grouped, is_numeric, main_keys, short
 from convnn.report.view import BLEND, MAX_LINES, RATIO, Row
 from convnn.runs.metrics import is_number, read_metrics
 from convnn.runs.status import COMPLETE
-from convnn.text import is_missing
+from convnn.text import Score, is_missing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,8 +77,7 @@ def draw_along(frame: pd.DataFrame, summary: pd.DataFrame, folders: Sequence[Pat
     losses = [_last_loss(folder) for folder in folders]
 
     def mean(values: list[Any], rows: list[int]) -> float:
-        known = [float(values[i]) for i in rows if not is_missing(values[i])]
-        return statistics.fmean(known) if known else math.nan
+        return Score.of([float(values[i]) for i in rows if not is_missing(values[i])]).mean
 
     points = {
         "all runs" if own is None else f"k = {own:g}" if isinstance(own, (int, float)) else str(own): [

@@ -7,7 +7,6 @@ only where a table is made.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from convnn.errors import ConfigError
 from convnn.report.results import Findings, Run, find_results, integer_of, text_of, tidy
 from convnn.runs.status import COMPLETE, DAMAGED, UNUSABLE
-from convnn.text import is_missing, show, sort_key
+from convnn.text import Score, is_missing, show, sort_key
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -147,18 +146,19 @@ def summarize(frame: pd.DataFrame) -> pd.DataFrame:
         row |= {"n": len(done), "n_failed": failed, "n_open": len(positions) - len(done) - failed}
         for name in (*metrics, *COSTS):
             numbers = [v for i in done if (v := values[name][i]) is not None]
-            mean = statistics.fmean(numbers) if numbers else math.nan
-            if name in COSTS:
-                row[name] = mean
-            else:
-                std = statistics.stdev(numbers) if len(numbers) > 1 else math.nan
-                row |= {f"{name}_mean": mean, f"{name}_std": std, f"{name}_n": len(numbers)}
+            score = Score.of(numbers)
+            row |= {name: score.mean} if name in COSTS else {f"{name}_{k}": v for k, v in score._asdict().items()}
         rows.append(row)
-    names = [f"{metric}_{part}" for metric in metrics for part in ("mean", "std", "n")]
+    names = [f"{metric}_{part}" for metric in metrics for part in Score._fields]
     summary = pd.DataFrame(rows, columns=[*keys, "n", "n_failed", "n_open", *names, *COSTS])
     for key in keys:
         summary[key] = pd.Series([row[key] for row in rows], dtype=object)
     return summary
+
+
+def score_of(row: Mapping[str, Any], metric: str) -> Score:
+    """Return a metric in a row of a summary; of a metric that the summary lacks, the score of no runs."""
+    return Score(*(row.get(f"{metric}_{part}", 0) for part in Score._fields))
 
 
 def is_numeric(frame: pd.DataFrame, key: str) -> bool:

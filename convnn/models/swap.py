@@ -228,11 +228,8 @@ def swap_layers(
     for name in sorted(new_layers, key=order.__getitem__):
         old, new = claims[name][1], new_layers[name]
         _replace(model, old, new)
-        rows.append(
-            Replacement(
-                name, _describe(old), _describe(new), count_parameters(old), count_parameters(new), on_meta(old)
-            )
-        )
+        sizes = count_parameters(old), count_parameters(new)
+        rows.append(Replacement(name, _describe(old), _describe(new), *sizes, on_meta(old)))
     return SwapReport(tuple(rows))
 
 

@@ -1,4 +1,4 @@
-"""What a set of runs will cost, before any of them starts."""
+"""An estimate of what a set of runs will cost, before any of them starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from convnn.runs.status import COMPLETE
 from convnn.text import duration
 
 
-def estimate(configs: Sequence[Config], folders: Sequence[Path]) -> str:
+def estimate_cost(configs: Sequence[Config], folders: Sequence[Path]) -> str:
     """Return the operations of training all of ``configs``, and the time at the rate of the finished runs.
 
     A training step counts as three forward passes: one forward, two backward. The forward pass is counted by

@@ -1,4 +1,4 @@
-"""What a sweep would do, as text. Imports no torch."""
+"""What a sweep would do, as text: for ``sweep.dry_run`` and for points that cannot work. Imports no torch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def invalid_lines(plan: Plan) -> str:
     )
 
 
-def describe(plan: Plan, folder: Path, options: SweepConfig) -> str:
+def describe_plan(plan: Plan, folder: Path, options: SweepConfig) -> str:
     """Return what a sweep would do, one line a point: done, failed, partial, todo, invalid."""
     lines = []
     counts: Counter[str] = Counter()
@@ -65,6 +65,6 @@ def cost_line(plan: Plan, folder: Path) -> str:
     left = [p for p in plan.points if point_state(folder, p).status != COMPLETE]
     if not left:
         return "nothing is left to compute"
-    from convnn.sweep.cost import estimate
+    from convnn.sweep.cost import estimate_cost
 
-    return estimate([plan.configs[p.fingerprint] for p in left], [folder / p.folder for p in plan.points])
+    return estimate_cost([plan.configs[p.fingerprint] for p in left], [folder / p.folder for p in plan.points])

@@ -36,14 +36,14 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._end.set()
         self._thread.join()
-        self._look()
+        self._refresh()
         self.bar.close()
 
     def _watch(self) -> None:
         while not self._end.wait(1.0):
-            self._look()
+            self._refresh()
 
-    def _look(self) -> None:
+    def _refresh(self) -> None:
         now = {p.fingerprint: point_state(self.folder, p) for p in self.todo}
         for point in self.todo:
             key = point.fingerprint

@@ -35,10 +35,10 @@ def lock_file(folder: Path, point: Point) -> Path:
     return folder / "status" / f"{point.fingerprint}.lock"
 
 
-def point_state(folder: Path, point: Point, *, mine: bool = False) -> PointState:
+def point_state(folder: Path, point: Point, *, locked_here: bool = False) -> PointState:
     """Return a point's state from what lies in the sweep's folder; a complete result counts more than all else.
 
-    ``mine`` says that this process holds the point's lock, so that nobody runs it.
+    ``locked_here`` says that this process holds the point's lock, so that nobody runs it.
     """
     record = read_json(status_file(folder, point)) or {}
     attempts = record.get("attempts")
@@ -47,7 +47,7 @@ def point_state(folder: Path, point: Point, *, mine: bool = False) -> PointState
     if result and result.get("status") == COMPLETE and result.get("fingerprint") == point.fingerprint:
         return PointState(COMPLETE, None, attempts, result.get("top1_last"))
     status = record.get("status")
-    if status == RUNNING and (mine or not is_locked(lock_file(folder, point))):
+    if status == RUNNING and (locked_here or not is_locked(lock_file(folder, point))):
         return PointState(INTERRUPTED, "its process ended without a word", attempts)
     if status in (RUNNING, INTERRUPTED, *FAILURES):
         return PointState(status, record.get("reason"), attempts)
@@ -55,7 +55,7 @@ def point_state(folder: Path, point: Point, *, mine: bool = False) -> PointState
     return PointState(PARTIAL if begun else TODO, None, attempts)
 
 
-def sweep_is_gone(token: str | None) -> bool:
+def sweep_has_ended(token: str | None) -> bool:
     """Return whether the sweep that a token names ran on this machine and has ended, however it ended."""
     host, _, pid = (token or "").rpartition("-")
     if host != platform.node() or not pid.isdigit():

@@ -22,10 +22,10 @@ from convnn.report.content import Report
 from convnn.runs.status import COMPLETE, FAILURES, INTERRUPTED, PARTIAL, TODO
 from convnn.runtime.files import is_locked, lock, read_json
 from convnn.runtime.signals import StopSignals
-from convnn.sweep.describe import cost_line, describe, invalid_lines, moved_axes
+from convnn.sweep.describe import cost_line, describe_plan, invalid_lines, moved_axes
 from convnn.sweep.job import job_options, launch
 from convnn.sweep.options import SweepConfig, sweep_options
-from convnn.sweep.plan import Plan, Point, adopt_names, make_plan, save_plan
+from convnn.sweep.plan import Plan, Point, keep_known_names, make_plan, save_plan
 from convnn.sweep.progress import Progress
 from convnn.sweep.state import PointState, lock_file, point_state, stop_file
 
@@ -61,7 +61,7 @@ def run_sweep(argv: Sequence[str]) -> int:
     _check_launcher(launcher)
     options = sweep_options(own, launcher)
     if any(key_of(o) == "hydra/sweeper" for o in launcher):
-        return _foreign_sweep(options, given, launcher)
+        return _sweep_with_other_sweeper(options, given, launcher)
     return carry_out(options, given, launcher, ["sweep.py", *argv])
 
 
@@ -88,11 +88,11 @@ def carry_out(
     if not (given or options.axes or options.points):
         raise ConfigError("the sweep has no points; give it values (operator.k=1,4,9) or a grid (grid=spectrum)")
     plan = make_plan(options, given)
-    adopt_names(plan, folder)
+    keep_known_names(plan, folder)
     for axis in moved_axes(plan):
         print(f"warning: {axis} is an axis, but a schedule moves it: points that differ in it alone are equal runs")
     if options.dry_run:
-        print(describe(plan, folder, options))
+        print(describe_plan(plan, folder, options))
         print(cost_line(plan, folder))
         return EXIT_CONFIG if plan.invalid and options.on_invalid == "fail" else 0
     if plan.invalid:
@@ -122,8 +122,8 @@ def _check_launcher(launcher: Sequence[str]) -> list[str]:
     return []
 
 
-def _foreign_sweep(options: SweepConfig, given: Sequence[str], launcher: Sequence[str]) -> int:
-    """Let another sweeper choose the points one by one; each is still skipped, resumed and recorded as ever."""
+def _sweep_with_other_sweeper(options: SweepConfig, given: Sequence[str], launcher: Sequence[str]) -> int:
+    """Let another of Hydra's sweepers choose the points one by one; each is skipped, resumed and recorded as ever."""
     if options.points or options.dry_run:
         raise ConfigError("hydra/sweeper: sweep.points and sweep.dry_run need the default sweeper")
     axes = [f"{key}={sweep_text(values)}" for key, values in options.axes.items()]

@@ -10,7 +10,7 @@ from convnn.sweep.sweep import run_sweep
 
 def sweep() -> int:
     """Carry out the sweep; a sweep starts its own processes."""
-    distributed.refuse("sweep.py")
+    distributed.refuse_several("sweep.py")
     return run_sweep(arguments)
 
 

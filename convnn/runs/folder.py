@@ -131,7 +131,7 @@ def open_run_folder(config: Config) -> RunFolder:
     Raises:
         ConfigError: if the folder is taken, locked, of another configuration, or cannot be written.
     """
-    folder = distributed.joint(lambda: _open(config) if distributed.is_main() else None)
+    folder = distributed.fail_together(lambda: _open(config) if distributed.is_main() else None)
     found = distributed.broadcast((folder.path, folder.resume, folder.done) if folder else None)
     if folder is None and found is not None:
         folder = RunFolder(*found, writes=False)

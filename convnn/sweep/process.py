@@ -17,6 +17,7 @@ from typing import Any
 from convnn.config.overrides import quoted
 from convnn.errors import EXIT_DIVERGED, EXIT_FAILED
 from convnn.runs.status import COMPLETE, DIVERGED, FAILED, INTERRUPTED, KILLED, RUNNING
+from convnn.runtime.distributed import usable_cores
 from convnn.runtime.files import lock, write_json
 from convnn.runtime.signals import PARENT, STOP_SIGNALS, StopSignals
 from convnn.sweep.gpus import reserve_gpu
@@ -99,7 +100,7 @@ def _threads(parallel: int) -> dict[str, str]:
     """Share the cores among parallel jobs, unless the user has."""
     if parallel == 1 or "OMP_NUM_THREADS" in os.environ:
         return {}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     jobs = cores if parallel < 1 else parallel
     return {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
 

@@ -36,7 +36,7 @@ def run(config: Config) -> Result:
         ConfigError: if the configuration cannot work here.
         CheckpointError: if a run to be resumed has no usable checkpoint.
     """
-    with distributed.group(config.device):
+    with distributed.process_group(config.device):
         pick_device(config.device)
         folder = open_run_folder(config)
         try:
@@ -56,7 +56,7 @@ def _run_in(folder: RunFolder, config: Config) -> Result:
         except Exception:
             folder.discard()
             raise
-        result = run_trainer(trainer, distributed.agreed(lambda: signals.seen))
+        result = run_trainer(trainer, distributed.agreed_stop(lambda: signals.seen))
     if result["status"] == COMPLETE:
         log.info(
             "top-1 %.2f%% (last epoch), best on %s %.2f%%, %d parameters, %s",
@@ -78,11 +78,11 @@ def run_trainer(trainer: Trainer, stop: Callable[[], int | None]) -> Result:
 
     Args:
         trainer: newly built.
-        stop: names the signal that asks the run to stop; alike on all processes, see ``distributed.agreed``.
+        stop: names the signal that asks the run to stop; alike on all processes, see ``distributed.agreed_stop``.
     """
     config, folder = trainer.config, trainer.folder
-    distributed.joint(lambda: folder.begin(config))
-    resumed = folder.resume and distributed.joint(trainer.resume)
+    distributed.fail_together(lambda: folder.begin(config))
+    resumed = folder.resume and distributed.fail_together(trainer.resume)
     changes: list[str] = []
     if folder.writes:
         changes = record_environment(folder.path, device_name(trainer.device), trainer.state.step)

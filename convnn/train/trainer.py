@@ -62,12 +62,12 @@ class Trainer:
         self.config, self.folder = config, folder
         self.device = pick_device(config.device)
         self.world = distributed.world()
-        dataset = distributed.one_first(lambda: load_dataset(config.data))
-        distributed.joint(lambda: self._build(dataset))
+        dataset = distributed.one_per_machine_first(lambda: load_dataset(config.data))
+        distributed.fail_together(lambda: self._build(dataset))
         self.forward: Callable[[Tensor], Tensor] = self.model
         if self.world.size > 1:
             idle = idle_parameters(self.model, config.schedule, dataset.train.shape[0], self.image_size)
-            self.forward = distributed.parallel(self.model, self.device, bool(idle))
+            self.forward = distributed.data_parallel(self.model, self.device, bool(idle))
         if config.train.compile:
             self.forward = torch.compile(self.forward)
 
@@ -75,7 +75,7 @@ class Trainer:
         config, train = self.config, self.config.train
         self._check_sizes(dataset)
         model, self.report, self.image_size = build_model(config, dataset)
-        self.model = distributed.synchronised(model, self.device, train.sync_batchnorm).to(self.device)
+        self.model = distributed.with_sync_batchnorm(model, self.device, train.sync_batchnorm).to(self.device)
         for layer in neighbor_layers(self.model).values():
             require(layer.backend, self.device)
         if train.channels_last:
@@ -296,7 +296,7 @@ class Trainer:
         row: Row = {"epoch": state.epoch, "step": state.step}
         loss, top1, _ = Meter(distributed.reduce(state.meter.sums)).means()
         seed_step(self.config.seed, state.step, self.device, evaluation=True)
-        distributed.share_buffers(self.model, self.eval_model)
+        distributed.broadcast_buffers(self.model, self.eval_model)
         row |= {"train_loss": loss, "train_top1": None if self.mixup is not None else top1}
         for name in ("val", "test"):
             if name in self.batches:

@@ -204,10 +204,10 @@ def test_a_wrong_start_is_one_line(env, device, gpus, message, monkeypatch):
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    with pytest.raises(ConfigError, match=message), distributed.group(device):
+    with pytest.raises(ConfigError, match=message), distributed.process_group(device):
         raise AssertionError("never reached")
     with pytest.raises(ConfigError, match=r"sweep.py is one process, but WORLD_SIZE=4"):
-        distributed.refuse("sweep.py")
+        distributed.refuse_several("sweep.py")
 
 
 def test_batch_sizes_that_cannot_be_shared(monkeypatch):
@@ -224,7 +224,7 @@ def test_batch_normalisation_is_synchronised_on_gpus_only(monkeypatch):
     def kinds(size, device, choice):
         monkeypatch.setattr(distributed, "_world", World(0, size))
         model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
-        return type(distributed.synchronised(model, torch.device(device), choice)[1])
+        return type(distributed.with_sync_batchnorm(model, torch.device(device), choice)[1])
 
     assert kinds(2, "cuda", "auto") is kinds(2, "cuda", "true") is torch.nn.SyncBatchNorm
     for plain in ((1, "cuda", "true"), (2, "cuda", "false"), (2, "cpu", "auto")):

@@ -154,22 +154,15 @@ def _comparison(row: PaperRow, published: Config, configs: Sequence[Config], fol
     changed = differences(old, new)
     if published.data.name == "imagenet" and first.get("classes", IMAGENET_CLASSES) != IMAGENET_CLASSES:
         changed.append(f"classes: {IMAGENET_CLASSES} -> {first['classes']}")
-    return Comparison(
-        row,
-        scores,
-        tuple(changed),
-        first.get("params"),
-        first.get("gflops"),
-        len(results),
-        len(configs),
-    )
+    costs = first.get("params"), first.get("gflops")
+    return Comparison(row, scores, tuple(changed), *costs, runs=len(results), planned=len(configs))
 
 
-def _number(value: float | None, digits: int = 2, sign: bool = False) -> str:
+def _decimal(value: float | None, digits: int = 2, sign: bool = False) -> str:
     return "–" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
-def _count(value: int | None) -> str:
+def _thousands(value: int | None) -> str:
     return "–" if value is None else f"{value:,}"
 
 
@@ -183,12 +176,12 @@ def comparison_table(table: PaperTable, found: Sequence[Comparison]) -> tuple[li
     for c in found:
         cells = [c.row.row]
         for column in SCORES:
-            cells += [_number(getattr(c.row, column)), str(c.scores.get(column, "–"))]
+            cells += [_decimal(getattr(c.row, column)), str(c.scores.get(column, "–"))]
         noise = table.noise.get(_dataset(c.row))
         verdict = c.within_noise(noise)
-        cells += [_number(c.difference("top1_best"), sign=True), {None: "–", True: "yes", False: "no"}[verdict]]
-        cells += [_count(c.row.params), _count(c.params), _number(c.row.gflops, 4), _number(c.gflops, 4), c.label]
-        lines.append(cells)
+        cells += [_decimal(c.difference("top1_best"), sign=True), {None: "–", True: "yes", False: "no"}[verdict]]
+        cells += [_thousands(c.row.params), _thousands(c.params)]
+        lines.append([*cells, _decimal(c.row.gflops, 4), _decimal(c.gflops, 4), c.label])
     return header, lines
 
 
@@ -232,20 +225,8 @@ def write_comparison(table: PaperTable, found: Sequence[Comparison], folder: Pat
     file = StringIO()
     writer = csv.writer(file)
     columns = [name for column in SCORES for name in (f"{column}_published", column, f"{column}_std")]
-    writer.writerow(
-        [
-            "row",
-            *columns,
-            "n",
-            "params_published",
-            "params",
-            "gflops_published",
-            "gflops",
-            "status",
-            "changed",
-            "source",
-        ]
-    )
+    costs = ["params_published", "params", "gflops_published", "gflops"]
+    writer.writerow(["row", *columns, "n", *costs, "status", "changed", "source"])
     for c in found:
         cells: list[object] = [c.row.row]
         for column in SCORES:
@@ -258,7 +239,7 @@ def write_comparison(table: PaperTable, found: Sequence[Comparison], folder: Pat
     return paths
 
 
-def check_seeds(text: str | None, careful: bool) -> list[int]:
+def parse_seeds(text: str | None, careful: bool) -> list[int]:
     """Return the seeds of ``seeds=0,1,2``; careful runs have three of their own.
 
     Raises:

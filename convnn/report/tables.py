@@ -125,6 +125,16 @@ def grouped(frame: pd.DataFrame) -> list[tuple[tuple[Any, ...], list[int]]]:
     return sorted(groups.items(), key=lambda item: [sort_key(value) for value in item[0]])
 
 
+def complete_groups(frame: pd.DataFrame) -> list[tuple[dict[str, Any], list[int]]]:
+    """Return the varying keys of the configurations that have complete runs, and the rows of these runs, sorted."""
+    keys, status = varying_keys(frame), list(frame["status"])
+    groups = [
+        (dict(zip(keys, values, strict=True)), [i for i in positions if status[i] == COMPLETE])
+        for values, positions in grouped(frame)
+    ]
+    return [(values, rows) for values, rows in groups if rows]
+
+
 def summarize(frame: pd.DataFrame) -> pd.DataFrame:
     """Return one row for each configuration but the seed, from a table of runs.
 

@@ -25,7 +25,7 @@ MEASURES = {
 }
 """Shares lie in [0, 1]; null: not defined (``entropy`` of equal weights, the first ``agreement``)."""
 
-SHOWN = {
+PANEL_TITLES = {
     "blend": "blend\n(0: by position, 1: by features)",
     "overlap": "neighbours in the\nconvolution window",
     "distance_mean": "mean distance to a neighbour\n(share of the map's side)",

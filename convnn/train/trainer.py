@@ -24,7 +24,7 @@ from convnn.data.splits import AnySplit, Dataset
 from convnn.data.stream import make_batches
 from convnn.errors import ConfigError, DivergedError, StoppedError
 from convnn.models.build import build_model
-from convnn.models.cost import forward_cost, idle_parameters
+from convnn.models.cost import forward_cost, parameters_without_gradient
 from convnn.models.schedule import apply_schedule
 from convnn.models.swap import neighbor_layers
 from convnn.ops.triton.dispatch import require
@@ -66,7 +66,7 @@ class Trainer:
         distributed.fail_together(lambda: self._build(dataset))
         self.forward: Callable[[Tensor], Tensor] = self.model
         if self.world.size > 1:
-            idle = idle_parameters(self.model, config.schedule, dataset.train.shape[0], self.image_size)
+            idle = parameters_without_gradient(self.model, config.schedule, dataset.train.shape[0], self.image_size)
             self.forward = distributed.data_parallel(self.model, self.device, bool(idle))
         if config.train.compile:
             self.forward = torch.compile(self.forward)

@@ -19,7 +19,7 @@ from convnn.data.datasets import load_dataset
 from convnn.data.splits import Split
 from convnn.errors import ConfigError
 from convnn.models.build import build_model
-from convnn.models.cost import idle_parameters
+from convnn.models.cost import parameters_without_gradient
 from convnn.ops.subsets import random_subset, seed_subsets
 from convnn.runs.checkpoint import load_checkpoint
 from convnn.runs.metrics import read_metrics
@@ -178,7 +178,7 @@ def test_parameters_without_gradient_are_found(overrides, idle):
     config = tiny(*overrides, vit=True)
     dataset = load_dataset(config.data)
     model, _, size = build_model(config, dataset)
-    found = idle_parameters(model, config.schedule, 3, size)
+    found = parameters_without_gradient(model, config.schedule, 3, size)
     assert {name for name in found if not name.endswith("bias")} == idle  # the selection alone has them
     model(torch.randn(2, 3, size, size)).sum().backward()
     assert found == {name for name, p in model.named_parameters() if p.grad is None}

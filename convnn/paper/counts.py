@@ -53,6 +53,7 @@ class ModelCost:
 _BACKBONES: dict[str, nn.Module] = {}
 _SIZES: dict[str, int] = {}
 _COSTS: dict[str, tuple[int, int | None, int]] = {}
+"""Models built and counts made before, by what decides them (``_key``): a grid has many points of one model."""
 
 
 def build_meta(config: Config, num_classes: int | None = None) -> tuple[nn.Module, Tensor]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convnn.errors import ConfigError
-from convnn.report.results import Findings, Run, find_results, integer_of, text_of, tidy
+from convnn.report.results import FoundRuns, Run, find_results, integer_of, text_of, tidy
 from convnn.runs.status import COMPLETE, DAMAGED, UNUSABLE
 from convnn.text import Score, is_missing, show, sort_key
 
@@ -56,11 +56,11 @@ def read_runs(folders: Sequence[Path]) -> pd.DataFrame:
     return runs_frame(find_results(folders))
 
 
-def runs_frame(findings: Findings) -> pd.DataFrame:
-    """Return the table of the runs found; row i is ``findings.runs[i]``."""
+def runs_frame(found: FoundRuns) -> pd.DataFrame:
+    """Return the table of the runs found; row i is ``found.runs[i]``."""
     pd = import_pandas()
-    keys = _varying(findings.runs)
-    rows = [_row(run, findings, keys) for run in findings.runs]
+    keys = _differing_keys(found.runs)
+    rows = [_row(run, found, keys) for run in found.runs]
     versions = sorted({name for row in rows for name in row if name.startswith("version_")})
     before = ["name", "folder", "status", "reason", "exit_code", "log"]
     names = [*before, *keys, "seed", *_SCALARS, *versions, "fingerprint"]
@@ -73,10 +73,10 @@ def runs_frame(findings: Findings) -> pd.DataFrame:
     return frame.astype(types)
 
 
-def _row(run: Run, findings: Findings, keys: Sequence[str]) -> dict[str, Any]:
+def _row(run: Run, found: FoundRuns, keys: Sequence[str]) -> dict[str, Any]:
     values = {key: run.keys.get(key) for key in keys}
     row: dict[str, Any] = {key: tidy(value) if isinstance(value, str) else value for key, value in values.items()}
-    row |= {"name": tidy(run.name), "folder": findings.shown(run.folder), "log": findings.shown(run.log)}
+    row |= {"name": tidy(run.name), "folder": found.relative(run.folder), "log": found.relative(run.log)}
     row |= {"status": run.status, "reason": run.reason, "exit_code": run.exit_code, "fingerprint": run.fingerprint}
     row["seed"] = integer_of(run.keys.get("seed"))
     for name in _SCALARS:
@@ -93,10 +93,10 @@ def _row(run: Run, findings: Findings, keys: Sequence[str]) -> dict[str, Any]:
     return row
 
 
-def _varying(runs: Sequence[Run]) -> list[str]:
+def _differing_keys(runs: Sequence[Run]) -> list[str]:
     """Return the dotted keys that differ among the runs."""
-    whole = [run for run in runs if run.whole]
-    partial = [run for run in runs if not run.whole]
+    whole = [run for run in runs if run.has_all_keys]
+    partial = [run for run in runs if not run.has_all_keys]
     keys = []
     for key in dict.fromkeys(key for run in runs for key in run.keys if "." in key):
         values = {run.keys.get(key) for run in whole} | {run.keys[key] for run in partial if key in run.keys}

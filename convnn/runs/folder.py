@@ -30,8 +30,9 @@ from convnn.runtime.files import (
 )
 
 log = logging.getLogger("convnn")
-_OWN = ("env.json", "train.log", "metrics.jsonl", "swap.txt", "result.json", "wandb_id")
-_OWN_FOLDERS = ("checkpoints", "wandb", "pictures")
+_FILES = ("env.json", "train.log", "metrics.jsonl", "swap.txt", "result.json", "wandb_id")
+_FOLDERS = ("checkpoints", "wandb", "pictures")
+"""What a run leaves in its folder, and ``run.if_exists=overwrite`` removes; any other file there is the user's."""
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -77,9 +78,9 @@ class RunFolder:
             return
         try:
             if not self.resume:
-                for name in _OWN_FOLDERS:
+                for name in _FOLDERS:
                     shutil.rmtree(self.path / name, ignore_errors=True)
-                for name in _OWN:
+                for name in _FILES:
                     (self.path / name).unlink(missing_ok=True)
                 write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
             for folder in (self.path, self.checkpoints):

@@ -41,7 +41,7 @@ class Tracker:
             file.flush()
             os.fsync(file.fileno())
         if self._wandb is not None:
-            self._guard(lambda: self._wandb.log(_flat(row), step=row["step"]))
+            self._try(lambda: self._wandb.log(_flat(row), step=row["step"]))
 
     @property
     def takes_images(self) -> bool:
@@ -51,19 +51,19 @@ class Tracker:
     def log_images(self, files: Sequence[Path]) -> None:
         """Add pictures to W&B as media, named after their files."""
         if self._wandb is not None:
-            self._guard(lambda: self._wandb.log(_media(files)))
+            self._try(lambda: self._wandb.log(_media(files)))
 
     def finish(self, result: Mapping[str, Any], exit_code: int) -> None:
         """Hand W&B the final numbers and close it."""
         if self._wandb is not None:
-            self._guard(lambda: self._wandb.summary.update({k: v for k, v in result.items() if _is_scalar(v)}))
-            self._guard(lambda: self._wandb.finish(exit_code=exit_code))
+            self._try(lambda: self._wandb.summary.update({k: v for k, v in result.items() if _is_scalar(v)}))
+            self._try(lambda: self._wandb.finish(exit_code=exit_code))
 
-    def _guard(self, call: Any) -> None:
+    def _try(self, call: Any) -> None:
         try:
             call()
         except Exception as error:
-            log.warning("W&B failed (%s); metrics.jsonl goes on without it", error)
+            log.warning("W&B failed (%s); metrics.jsonl goes on without it", first_line(error))
             self._wandb = None
 
 
@@ -103,7 +103,7 @@ def publish_report(
         run.log(_media(images))
         run.finish()
     except Exception as error:
-        log.warning("W&B failed (%s); the report in %s is complete without it", error, folder)
+        log.warning("W&B failed (%s); the report in %s is complete without it", first_line(error), folder)
 
 
 def _is_scalar(value: Any) -> bool:

@@ -203,6 +203,7 @@ class Trainer:
     def _train_epoch(self, stop: Stop) -> int | None:
         """Train what is left of an epoch; return the signal that ended it early, or None."""
         state = self.state
+        # The order of the images follows from the seed and the epoch alone, so that an epoch is entered at any step.
         batches = self.batches["train"].epoch(state.epoch, state.step_in_epoch)
         left = min(self.steps_per_epoch - state.step_in_epoch, self.total_steps - state.step)
         start, images_before = time.perf_counter(), state.train_images

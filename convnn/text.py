@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import shlex
+import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def is_missing(value: Any) -> bool:
@@ -27,6 +28,28 @@ def show(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+class Score(NamedTuple):
+    """Mean over runs that differ in their seed alone."""
+
+    mean: float
+    """NaN without a run."""
+    std: float
+    """Sample standard deviation; NaN for fewer than two runs."""
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Score:
+        """Return the score of some runs' values."""
+        n = len(values)
+        return cls(statistics.fmean(values) if n else math.nan, statistics.stdev(values) if n > 1 else math.nan, n)
+
+    def __str__(self) -> str:
+        """Return such as ``86.12 ± 0.35 (n=3)``."""
+        if not self.n:
+            return "–"
+        return f"{self.mean:.2f}{f' ± {self.std:.2f}' if self.n > 1 else ''} (n={self.n})"
 
 
 def duration(seconds: float) -> str:

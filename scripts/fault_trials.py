@@ -282,7 +282,8 @@ def prepare(bench: Bench) -> None:
 
     torch.set_num_threads(1)
     from convnn.runs.folder import open_run_folder
-    from convnn.train.trainer import Trainer, evaluate
+    from convnn.train.evaluate import evaluate
+    from convnn.train.trainer import Trainer
 
     config = compose_config([*RUN.split(), f"run.dir={bench.folder}/warm"])
     folder = open_run_folder(config)

@@ -70,8 +70,8 @@ def called_as(script: str) -> str:
 
 def fail(error: Exception, code: int) -> NoReturn:
     """Print an error as one line, unless another process of the run speaks, and leave."""
-    if distributed.speaks():
-        print(f"error: {distributed.name()}" + " ".join(str(error).split()), file=sys.stderr)
+    if distributed.reports_error():
+        print(f"error: {distributed.rank_prefix()}" + " ".join(str(error).split()), file=sys.stderr)
     sys.exit(code)
 
 
@@ -82,19 +82,19 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> Any:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except distributed.PeerError as error:
-        distributed.stand_back()
+        distributed.leave_error_to_others()
         sys.exit(EXIT_CONFIG if error.config else EXIT_FAILED)
     except Exception as error:
-        config, lost = isinstance(error, ConfigError), distributed.lost(error)
+        config, lost = isinstance(error, ConfigError), distributed.is_lost_connection(error)
         if not debug and (config or lost or isinstance(error, OSError) or type(error).__name__ == "CheckpointError"):
             fail(
                 RuntimeError(f"another process of the run has ended ({error})") if lost else error,
                 EXIT_CONFIG if config else EXIT_FAILED,
             )
-        if not distributed.speaks():
+        if not distributed.reports_error():
             sys.exit(EXIT_CONFIG if config else EXIT_FAILED)
-        if distributed.name():
-            print(f"error: {distributed.name()}{type(error).__name__}", file=sys.stderr)
+        if distributed.rank_prefix():
+            print(f"error: {distributed.rank_prefix()}{type(error).__name__}", file=sys.stderr)
         raise
 
 

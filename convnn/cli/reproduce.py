@@ -12,10 +12,10 @@ from convnn.cli.folders import take_config_folders
 from convnn.cli.program import called_as, run_program, script_options
 from convnn.errors import EXIT_FAILED, ConfigError
 from convnn.paper.compare import (
-    check_seeds,
     compare,
     comparison_table,
     explanation,
+    parse_seeds,
     select_rows,
     sweep_of,
     write_comparison,
@@ -64,11 +64,11 @@ _OWN = tuple(f"{name}=" for name in ("table", "rows", "careful", "seeds", "dry_r
 def check_counts(table: PaperTable, rows: list[PaperRow], given: list[str], careful: bool) -> int:
     """List the rows with published figures, and parameters and operations of both; return the exit code."""
     from convnn.config.composer import Composer
-    from convnn.paper.counts import facts
+    from convnn.paper.counts import model_cost
 
     composer, lines, different = Composer(), [], 0
     for row in rows:
-        found = facts(composer(table.overrides(row, careful=careful, extra=given)))
+        found = model_cost(composer(table.overrides(row, careful=careful, extra=given)))
         equal = row.params is None or found.params == row.params
         different += not equal
         lines.append(
@@ -110,7 +110,7 @@ def reproduce(argv: list[str]) -> int:
         raise ConfigError(f"table={options.table}: several tables only with dry_run=true")
     table = load_table(options.table)
     rows = select_rows(table, options.rows)
-    seeds = check_seeds(options.seeds, options.careful)
+    seeds = parse_seeds(options.seeds, options.careful)
     folder = options.dir or f"reproductions/{table.name}{'-careful' if options.careful else ''}"
     sweep = sweep_of(table, rows, folder, careful=options.careful, seeds=seeds)
     command = [called_as("scripts/reproduce.py"), *argv]

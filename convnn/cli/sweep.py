@@ -19,7 +19,7 @@ def sweep(argv: list[str]) -> int:
         sys.argv[1:] = rest
         hydra_main()
         return 0
-    distributed.refuse("sweep.py")
+    distributed.refuse_several("sweep.py")
     return run_sweep(rest, [called_as("sweep.py"), *given])
 
 

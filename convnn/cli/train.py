@@ -37,7 +37,7 @@ def run_job(values: DictConfig) -> float | None:
 
     def job() -> dict[str, Any]:
         config = from_hydra(values)
-        from convnn.train.trainer import run  # torch and timm load only after the configuration is known to be good
+        from convnn.train.run import run  # torch and timm load only after the configuration is known to be good
 
         return run(config)
 

@@ -64,20 +64,20 @@ def visualize(argv: list[str]) -> None:
 
     import_pandas()  # whose extra brings matplotlib too
     from convnn.data.datasets import load_dataset
-    from convnn.figures.curves import draw_trends
-    from convnn.train.pictures import draw_run, look_at_file, save_figures, test_image
+    from convnn.figures.curves import draw_curves
+    from convnn.train.pictures import draw_run, image_of_test_set, read_image_for_model, save_figures
     from convnn.train.restore import load_run
 
     dataset = load_dataset(config.data)
     model, side, _ = load_run(config, folder, options.checkpoint, dataset)
     channels = dataset.test.shape[0]
     if options.image:
-        shown = look_at_file(model, Path(options.image), config, channels, side)
+        shown = read_image_for_model(model, Path(options.image), config, channels, side)
     else:
-        shown = test_image(dataset.test, options.index, config.data, side)
+        shown = image_of_test_set(dataset.test, options.index, config.data, side)
     layers = options.layers.split(",") if options.layers else []
     try:
-        figures = draw_run(model, shown, pixels, layers, options.head) | draw_trends(folder)
+        figures = draw_run(model, shown, pixels, layers, options.head) | draw_curves(folder)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     for path in save_figures(figures, Path(options.out) if options.out else folder / "pictures"):

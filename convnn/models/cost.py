@@ -53,7 +53,7 @@ def forward_cost(model: nn.Module, channels: int, image_size: int, watch: Iterab
             ) from error
 
 
-def idle_parameters(model: nn.Module, schedule: ScheduleConfig, channels: int, image_size: int) -> set[str]:
+def parameters_without_gradient(model: nn.Module, schedule: ScheduleConfig, channels: int, image_size: int) -> set[str]:
     """Return the trainable parameters that get no gradient at the start, the middle or the end of a schedule.
 
     DistributedDataParallel has to be told of them. An example: at blend 1 a layer with ``weighting=ones`` uses queries

@@ -53,7 +53,7 @@ def count_operations(model: nn.Module, image: Tensor, watch: Iterable[str] = ())
 
     def add(layer: ConvNN2d | ConvNNAttention, args: tuple[Tensor, ...], out: Tensor) -> None:
         nonlocal missed
-        missed += elementwise(layer, args[0])
+        missed += elementwise_operations(layer, args[0])
 
     def before(name: str, args: tuple[Tensor, ...]) -> None:
         start[name], inputs[name] = counter.get_total_flops() + missed, tuple(args[0].shape)
@@ -78,7 +78,7 @@ def count_operations(model: nn.Module, image: Tensor, watch: Iterable[str] = ())
     return Cost(counter.get_total_flops() + missed, layers, inputs)
 
 
-def elementwise(layer: ConvNN2d | ConvNNAttention, x: Tensor) -> int:
+def elementwise_operations(layer: ConvNN2d | ConvNNAttention, x: Tensor) -> int:
     """Return the elementwise operations of a layer's aggregation, which the FLOP counter does not see."""
     if isinstance(layer, ConvNN2d):
         height, width = (side // layer.shuffle for side in x.shape[-2:])

@@ -19,8 +19,8 @@ def choosing_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def looking_at(model: nn.Module) -> Iterator[None]:
-    """Evaluate inside without side effects: no gradients; modes and random generators are restored on exit."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluate without a trace: no gradient, no change of modes, statistics or random generators."""
     modes = [(module, module.training) for module in model.modules()]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     model.eval()
@@ -64,7 +64,7 @@ def neighbors_of(model: nn.Module, images: Tensor, blend: float | None = None) -
         for name, layer in layers.items()
     ]
     try:
-        with looking_at(model):
+        with evaluating(model):
             model(images)
     finally:
         for hook in hooks:

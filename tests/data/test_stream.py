@@ -31,8 +31,8 @@ from convnn.data.stream import ByteErasing, Stream, count_workers, file_transfor
 from convnn.errors import ConfigError
 from convnn.runs.checkpoint import load_checkpoint
 from convnn.runs.metrics import read_metrics
-from convnn.train import trainer as engine
-from convnn.train.trainer import run
+from convnn.train import trainer
+from convnn.train.run import run
 
 TIMM = {
     "scale": [0.2, 1.0],
@@ -326,7 +326,7 @@ def test_a_resumed_stream_equals_an_uninterrupted_one(root, tmp_path, monkeypatc
         stop_after(patch, 2)
         assert run(streamed(root, f"run.dir={tmp_path}/parts"))["status"] == "interrupted"
     resumed = run(streamed(root, f"run.dir={tmp_path}/parts", "run.if_exists=resume", "data.workers=0"))
-    assert resumed["status"] == whole["status"] == "complete" and engine.Batches is Batches
+    assert resumed["status"] == whole["status"] == "complete" and trainer.Batches is Batches
     lines = [[without_times(r) for r in read_metrics(tmp_path / d / "metrics.jsonl")] for d in ("whole", "parts")]
     assert lines[0] == lines[1] and len(lines[0]) == 2
     states = [load_checkpoint(tmp_path / d / "checkpoints" / "last.pt")["model"] for d in ("whole", "parts")]

@@ -11,16 +11,14 @@ import torch
 from helpers import tiny
 
 from convnn import ConvNN2d, ConvNNAttention
+from convnn.cli import visualize
 from convnn.errors import ConfigError
-from convnn.train.trainer import run
+from convnn.train.run import run
 
 pytest.importorskip("matplotlib")
+
 from convnn.figures.neighbors import draw_blends, draw_neighbors, draw_weights, query_at
-from convnn.train.pictures import image_file, test_image
-
-test_image.__test__ = False
-
-from convnn.cli import visualize  # noqa: E402
+from convnn.train.pictures import read_image
 
 
 def cells(axes):
@@ -102,8 +100,8 @@ def test_image_files_keep_their_proportions_where_the_model_can(runs):
 
     Image.new("RGB", (90, 40), (200, 10, 10)).save(runs / "wide.png")
     config = tiny().data
-    assert image_file(runs / "wide.png", 3, config, 8, square=False).x.shape == (1, 3, 8, 16)
-    grey = image_file(runs / "wide.png", 1, config, 8, square=True)
+    assert read_image(runs / "wide.png", 3, config, 8, square=False).x.shape == (1, 3, 8, 16)
+    grey = read_image(runs / "wide.png", 1, config, 8, square=True)
     assert grey.x.shape == (1, 1, 8, 8) and grey.picture.min() > 0
     for name in ("conv", "vit"):  # a ViT takes its own size only
         visualize.visualize([f"run={runs}/{name}", f"image={runs}/wide.png", f"out={runs}/wide-{name}"])
@@ -227,4 +225,4 @@ def test_an_image_file_that_pillow_refuses_is_named(tmp_path, monkeypatch):
     Image.new("RGB", (40, 40)).save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ConfigError, match=r"large\.png cannot be read as an image"):
-        image_file(tmp_path / "large.png", 3, tiny().data, 8, square=True)
+        read_image(tmp_path / "large.png", 3, tiny().data, 8, square=True)

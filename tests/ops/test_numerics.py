@@ -12,6 +12,7 @@ from convnn.config.compose import compose_config, config_groups
 from convnn.config.schema import SwapRule
 from convnn.models.swap import swap_layers
 from convnn.runs.folder import open_run_folder
+from convnn.train.run import run_trainer
 from convnn.train.trainer import Trainer
 
 PRESETS = {o: compose_config([f"operator={o}"]).operator for o in config_groups()["operator"]}
@@ -124,14 +125,14 @@ def losses_of(overrides, folder):
     )
     folder = open_run_folder(config)
     trainer, losses = Trainer(config, folder), []
-    may_step = trainer.guard.may_step
+    may_step = trainer.divergence.may_step
 
-    def note(loss, step):
+    def note(loss, state):
         losses.append(loss.item())
-        return may_step(loss, step)
+        return may_step(loss, state)
 
-    trainer.guard.may_step = note
-    trainer.run(lambda: None)
+    trainer.divergence.may_step = note
+    run_trainer(trainer, lambda: None)
     folder.close()
     return losses
 

@@ -17,7 +17,7 @@ from convnn.cli.visualize import visualize
 from convnn.config.compose import compose_config
 from convnn.runs.metrics import read_metrics
 from convnn.sweep.sweep import run_sweep
-from convnn.train.trainer import run
+from convnn.train.run import run
 
 COMMON = [
     "data=digits", "data.limit=200", "data.limit_test=60", "train.epochs=3", "train.batch_size=50",

@@ -10,7 +10,7 @@ from helpers import tiny
 
 from convnn.config.compose import CONF_DIR
 from convnn.train.restore import evaluate_run
-from convnn.train.trainer import run
+from convnn.train.run import run
 
 ROOT = CONF_DIR.parent
 SOURCES = [*ROOT.glob("*.py"), *sorted((ROOT / "convnn").rglob("*.py")), *(ROOT / "scripts").glob("*.py")]

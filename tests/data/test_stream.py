@@ -29,6 +29,7 @@ from convnn.data.datasets import load_dataset
 from convnn.data.splits import FileSplit, Split
 from convnn.data.stream import ByteErasing, Stream, count_workers, file_transform, make_batches, seeded
 from convnn.errors import ConfigError
+from convnn.ops.settings import check_fields
 from convnn.runs.checkpoint import load_checkpoint
 from convnn.runs.metrics import read_metrics
 from convnn.train import trainer
@@ -386,6 +387,7 @@ def test_bad_settings_are_named(change, message):
     good = {"name": "imagenet", "target": "convnn.data.load_imagefolder", "scale": [0.1, 1.0]}
     check_stream(DataConfig(**good))
     with pytest.raises(ConfigError) as error:
+        check_fields(DataConfig(**(good | change)), "data")
         check_stream(DataConfig(**(good | change)))
     assert message in str(error.value) and "\n" not in str(error.value)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from convnn.ops.functional import neighbor_aggregate
     from convnn.ops.geometry import Geometry
     from convnn.ops.neighborhood import Neighborhood
-    from convnn.ops.settings import Selection
+    from convnn.ops.settings import Mixing, Selection
 
 _HOME = {
     "ACmix2d": "nn.acmix",
@@ -42,6 +42,7 @@ _HOME = {
     "Geometry": "ops.geometry",
     "HybridConvNN2d": "nn.hybrid",
     "HybridConvNNAttention": "nn.hybrid",
+    "Mixing": "ops.settings",
     "Neighborhood": "ops.neighborhood",
     "OperatorConfig": "config.schema",
     "Selection": "ops.settings",
@@ -70,6 +71,7 @@ __all__ = [
     "Geometry",
     "HybridConvNN2d",
     "HybridConvNNAttention",
+    "Mixing",
     "Neighborhood",
     "OperatorConfig",
     "Selection",

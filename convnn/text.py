@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shlex
+import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def is_missing(value: Any) -> bool:
@@ -28,12 +30,39 @@ def show(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+class Score(NamedTuple):
+    """Mean over runs that differ in their seed alone."""
+
+    mean: float
+    """NaN without a run."""
+    std: float
+    """Sample standard deviation; NaN for fewer than two runs."""
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Score:
+        """Return the score of some runs' values."""
+        n = len(values)
+        return cls(statistics.fmean(values) if n else math.nan, statistics.stdev(values) if n > 1 else math.nan, n)
+
+    def __str__(self) -> str:
+        """Return such as ``86.12 ± 0.35 (n=3)``."""
+        if not self.n:
+            return "–"
+        return f"{self.mean:.2f}{f' ± {self.std:.2f}' if self.n > 1 else ''} (n={self.n})"
+
+
 def duration(seconds: float) -> str:
     """Return a time in words: seconds, minutes or hours."""
     minutes = round(seconds / 60)
     if minutes < 1:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def command_line(command: Sequence[str]) -> str:
+    """Return a command as a shell takes it: a script of the checkout is run by uv, an installed program by itself."""
+    return ("uv run " if command[0].endswith(".py") else "") + shlex.join(command)
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], *, right_from: int | None = None) -> str:

@@ -20,11 +20,10 @@ files. input share: a training step with the same and with new batches; the rati
 
 import csv
 import fnmatch
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from convnn.cli.program import guarded, script_options
+from convnn.cli.program import run_program, script_options
 from convnn.errors import ConfigError
 
 
@@ -42,9 +41,9 @@ class Options:
     seconds: float = 30.0
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Run the script."""
-    options: Options = script_options(Options, sys.argv[1:], __doc__ or "")
+    options: Options = script_options(Options, argv, __doc__ or "")
     import torch
     from benchmark_cases import backend_cases, operator_cases, scaling_cases, training_cases
     from benchmark_input import input_cases, input_share_cases
@@ -157,4 +156,4 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_program(main)

@@ -30,7 +30,7 @@ from convnn.nn.conv import ConvNN2d
 from convnn.ops.functional import neighbor_aggregate
 from convnn.ops.geometry import Geometry
 from convnn.ops.selection import select_neighbors
-from convnn.ops.settings import Selection
+from convnn.ops.settings import Mixing, Selection
 from convnn.ops.triton.dispatch import ATTENTION, SELECTION, missing
 
 Step = Callable[[], object]
@@ -271,7 +271,8 @@ def _layer_of(name: str, heads: int) -> nn.Module:
 def _step_of(step: str, name: str, batch: int, side: int, k: int, dtype: torch.dtype) -> Callable[[torch.device], Step]:
     """Return the builder of a selection by features, or of attention to neighbours forward and backward."""
     geometry, backend = Geometry(side, side), _BACKENDS[name]
-    by_features = Selection("dot", self_first=False)
+    by_features = Selection(k=k, similarity="dot", self_first=False)
+    mixing = Mixing(weighting="softmax", aggregation="depthwise", backend=backend)
 
     def build(device: torch.device) -> Step:
         torch.manual_seed(0)
@@ -279,15 +280,10 @@ def _step_of(step: str, name: str, batch: int, side: int, k: int, dtype: torch.d
         weight = torch.ones(64, k, device=device, requires_grad=True)
 
         def select() -> Tensor:
-            return select_neighbors(
-                q, key, geometry, by_features, num=k, blend=1.0, training=True, backend=backend
-            ).index
+            return select_neighbors(q, key, geometry, by_features, training=True, backend=backend).index
 
         def attend() -> Tensor:
-            return neighbor_aggregate(
-                q, key, v, geometry, by_features, num=k, blend=0.0, weighting="softmax", aggregation="depthwise",
-                weight=weight, training=True, backend=backend,
-            )  # fmt: skip
+            return neighbor_aggregate(q, key, v, geometry, by_features, mixing, blend=0.0, weight=weight, training=True)
 
         run = select if step == SELECTION else attend
         run = torch.compile(run) if name.endswith("compiled") else run

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from omegaconf import MISSING
 
-from convnn.cli.program import guarded, script_options
+from convnn.cli.program import run_program, script_options
 from convnn.errors import ConfigError
 from convnn.paper.published import TABLE_DIR, PaperRow
 from convnn.runtime.files import write_text
@@ -286,4 +285,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    guarded(lambda: main(sys.argv[1:]))
+    run_program(main)

@@ -1,9 +1,8 @@
 """Draw the README's picture: the neighbours of one pixel along the blend axis, chosen by the operator itself."""
 
-import sys
 from dataclasses import dataclass
 
-from convnn.cli.program import guarded, script_options
+from convnn.cli.program import run_program, script_options
 
 USAGE = """
 usage: uv run scripts/draw_spectrum.py [out=docs/spectrum.png] [k=9] [row=10] [column=33]
@@ -48,9 +47,9 @@ def main(argv: list[str]) -> None:
     blends = (0.0, 0.25, 0.5, 0.75, 1.0)
     figure, panels = plt.subplots(1, len(blends), figsize=(16, 2.6), layout="constrained")
     for panel, blend in zip(panels, blends, strict=True):
-        chosen = select_neighbors(
-            patches[:, :, queries], patches, geometry, Selection(), num=options.k, blend=blend, training=False
-        ).index[0, 0, query]
+        chosen = select_neighbors(patches[:, :, queries], patches, geometry, Selection(k=options.k), blend=blend).index[
+            0, 0, query
+        ]
         rows, cols = (t - 1 for t in geometry.coordinates(chosen))  # without the ring
         panel.imshow(image[0].permute(1, 2, 0), interpolation="nearest")
         panel.scatter(cols[1:], rows[1:], s=36, marker="s", facecolors="none", edgecolors="white", linewidths=1.8)
@@ -64,4 +63,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    guarded(lambda: main(sys.argv[1:]))
+    run_program(main)

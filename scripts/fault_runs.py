@@ -38,7 +38,7 @@ def start(place: Path, prepare: Callable[[], Any] = lambda: None) -> int:
         log = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        from convnn.train.trainer import run
+        from convnn.train.run import run
 
         setup_logging()
         prepare()

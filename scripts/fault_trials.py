@@ -26,7 +26,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -37,7 +36,7 @@ from pathlib import Path
 
 from fault_runs import RUN, Operations, compare, metrics, start, wait
 
-from convnn.cli.program import guarded, script_options
+from convnn.cli.program import run_program, script_options
 from convnn.config.compose import compose_config
 from convnn.errors import EXIT_FAILED, ConfigError
 
@@ -283,7 +282,8 @@ def prepare(bench: Bench) -> None:
 
     torch.set_num_threads(1)
     from convnn.runs.folder import open_run_folder
-    from convnn.train.trainer import Trainer, evaluate
+    from convnn.train.evaluate import evaluate
+    from convnn.train.trainer import Trainer
 
     config = compose_config([*RUN.split(), f"run.dir={bench.folder}/warm"])
     folder = open_run_folder(config)
@@ -369,4 +369,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(sys.argv[1:])))
+    run_program(main)

@@ -1,4 +1,4 @@
-"""What the command-line programs share: composing with Hydra, one-line errors, exit codes."""
+"""What the command-line programs share: their opening, one-line errors, exit codes, options of a run."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
-from omegaconf import OmegaConf
+import yaml
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from convnn.config.keys import check_keys
+from convnn.config.load import load_config
+from convnn.config.schema import Config
 from convnn.errors import EXIT_CONFIG, EXIT_FAILED, ConfigError, first_line
+from convnn.ops.settings import check_fields, choice
 from convnn.runtime import distributed
 
 
@@ -38,10 +44,34 @@ class _TqdmHandler(logging.Handler):
         stream.flush()
 
 
+def run_program(call: Callable[[list[str]], int | None], *, debug: bool = False) -> None:
+    """Open a program, carry it out with the command line, and leave with the exit code that it returns.
+
+    Args:
+        call: takes the arguments.
+        debug: ``debug=true`` among them shows the traceback of an error.
+    """
+
+    def opened() -> int | None:
+        if str(Path.cwd()) not in sys.path:  # a user's operators lie beside the command, where python -m finds them
+            sys.path.insert(0, str(Path.cwd()))
+        return call(sys.argv[1:])
+
+    code = guarded(opened, debug and "debug=true" in [arg.lower() for arg in sys.argv[1:]])
+    if code:
+        sys.exit(code)
+
+
+def called_as(script: str) -> str:
+    """Return how the user called this program: the name of the installed command, else the script's."""
+    name = Path(sys.argv[0]).stem
+    return name if name.startswith("convnn-") else script
+
+
 def fail(error: Exception, code: int) -> NoReturn:
     """Print an error as one line, unless another process of the run speaks, and leave."""
-    if distributed.speaks():
-        print(f"error: {distributed.name()}" + " ".join(str(error).split()), file=sys.stderr)
+    if distributed.reports_error():
+        print(f"error: {distributed.rank_prefix()}" + " ".join(str(error).split()), file=sys.stderr)
     sys.exit(code)
 
 
@@ -52,19 +82,19 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> Any:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except distributed.PeerError as error:
-        distributed.stand_back()
+        distributed.leave_error_to_others()
         sys.exit(EXIT_CONFIG if error.config else EXIT_FAILED)
     except Exception as error:
-        config, lost = isinstance(error, ConfigError), distributed.lost(error)
+        config, lost = isinstance(error, ConfigError), distributed.is_lost_connection(error)
         if not debug and (config or lost or isinstance(error, OSError) or type(error).__name__ == "CheckpointError"):
             fail(
                 RuntimeError(f"another process of the run has ended ({error})") if lost else error,
                 EXIT_CONFIG if config else EXIT_FAILED,
             )
-        if not distributed.speaks():
+        if not distributed.reports_error():
             sys.exit(EXIT_CONFIG if config else EXIT_FAILED)
-        if distributed.name():
-            print(f"error: {distributed.name()}{type(error).__name__}", file=sys.stderr)
+        if distributed.rank_prefix():
+            print(f"error: {distributed.rank_prefix()}{type(error).__name__}", file=sys.stderr)
         raise
 
 
@@ -80,10 +110,38 @@ def script_options(schema: type, argv: Sequence[str], usage: str) -> Any:
     for arg in argv:
         if "=" not in arg:
             raise ConfigError(f"'{arg}' is not key=value; see --help")
-    given = OmegaConf.from_dotlist(list(argv))
+    given = OmegaConf.create()
+    for arg in argv:
+        try:
+            given.merge_with_dotlist([arg])
+        except yaml.YAMLError as error:
+            key, _, value = arg.partition("=")
+            raise ConfigError(f"{arg} cannot be read; put quotes into it: '{key}=\"{value}\"'") from error
     check_keys(OmegaConf.to_container(given), schema)  # type: ignore[arg-type]
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
     except OmegaConfBaseException as error:
         missing = "is required; see --help" if "missing" in str(error).lower() else first_line(error)
         raise ConfigError(f"{getattr(error, 'full_key', '')}: {missing}") from error
+
+
+@dataclass
+class RunOptions:
+    """Options of the programs that read a run."""
+
+    run: str = MISSING
+    checkpoint: str = choice("last", "best")
+    data_root: str | None = None
+
+
+def chosen_run(options: RunOptions) -> tuple[Path, Config]:
+    """Return the folder of the run that the options name, and its configuration, with the data where it is now.
+
+    Raises:
+        ConfigError: for an unknown checkpoint, or if the folder is none of a run.
+    """
+    check_fields(options, "")
+    config = load_config(Path(options.run))
+    if options.data_root:
+        config.data.root = options.data_root
+    return Path(options.run), config

@@ -1,4 +1,4 @@
-"""What train.py does: check the command line, compose, run."""
+"""Train one model on the spectrum between convolution and attention: check the command line, compose, run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from convnn.cli.program import guarded, setup_logging
-from convnn.config.compose import CONF_DIR, compose_config, from_hydra
+from convnn.cli.folders import take_config_folders
+from convnn.cli.program import guarded, run_program, setup_logging
+from convnn.config.compose import compose_config, from_hydra
+from convnn.config.folders import CONF_DIR
 from convnn.runtime.signals import follow_parent
 
 
@@ -35,7 +37,7 @@ def run_job(values: DictConfig) -> float | None:
 
     def job() -> dict[str, Any]:
         config = from_hydra(values)
-        from convnn.train.trainer import run  # torch and timm load only after the configuration is known to be good
+        from convnn.train.run import run  # torch and timm load only after the configuration is known to be good
 
         return run(config)
 
@@ -51,10 +53,16 @@ def _composed(values: DictConfig) -> float | None:
     return run_job(values)
 
 
-def main() -> None:
-    """Run the program."""
+def train(argv: list[str]) -> None:
+    """Hand the checked command line to Hydra, which reads ``sys.argv``."""
+    sys.argv[1:] = take_config_folders(argv)
     check_arguments(sys.argv[1:])
     _composed()
+
+
+def main() -> None:
+    """Run the program."""
+    run_program(train, debug=True)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from convnn.config.keys import own_operator
@@ -21,129 +19,70 @@ from convnn.config.schema import (
     TrackConfig,
 )
 from convnn.errors import ConfigError
+from convnn.ops.settings import check_fields, check_range
 from convnn.ops.triton.limits import backend_limit
 
-
-def _choice(key: str, value: str, choices: Iterable[str]) -> None:
-    choices = list(choices)
-    if value not in choices:
-        raise ConfigError(f"{key}={value} is not one of {', '.join(choices)}{_did_you_mean(value, choices)}")
-
-
-def _did_you_mean(value: str, choices: list[str]) -> str:
-    close = difflib.get_close_matches(str(value), choices, n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
-def _range(
-    key: str,
-    value: float | None,
-    low: float = -math.inf,
-    high: float = math.inf,
-    *,
-    open_low: bool = False,
-    open_high: bool = False,
-) -> None:
-    if value is None:
-        return
-    inside = math.isfinite(value)
-    inside &= value > low if open_low else value >= low
-    inside &= value < high if open_high else value <= high
-    if not inside:
-        span = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-        raise ConfigError(f"{key}={value} must lie in {span}")
-
-
-CHOICES = {
-    "kind": [CONV, ATTENTION],
-    "similarity": ["cosine", "euclidean", "dot"],
-    "mix": ["sum", "concat"],
-    "distance": ["chebyshev", "euclidean"],
-    "candidates": ["all", "random", "grid", "window", "stride"],
-    "eval_candidates": ["same", "all", "resample"],
-    "slots": ["rank", "raster", "window"],
-    "border": ["nearest", "zeros", "shift"],
-    "layout": ["grid", "sequence"],
-    "projection": ["identity", "linear"],
-    "weighting": ["ones", "softmax", "score"],
-    "aggregation": ["conv", "depthwise", "separable", "sum", "max_relative"],
-    "learn_blend": ["no", "layer", "head"],
-    "k_policy": ["error", "clamp"],
-    "backend": ["auto", "torch", "triton"],
-}
-"""Values of the operator's named choices."""
-
-INTERPOLATIONS = ["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random"]
 _RAND_AUGMENT = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?|-t(weights|3aw|3a))*")
 
 
 def check_operator(operator: OperatorConfig, prefix: str = "operator") -> None:
     """Raise ConfigError when the operator's settings contradict each other or leave their range."""
-    p = prefix
-    for name, choices in CHOICES.items():
-        _choice(f"{p}.{name}", getattr(operator, name), choices)
-    _range(f"{p}.k", operator.k, 1)
-    _range(f"{p}.blend", operator.blend, 0, 1)
-    _range(f"{p}.temperature", operator.temperature, 0, open_low=True)
-    _range(f"{p}.branch_ratio", operator.branch_ratio, 0, 1)
-    _range(f"{p}.branch_kernel", operator.branch_kernel, 1)
-    _range(f"{p}.num_candidates", operator.num_candidates, 1)
-    _range(f"{p}.shuffle", operator.shuffle, 1)
-    _range(f"{p}.head_dim", operator.head_dim, 1)
-    reason = contradiction(asdict(operator))
+    check_fields(operator, prefix)
+    reason = contradiction(operator)
     if reason:
-        raise ConfigError(reason.replace("{p}", p))
+        raise ConfigError(reason.replace("{p}", prefix))
 
 
-def contradiction(o: Mapping[str, Any]) -> str | None:
+def contradiction(o: OperatorConfig) -> str | None:
     """Return why operator settings cannot go together, ``{p}`` standing for the prefix of the keys, or None."""
     foreign: dict[str, Any] = {"border": "nearest", "layout": "grid", "head_dim": None}
-    if o["kind"] == ATTENTION:
+    if o.kind == ATTENTION:
         foreign = {"projection": "identity", "coordinates": False, "shuffle": 1}
     for key, neutral in foreign.items():
-        if o[key] != neutral:
+        if getattr(o, key) != neutral:
             default = "null" if neutral is None else neutral
-            return f"{{p}}.{key}={o[key]} does not apply to operators of kind {o['kind']}; leave it at {default}"
-    if o["kind"] == ATTENTION and o["aggregation"] == "max_relative":
+            return f"{{p}}.{key}={getattr(o, key)} does not apply to operators of kind {o.kind}; leave it at {default}"
+    if o.kind == ATTENTION and o.aggregation == "max_relative":
         return "{p}.aggregation=max_relative is for operators of kind conv; use conv, depthwise, separable or sum"
-    if o["kind"] == ATTENTION and o["slots"] == "window" and o["border"] != "zeros":
+    if o.kind == ATTENTION and o.slots == "window" and o.border != "zeros":
         return "{p}.slots=window needs a window: set {p}.border=zeros, or {p}.slots=rank"
-    if o["aggregation"] == "max_relative" and o["weighting"] != "ones":
-        return f"{{p}}.aggregation=max_relative needs {{p}}.weighting=ones, not {o['weighting']}"
-    if o["coordinates"] and o["aggregation"] not in ("conv", "separable"):
-        return f"{{p}}.coordinates=true needs {{p}}.aggregation=conv or separable, not {o['aggregation']}"
-    if o["border"] != "nearest" and (math.isqrt(o["k"]) ** 2 != o["k"] or o["k"] % 2 == 0):
-        return f"{{p}}.border={o['border']} needs {{p}}.k to be an odd square (1, 9, 25, 49, ...), not {o['k']}"
-    if o["border"] != "nearest" and o["layout"] == "sequence":
-        return f"{{p}}.border={o['border']} needs {{p}}.layout=grid: its window is square"
-    if o["border"] == "shift" and o["distance"] != "chebyshev":
+    if o.aggregation == "max_relative" and o.weighting != "ones":
+        return f"{{p}}.aggregation=max_relative needs {{p}}.weighting=ones, not {o.weighting}"
+    if o.coordinates and o.aggregation not in ("conv", "separable"):
+        return f"{{p}}.coordinates=true needs {{p}}.aggregation=conv or separable, not {o.aggregation}"
+    if o.border != "nearest" and (math.isqrt(o.k) ** 2 != o.k or o.k % 2 == 0):
+        return f"{{p}}.border={o.border} needs {{p}}.k to be an odd square (1, 9, 25, 49, ...), not {o.k}"
+    if o.border != "nearest" and o.layout == "sequence":
+        return f"{{p}}.border={o.border} needs {{p}}.layout=grid: its window is square"
+    if o.border == "shift" and o.distance != "chebyshev":
         return "{p}.border=shift needs {p}.distance=chebyshev: its window is square"
-    if o["border"] == "shift" and o["candidates"] == "window" and o["num_candidates"] < math.isqrt(o["k"]) // 2:
+    if o.border == "shift" and o.candidates == "window" and o.num_candidates < math.isqrt(o.k) // 2:
         return "{p}.border=shift with {p}.candidates=window needs {p}.num_candidates >= half the window's side"
-    if o["learn_blend"] == "head" and o["kind"] == CONV:
+    if o.learn_blend == "head" and o.kind == CONV:
         return "{p}.learn_blend=head needs heads; use layer for operators of kind conv"
     # Attention has prefix tokens besides, whose number the model knows.
-    if o["kind"] == CONV and o["k_policy"] == "error" and o["candidates"] not in ("all", "stride"):
-        power = 1 if o["candidates"] == "random" else 2
-        side = 2 * o["num_candidates"] + 1 if o["candidates"] == "window" else o["num_candidates"]
-        if o["k"] > side**power:
+    if o.kind == CONV and o.k_policy == "error" and o.candidates not in ("all", "stride"):
+        power = 1 if o.candidates == "random" else 2
+        side = 2 * o.num_candidates + 1 if o.candidates == "window" else o.num_candidates
+        if o.k > side**power:
             return (
-                f"{{p}}.k={o['k']} exceeds the {side**power} {o['candidates']} candidates; "
+                f"{{p}}.k={o.k} exceeds the {side**power} {o.candidates} candidates; "
                 "raise {p}.num_candidates, lower {p}.k or set {p}.k_policy=clamp"
             )
-    if o["slots"] == "raster" and o["k_policy"] == "clamp":
+    if o.slots == "raster" and o.k_policy == "clamp":
         return "{p}.k_policy=clamp needs {p}.slots=rank: a clamped raster slot has no fixed meaning"
-    limit = backend_limit(o) if o["backend"] == "triton" else None
+    limit = None
+    if o.backend == "triton":
+        learned = o.learn_blend != "no"
+        limit = backend_limit(o, o, by_features=o.blend > 0 or learned, learned=learned)
     return None if limit is None else f"{{p}}.backend=triton: {limit}; or set {{p}}.backend=auto"
 
 
 def check_rule(rule: SwapRule, prefix: str) -> None:
     """Raise ConfigError when a swap rule is out of range."""
-    _choice(f"{prefix}.kind", rule.kind, ["auto", CONV, ATTENTION])
-    for name in ("min_kernel", "first", "last", "every"):
-        _range(f"{prefix}.{name}", getattr(rule, name), 1)
+    check_fields(rule, prefix)
     for stage in rule.stages or []:
-        _range(f"{prefix}.stages", stage, 0)
+        check_range(f"{prefix}.stages", stage, 0)
     if rule.fraction is not None and (len(rule.fraction) != 2 or not 0 <= rule.fraction[0] < rule.fraction[1] <= 1):
         raise ConfigError(f"{prefix}.fraction={rule.fraction} must be [from, to] with 0 <= from < to <= 1")
     given = [n for n in ("depths", "first", "last", "every", "fraction") if getattr(rule, n) is not None]
@@ -157,17 +96,16 @@ def check_schedule(schedule: ScheduleConfig, operator: OperatorConfig, prefix: s
     for name, (low, high) in bounds.items():
         track: TrackConfig = getattr(schedule, name)
         p = f"schedule.{name}"
-        _choice(f"{p}.shape", track.shape, ["constant", "linear", "cosine", "step"])
-        _choice(f"{p}.over", track.over, ["time", "depth", "both"])
+        check_fields(track, p)
         if track.shape == "constant":
             continue
         for end in ("start", "end"):
-            _range(f"{p}.{end}", getattr(track, end), low, high, open_low=name == "temperature")
-        _range(f"{p}.begin", track.begin, 0, 1, open_high=True)
-        _range(f"{p}.finish", track.finish, 0, 1)
+            check_range(f"{p}.{end}", getattr(track, end), low, high, above=name == "temperature")
+        check_range(f"{p}.begin", track.begin, 0, 1, below=True)
+        check_range(f"{p}.finish", track.finish, 0, 1)
         if track.finish <= track.begin:
             raise ConfigError(f"{p}.finish={track.finish} must be greater than {p}.begin={track.begin}")
-        _range(f"{p}.steps", track.steps, 1)
+        check_range(f"{p}.steps", track.steps, 1)
         if name == "blend" and operator.learn_blend != "no":
             raise ConfigError(f"{p} and {prefix}.learn_blend={operator.learn_blend} both move the blend; choose one")
         if name == "k":
@@ -184,14 +122,6 @@ def check_schedule(schedule: ScheduleConfig, operator: OperatorConfig, prefix: s
 
 def check_stream(data: DataConfig) -> None:
     """Raise ConfigError when the settings of streamed image files are out of range or contradict each other."""
-    _choice("data.stream", data.stream, ["auto", "true", "false"])
-    _choice("data.interpolation", data.interpolation, INTERPOLATIONS)
-    _choice("data.erasing_mode", data.erasing_mode, ["pixel", "rand", "const"])
-    _range("data.workers", data.workers, 0)
-    _range("data.prefetch", data.prefetch, 1)
-    _range("data.color_jitter", data.color_jitter, 0)
-    _range("data.random_erasing", data.random_erasing, 0, 1)
-    _range("data.crop_pct", data.crop_pct, 0, 1, open_low=True)
     for name, value, high in (("scale", data.scale, 1), ("ratio", data.ratio, math.inf)):
         if value is not None and not (len(value) == 2 and 0 < value[0] <= value[1] <= high):
             limit = " <= 1" if high == 1 else ""
@@ -227,24 +157,14 @@ def check(config: Config) -> Config:
             own = own_operator(rule, config.operator, prefix)
             check_operator(own, f"{prefix}.operator")
             check_schedule(config.schedule, own, f"{prefix}.operator")
-    _choice("swap.init", config.swap.init, ["fresh", "transfer"])
-
     backbone, data, optim, train = config.backbone, config.data, config.optim, config.train
-    _choice("backbone.stem", backbone.stem, ["default", "small"])
-    _choice("backbone.pos_embed", backbone.pos_embed, ["learned", "sincos"])
-    _range("backbone.drop_rate", backbone.drop_rate, 0, 1, open_high=True)
-    _range("backbone.drop_path_rate", backbone.drop_path_rate, 0, 1, open_high=True)
-    _range("backbone.image_size", backbone.image_size, 1)
-    _range("backbone.patch_size", backbone.patch_size, 1)
-    for name in ("limit", "limit_test", "image_size", "load_size", "size"):
-        _range(f"data.{name}", getattr(data, name), 1)
-    _range("data.num_classes", data.num_classes, 2)
-    _range("data.val_fraction", data.val_fraction, 0, 1, open_high=True)
-    _range("data.crop_padding", data.crop_padding, 0)
-    _range("data.split_seed", data.split_seed, 0)
+    sections = {f.name: getattr(config, f.name) for f in fields(config) if is_dataclass(getattr(config, f.name))}
+    for name, section in sections.items():
+        check_fields(section, name)
+    check_fields(config, "")
     check_stream(data)
     for value in data.std:
-        _range("data.std", value, 0, open_low=True)
+        check_range("data.std", value, 0, above=True)
     if len(data.mean) != len(data.std):
         raise ConfigError(f"data.mean has {len(data.mean)} values and data.std {len(data.std)}; give as many of each")
     size = data.image_size or backbone.image_size
@@ -253,36 +173,10 @@ def check(config: Config) -> Config:
             f"backbone.patch_size={backbone.patch_size} does not divide the image side {size}; "
             "change it or data.image_size"
         )
-    _range("optim.lr", optim.lr, 0, open_low=True)
-    _range("optim.weight_decay", optim.weight_decay, 0)
-    _range("optim.momentum", optim.momentum, 0, 1, open_high=True)
-    _range("optim.warmup_epochs", optim.warmup_epochs, 0)
-    _range("optim.min_lr", optim.min_lr, 0)
-    _range("optim.warmup_lr", optim.warmup_lr, 0)
-    _range("optim.clip_grad", optim.clip_grad, 0, open_low=True)
-    _range("train.epochs", train.epochs, 1)
-    _range("train.max_steps", train.max_steps, 1)
-    _range("train.batch_size", train.batch_size, 1)
-    _range("train.eval_batch_size", train.eval_batch_size, 1)
-    _range("train.label_smoothing", train.label_smoothing, 0, 1, open_high=True)
-    _range("train.mixup", train.mixup, 0)
-    _range("train.cutmix", train.cutmix, 0)
-    _range("train.ema", train.ema, 0, 1, open_low=True, open_high=True)
-    _range("train.skip_nonfinite", train.skip_nonfinite, 0)
-    _choice("train.amp", train.amp, ["auto", "bf16", "off"])
-    _choice("train.sync_batchnorm", train.sync_batchnorm, ["auto", "true", "false"])
-    _choice("train.deterministic", train.deterministic, ["false", "warn", "true"])
     if optim.sched != "constant" and optim.warmup_epochs >= train.epochs:
         raise ConfigError(f"optim.warmup_epochs={optim.warmup_epochs} must be less than train.epochs={train.epochs}")
     if (train.mixup or train.cutmix) and train.batch_size % 2:
         raise ConfigError(f"train.batch_size={train.batch_size} must be even with train.mixup or train.cutmix")
-    _choice("tracker.name", config.tracker.name, ["wandb", "jsonl"])
-    _choice("tracker.mode", config.tracker.mode, ["offline", "online", "disabled"])
-    _range("tracker.init_timeout", config.tracker.init_timeout, 1)
-    _range("diagnostics.images", config.diagnostics.images, 1)
-    _range("diagnostics.every", config.diagnostics.every, 1)
-    _choice("run.if_exists", config.run.if_exists, ["fail", "resume", "skip", "overwrite"])
-    _range("seed", config.seed, 0, 2**32 - 1)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
         raise ConfigError(f"device={config.device} is not one of auto, cpu, cuda, cuda:N")
     return config

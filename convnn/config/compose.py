@@ -5,30 +5,40 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
+import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from convnn.config.keys import all_keys, nearest, unknown_key_error
+from convnn.config.folders import CONF_DIR, config_folders, config_groups
+from convnn.config.keys import all_keys, nearest, schema_node, unknown_key_error
 from convnn.config.load import to_config
 from convnn.config.schema import Config
 from convnn.errors import ConfigError, first_line
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-CONF_DIR = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
-"""The configuration groups: packed into an installed package, beside it in a checkout."""
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+"""What Hydra raises for overrides and files that it cannot compose; see ``translate``."""
 
-ConfigStore.instance().store(name="schema", node=Config)
+ConfigStore.instance().store(name="schema", node=schema_node(Config))
 
 
-def config_groups() -> dict[str, list[str]]:
-    """Return the options of each configuration group."""
-    return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in sorted(CONF_DIR.iterdir()) if d.is_dir()}
+class UserFolders(SearchPathPlugin):
+    """Lets Hydra look into the user's folders wherever it composes: here, in its own main, in a launcher's workers."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append the folders after the package's own."""
+        for folder in config_folders()[1:]:
+            search_path.append("user", f"file://{folder}")
+
+
+Plugins.instance().register(UserFolders)
 
 
 def compose_config(overrides: Sequence[str] = (), config_name: str = "config") -> Config:
@@ -42,7 +52,7 @@ def compose_config(overrides: Sequence[str] = (), config_name: str = "config") -
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             values = compose(config_name, list(overrides))
         return from_hydra(values)
-    except (HydraException, OmegaConfBaseException) as error:
+    except COMPOSE_ERRORS as error:
         raise translate(error, overrides) from error
 
 
@@ -58,6 +68,8 @@ _ELSEWHERE = {"grid": "sweep.py grid=NAME", "table": "scripts/reproduce.py table
 def translate(error: Exception, overrides: Sequence[str], schema: type = Config) -> ConfigError:
     """Say what Hydra means in one line."""
     text = str(error)
+    if isinstance(error, yaml.YAMLError):
+        return ConfigError(" ".join(text.split()))
     groups = config_groups()
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")

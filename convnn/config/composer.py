@@ -10,12 +10,11 @@ from typing import Any
 
 from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from convnn.config.checks import check
-from convnn.config.compose import config_groups, from_hydra, hydra_context, translate
+from convnn.config.compose import COMPOSE_ERRORS, from_hydra, hydra_context, translate
+from convnn.config.folders import config_groups
 from convnn.config.keys import all_keys, typed
 from convnn.config.overrides import key_of
 from convnn.config.schema import Config
@@ -85,7 +84,7 @@ class Composer:
             with hydra_context():
                 values = compose("config", list(overrides))
             return from_hydra(values), "${" in json.dumps(OmegaConf.to_container(values, resolve=False))
-        except (HydraException, OmegaConfBaseException) as error:
+        except COMPOSE_ERRORS as error:
             raise translate(error, overrides) from error
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 from convnn.config.schema import Config
@@ -22,6 +22,7 @@ FIRST_NAMES = {
 """The operators as version 0.1 named them. Identities keep these names: the fingerprint of a configuration, and with
 it the name of its run folder and its place in a sweep's plan, must not change when a class moves."""
 
+_DEFAULT = Config()
 _NOT_IDENTITY = ("run", "tracker", "diagnostics", "device", "debug")
 
 
@@ -36,11 +37,13 @@ def identity_of(values: Mapping[str, Any]) -> dict[str, Any]:
     unused = {"download", "stream", "workers", "prefetch"}
     if values["data"]["name"] != "imagefolder":
         unused.add("root")
-    # A key that older runs do not have, and without effect beside images held out.
-    if values["data"].get("val_folder", True) or values["data"]["val_fraction"]:
+    if values["data"].get("val_fraction"):  # beside images held out, a validation folder is left out or refused
         unused.add("val_folder")
     own = {"data": unused, "operator": {"backend"}}
     kept |= {group: {k: v for k, v in values[group].items() if k not in own[group]} for group in own}
+    for section in fields(Config):
+        if section.name in kept and is_dataclass(getattr(_DEFAULT, section.name)):
+            kept[section.name] = _without_new_defaults(kept[section.name], getattr(_DEFAULT, section.name))
     kept["operator"] = _first_named(kept["operator"])
     kept["swap"] = kept["swap"] | {"operator": _first_named(kept["swap"]["operator"])}
     kept["swap"]["rules"] = {
@@ -48,6 +51,12 @@ def identity_of(values: Mapping[str, Any]) -> dict[str, Any]:
         for name, rule in kept["swap"]["rules"].items()
     }
     return kept
+
+
+def _without_new_defaults(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Return a section's values less those of fields declared ``later`` that stand at their default."""
+    new = {f.name: getattr(default, f.name) for f in fields(default) if "later" in f.metadata}
+    return {name: value for name, value in values.items() if name not in new or value != new[name]}
 
 
 def _first_named(operator: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from convnn.config.schema import Config, OperatorConfig, SwapConfig, SwapRule
@@ -81,6 +81,18 @@ def check_keys(values: Mapping[str, Any], schema: type = Config, prefix: str = "
             check_keys(rule, SwapRule, f"{prefix}rules.{name}.")
 
 
+def schema_node(schema: type) -> DictConfig:
+    """Return a dataclass as OmegaConf takes it, with values that may be set.
+
+    OmegaConf makes the fields of frozen dataclasses read-only, which would refuse every override of ``operator``.
+    """
+    node = OmegaConf.structured(schema)
+    for child in [node, *(node[key] for key in node if OmegaConf.is_dict(node._get_node(key)))]:
+        if child is not None:
+            OmegaConf.set_readonly(child, None)
+    return node
+
+
 def typed(schema: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     """Return plain values as a dataclass, converted to its types.
 
@@ -89,7 +101,7 @@ def typed(schema: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     """
     check_keys(values, schema, prefix)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))  # type: ignore[return-value]
+        return OmegaConf.to_object(OmegaConf.merge(schema_node(schema), values))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ConfigError(f"{prefix}{error.full_key}: {first_line(error)}") from error
 

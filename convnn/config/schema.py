@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from convnn.ops.settings import Mixing, Selection, choice, later, number
+
 _FILE_TRANSFORMS = ("scale", "rand_augment", "color_jitter", "random_erasing", "crop_pct")
 
 
@@ -19,29 +21,29 @@ class DataConfig:
     """Folder of the files; below it the layout that torchvision uses, or CLASS folders in train, test and val."""
     download: bool = True
     """Fetch what is missing (cifar10, cifar100)."""
-    limit: int | None = None
+    limit: int | None = number(None, 1)
     """Use this many training images, spread evenly over the classes, chosen by ``split_seed``."""
-    limit_test: int | None = None
+    limit_test: int | None = number(None, 1)
     """The same for test images."""
-    val_fraction: float = 0.0
+    val_fraction: float = number(0.0, 0, 1, below=True)
     """Share of each class's training images held out to choose the best checkpoint; 0: it is chosen on the validation
     set that the data has, else on the test set, and that is said."""
-    split_seed: int = 0
+    split_seed: int = number(0, 0)
     """Seed of the validation split and of ``limit``."""
-    val_folder: bool = True
+    val_folder: bool = later(True)
     """Image folders with ``val`` beside ``test``: ``val`` chooses the best checkpoint; false leaves it out."""
-    image_size: int | None = None
+    image_size: int | None = number(None, 1)
     """Side in pixels of what the network sees; null takes the backbone's, else the images' own."""
-    load_size: int | None = None
+    load_size: int | None = number(None, 1)
     """Side in pixels of the squares that an image folder's files become; null: the median of their shorter sides."""
-    crop_padding: int = 0
+    crop_padding: int = number(0, 0)
     """Random crops after padding by this many pixels (of the stored image); 0: none."""
     flip: bool = False
     """Random horizontal flips."""
     mean: list[float] = field(default_factory=lambda: [0.5])
     """Per channel, for pixels in [0, 1]; one value serves all channels."""
     std: list[float] = field(default_factory=lambda: [0.5])
-    stream: str = "auto"
+    stream: str = choice("auto", "true", "false")
     """Image folders: ``false`` keeps the images in memory; ``true`` reads the files batch by batch, with the same
     result; ``auto`` streams what exceeds 8 GiB, or has one of the next five settings: timm's transforms, made at the
     size that the network sees, need a stream."""
@@ -49,26 +51,26 @@ class DataConfig:
     """Range of the area that RandomResizedCrop keeps, such as [0.08, 1]; null: the largest square at the centre."""
     rand_augment: str | None = None
     """timm's name of a RandAugment, such as rand-m9-mstd0.5-inc1; null: none."""
-    color_jitter: float = 0.0
+    color_jitter: float = number(0.0, 0)
     """Largest change of brightness, contrast and saturation; timm leaves it out beside ``rand_augment``."""
-    random_erasing: float = 0.0
+    random_erasing: float = number(0.0, 0, 1)
     """Probability that a rectangle of an image is erased."""
-    crop_pct: float | None = None
+    crop_pct: float | None = number(None, 0, 1, above=True)
     """Share of the shorter side that the central crop keeps at evaluation; null: all of it."""
     ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
     """Range of the aspect ratio of RandomResizedCrop."""
-    erasing_mode: str = "pixel"
+    erasing_mode: str = choice("pixel", "rand", "const")
     """What replaces an erased rectangle: ``pixel`` (noise), ``rand`` (one random colour) or ``const`` (the mean)."""
-    interpolation: str = "bicubic"
+    interpolation: str = choice("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming", "random")
     """Of timm's transforms: bilinear, bicubic, nearest, lanczos, box, hamming; or ``random``: bilinear or bicubic
     in training, bicubic at evaluation."""
-    workers: int | None = None
+    workers: int | None = number(None, 0)
     """Processes that read a stream, 0: the training process itself; null: one a CPU core, at most 16."""
-    prefetch: int = 2
+    prefetch: int = number(2, 1)
     """Batches that each worker reads ahead."""
-    size: int = 2048
+    size: int = number(2048, 1)
     """Number of images of the synthetic set."""
-    num_classes: int = 10
+    num_classes: int = number(10, 2)
     """Number of classes of the synthetic set."""
     options: dict[str, Any] = field(default_factory=dict)
     """Free settings for data sets from other modules."""
@@ -94,95 +96,65 @@ class BackboneConfig:
     """Python module to import first, for models registered outside timm with ``timm.models.register_model``."""
     pretrained: bool = False
     """Load timm's pretrained weights (needs a network or a filled cache)."""
-    stem: str = "default"
+    stem: str = choice("default", "small")
     """``default``, or ``small``: 3x3 stride-1 first convolution without max-pooling, for images below 64 pixels."""
-    image_size: int | None = None
+    image_size: int | None = number(None, 1)
     """Side in pixels that images are resized to; null keeps the size of the data set."""
-    patch_size: int | None = None
+    patch_size: int | None = number(None, 1)
     """Side of a ViT patch in pixels; null keeps timm's."""
-    pos_embed: str = "learned"
+    pos_embed: str = choice("learned", "sincos")
     """``learned``, or ``sincos``: fixed sine-cosine positions (ViT only)."""
-    drop_rate: float = 0.0
+    drop_rate: float = number(0.0, 0, 1, below=True)
     """Dropout before the classifier, and in the blocks of a ViT."""
-    drop_path_rate: float | None = None
+    drop_path_rate: float | None = number(None, 0, 1, below=True)
     """Stochastic depth; null leaves timm's default and supports models without it."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Passed to ``timm.create_model`` as they are."""
 
 
-@dataclass
-class OperatorConfig:
-    """The neighbour-aggregation operator that takes the place of a layer (see docs/operators.md)."""
+@dataclass(frozen=True)
+class _Named:
+    """What an operator is called, and what builds it. A base class only so that these keys come first."""
 
     name: str = "convnn"
     """Label in run names and reports."""
-    kind: str = CONV
+    kind: str = choice(CONV, ATTENTION)
     """Kind of layer that it replaces: ``conv`` or ``attention``."""
     target: str = "convnn.ConvNN2d"
     """Class with a ``from_layer(layer, config, init, site)`` constructor."""
-    k: int = 9
-    """Neighbours per query."""
-    k_policy: str = "error"
-    """When k exceeds the candidates: ``error``, or ``clamp`` to all of them (the first weight slots stay in use)."""
-    blend: float = 1.0
+
+
+@dataclass(frozen=True)
+class OperatorConfig(Mixing, Selection, _Named):
+    """The neighbour-aggregation operator that takes the place of a layer (see docs/operators.md).
+
+    How neighbours are chosen and mixed are the fields of ``convnn.ops.settings``; here stands what belongs to layers.
+    """
+
+    blend: float = number(1.0, 0, 1)
     """0 selects neighbours by position (convolution), 1 by features (attention), between by both."""
-    similarity: str = "cosine"
-    """Of features: ``cosine``, ``euclidean`` (negative squared distance) or ``dot`` (scaled by 1/sqrt(d))."""
-    mix: str = "sum"
-    """How a blend mixes: ``sum`` of the scores, or ``concat``: features and coordinates side by side (the paper's)."""
-    distance: str = "chebyshev"
-    """Of positions: ``chebyshev`` or ``euclidean``, in pixels or tokens."""
-    candidates: str = "all"
-    """Tokens that may be chosen: ``all``, ``random`` (num_candidates of them), ``grid`` (num_candidates per side),
-    ``window`` (at most num_candidates tokens away along each axis) or ``stride`` (a multiple of it away on each)."""
-    num_candidates: int = 32
-    """Number of random candidates, side of the candidate grid, radius of the window, or the stride."""
-    eval_candidates: str = "same"
-    """Random candidates at evaluation: ``same`` (one fixed seeded subset), ``all`` or ``resample`` (as the paper)."""
-    candidate_seed: int = 0
-    """Seed of the fixed subset."""
-    pad_candidates: bool = True
-    """Zero-padding tokens may be chosen at blend = 1 (below 1 they always may, as a convolution sees them)."""
-    self_first: bool = True
-    """The query's own token is always its first neighbour."""
-    slots: str = "rank"
-    """Weight slot of a neighbour: ``rank`` (best first), ``raster`` (by position, as kernel taps) or ``window``
-    (a neighbour inside the kernel window meets its own tap, the others fill the free taps, best first)."""
-    border: str = "nearest"
+    learn_blend: str = choice("no", "layer", "head")
+    """``no``, or a learnable blend per ``layer`` or per ``head``, starting at ``blend``; see ``straight_through``."""
+    border: str = choice("nearest", "zeros", "shift")
     """Attention only, where a window would leave the grid: ``nearest`` tokens inside, ``zeros`` (a ring of zero tokens)
     or ``shift`` (the window moves inside, as in NATTEN). The last two need k to be an odd square."""
-    layout: str = "grid"
+    layout: str = choice("grid", "sequence")
     """Attention only: tokens lie on the ``grid`` of patches, prefix tokens (CLS) apart, or all on one line in their
     order (``sequence``): positions, windows and candidate grids then have one dimension."""
-    head_dim: int | None = None
+    head_dim: int | None = number(None, 1)
     """Attention only: channels per head of queries, keys and values; null: as the replaced layer."""
-    projection: str = "identity"
+    projection: str = choice("identity", "linear")
     """Convolutions only: compare and mix the features themselves (``identity``), or their 1x1 projections to queries,
     keys and values (``linear``, the paper's learned variant). Attention always projects."""
-    weighting: str = "ones"
-    """``ones``, or the neighbours' feature similarity over the temperature: its ``softmax``, or itself (``score``)."""
-    temperature: float = 1.0
-    """Divides the similarity."""
-    aggregation: str = "conv"
-    """``conv`` (full or grouped weights per slot), ``depthwise`` (a weight per slot and channel), ``separable``
-    (depthwise, then 1x1), ``sum``, or ``max_relative`` (vision graphs: largest difference to the query, then 1x1)."""
     coordinates: bool = False
     """Convolutions only: two more input channels of the aggregation hold each token's column and row in [-1, 1]."""
-    shuffle: int = 1
+    shuffle: int = number(1, 1)
     """Convolutions only: pixel unshuffle by this factor before the layer and shuffle after it (channels x factor^2)."""
     bias: bool | None = None
     """Bias of the output (the attention's projection); null: as the replaced layer."""
-    learn_blend: str = "no"
-    """``no``, or a learnable blend per ``layer`` or per ``head``, starting at ``blend``; see ``straight_through``."""
-    straight_through: bool = False
-    """Let a gradient reach the selection: forward as ever, backward as if each neighbour were weighed by the softmax
-    of its selection score. Always on where the blend is learned."""
-    backend: str = "auto"
-    """What computes: ``torch``: plain operations; ``triton``: its kernels on CUDA, or an error; ``auto``: edges on a
-    CPU (``ops.edges``), on CUDA the kernels where a measurement is known in which they were faster (none yet)."""
-    branch_ratio: float | None = None
+    branch_ratio: float | None = number(None, 0, 1)
     """Share of the output channels from the neighbour branch, the rest from the replaced kind of layer; null: none."""
-    branch_kernel: int | None = None
+    branch_kernel: int | None = number(None, 1)
     """Kernel side of the convolution branch of a hybrid; null keeps the replaced layer's."""
     branch_bias: bool | None = None
     """Bias of the convolution branch of a hybrid; null: as ``bias``."""
@@ -196,23 +168,23 @@ class OperatorConfig:
 class SwapRule:
     """Which layers to replace. All given conditions must hold; ``depths`` and the like count what is left."""
 
-    kind: str = "auto"
+    kind: str = choice("auto", CONV, ATTENTION)
     """``conv``, ``attention``, or ``auto``: the kind that the operator replaces."""
     match: str | None = "*"
     """Glob over module names (``layer1.*``); null replaces nothing."""
     exclude: list[str] = field(default_factory=list)
     """Globs of module names to leave alone; the classifier head always is."""
-    min_kernel: int = 1
+    min_kernel: int = number(1, 1)
     """Smallest kernel side of a convolution to replace."""
     stages: list[int] | None = None
     """Stages of the backbone in timm's ``feature_info`` order (resnet: 0 is the stem; vit: one stage per block)."""
     depths: list[int] | None = None
     """Indices among the layers that meet the conditions above, in forward order; negative ones count from the end."""
-    first: int | None = None
+    first: int | None = number(None, 1)
     """Only the first n of them."""
-    last: int | None = None
+    last: int | None = number(None, 1)
     """Only the last n of them."""
-    every: int | None = None
+    every: int | None = number(None, 1)
     """Only every n-th of them, starting with the first."""
     fraction: list[float] | None = None
     """Only those in the span [from, to] of the depth, both within [0, 1]."""
@@ -224,7 +196,7 @@ class SwapRule:
 class SwapConfig(SwapRule):
     """The swap policy: one rule given here, or several named ones in ``rules``."""
 
-    init: str = "fresh"
+    init: str = choice("fresh", "transfer")
     """``fresh`` weights, or ``transfer`` those of the replaced layer."""
     rules: dict[str, Any] = field(default_factory=dict)
     """Named rules, each with the keys above; when given they stand instead of it. No layer may be claimed twice."""
@@ -242,9 +214,9 @@ class SwapConfig(SwapRule):
 class TrackConfig:
     """One scheduled value. ``shape=constant`` leaves the operator's own value."""
 
-    shape: str = "constant"
+    shape: str = choice("constant", "linear", "cosine", "step")
     """``constant``, ``linear``, ``cosine`` or ``step``."""
-    over: str = "time"
+    over: str = choice("time", "depth", "both")
     """``time`` (fraction of training), ``depth`` (first to last swapped layer) or ``both`` (their product)."""
     start: float = 0.0
     """Value before ``begin``."""
@@ -273,19 +245,19 @@ class OptimConfig:
 
     name: str = "adamw"
     """Name in timm's optimizer registry."""
-    lr: float = 1e-3
+    lr: float = number(1e-3, 0, above=True)
     """Peak learning rate for the given batch size; it is not scaled."""
-    weight_decay: float = 0.05
-    momentum: float = 0.9
+    weight_decay: float = number(0.05, 0)
+    momentum: float = number(0.9, 0, 1, below=True)
     """For optimizers that have one."""
     decay_norm_and_bias: bool = False
     """Apply weight decay to biases and normalisation weights too."""
     sched: str = "cosine"
     """``constant`` or a name of timm's scheduler factory (cosine, step, poly, ...), updated every step."""
-    warmup_epochs: int = 0
-    warmup_lr: float = 1e-6
-    min_lr: float = 0.0
-    clip_grad: float | None = None
+    warmup_epochs: int = number(0, 0)
+    warmup_lr: float = number(1e-6, 0)
+    min_lr: float = number(0.0, 0)
+    clip_grad: float | None = number(None, 0, above=True)
     """Largest norm of the whole gradient; null: no clipping."""
 
 
@@ -293,33 +265,33 @@ class OptimConfig:
 class TrainConfig:
     """The training loop."""
 
-    epochs: int = 20
-    max_steps: int | None = None
+    epochs: int = number(20, 1)
+    max_steps: int | None = number(None, 1)
     """Stop after this many optimizer steps in all; null: no limit. Schedules of blend, k and temperature end there, the
     learning rate's with the epoch in which it falls."""
-    batch_size: int = 128
+    batch_size: int = number(128, 1)
     """Images per step, over all processes together."""
-    eval_batch_size: int | None = None
+    eval_batch_size: int | None = number(None, 1)
     """Null: the training batch size."""
-    label_smoothing: float = 0.0
-    mixup: float = 0.0
+    label_smoothing: float = number(0.0, 0, 1, below=True)
+    mixup: float = number(0.0, 0)
     """Alpha of Mixup; 0: off."""
-    cutmix: float = 0.0
+    cutmix: float = number(0.0, 0)
     """Alpha of CutMix; 0: off."""
-    ema: float | None = None
+    ema: float | None = number(None, 0, 1, above=True, below=True)
     """Decay of the exponential moving average of the weights, which is then what gets evaluated; null: off."""
-    amp: str = "auto"
+    amp: str = choice("auto", "bf16", "off")
     """``auto`` (bf16 on CUDA, float32 elsewhere), ``bf16`` or ``off``."""
     channels_last: bool = False
     """Memory format of images and convolution weights. On a CPU, torch crashed with it in networks of 4 channels."""
     compile: bool = False
     """Train through ``torch.compile``."""
-    sync_batchnorm: str = "auto"
-    """With several processes (see README.md): ``true``: batch normalisation over the joint batch, which needs GPUs;
+    sync_batchnorm: str = choice("auto", "true", "false")
+    """With several processes (docs/several_gpus.md): ``true``: batch normalisation over the joint batch, needs GPUs;
     ``false``: over each process' part, with the first one's running statistics; ``auto``: true on GPUs."""
-    deterministic: str = "false"
+    deterministic: str = choice("false", "warn", "true")
     """``false``, ``warn`` or ``true``: torch's deterministic algorithms."""
-    skip_nonfinite: int = 0
+    skip_nonfinite: int = number(0, 0)
     """Steps with an infinite or NaN loss or gradient to skip in all, such as spikes in bf16, before the run counts as
     diverged. Above 0, every step waits for the device."""
 
@@ -331,29 +303,29 @@ class TrainConfig:
 class TrackerConfig:
     """Where metrics go besides metrics.jsonl."""
 
-    name: str = "wandb"
+    name: str = choice("wandb", "jsonl")
     """``wandb`` or ``jsonl`` (nothing besides)."""
-    mode: str = "offline"
+    mode: str = choice("offline", "online", "disabled")
     """Of W&B: ``offline``, ``online`` (falls back to offline without a key or network) or ``disabled``."""
     project: str = "convnn"
     entity: str | None = None
     group: str | None = None
     tags: list[str] = field(default_factory=list)
-    init_timeout: int = 20
+    init_timeout: int = number(20, 1)
     """Seconds that W&B may take to start online."""
 
 
 @dataclass
 class DiagnosticsConfig:
-    """What each layer chooses on a few fixed test images, measured at the end of an epoch (convnn/diagnostics.py).
+    """What each layer chooses on a few fixed test images, measured at the end of an epoch (convnn/train/probe.py).
 
     It changes nothing about the training, so it is no part of a run's identity.
     """
 
     enabled: bool = True
-    images: int = 8
+    images: int = number(8, 1)
     """Number of images, evenly spread over the test set."""
-    every: int = 1
+    every: int = number(1, 1)
     """Epochs between measurements."""
     pictures: bool = True
     """Draw the pictures of scripts/visualize.py at the end of a run whose tracker is W&B, and log them there."""
@@ -368,7 +340,7 @@ class RunConfig:
     root: str = "runs"
     name: str | None = None
     """First part of the folder's name; null: made from backbone, operator, k, blend and seed."""
-    if_exists: str = "fail"
+    if_exists: str = choice("fail", "resume", "skip", "overwrite")
     """``fail``, ``resume``, ``skip`` (when complete, else resume) or ``overwrite``."""
 
 
@@ -386,7 +358,7 @@ class Config:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     run: RunConfig = field(default_factory=RunConfig)
-    seed: int = 0
+    seed: int = number(0, 0, 2**32 - 1)
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``; under torchrun each process takes the GPU of its number."""
     debug: bool = False

@@ -1,4 +1,4 @@
-"""From images to batches."""
+"""Data sets, and the batches made of them."""
 
 from convnn.data.batches import Batches
 from convnn.data.datasets import load_cifar, load_dataset, load_digits, load_imagefolder, load_synthetic

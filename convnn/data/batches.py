@@ -1,6 +1,7 @@
 """Batches made, augmented and normalised on the training device.
 
-Shapes: N images, B batch, C channels."""
+Shapes: N images, B batch, C channels.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ from convnn.data.splits import AnySplit, Split
 class Batches:
     """Batches of a split, augmented and normalised on its device.
 
-    Order and augmentation of an epoch depend on (seed, epoch) alone, so that it can be entered at any step. The joint
-    batch has ``batch_size`` images; of ``world_size`` processes each yields its own rows, in the order of ranks.
+    Order and augmentation of an epoch depend on (seed, epoch) alone, so that a resumed run can start it at any step.
+    A batch has ``batch_size`` images over all processes; each of them yields its share, in the order of ranks.
     """
 
     split: AnySplit
@@ -35,10 +36,10 @@ class Batches:
     channels_last: bool = False
     rank: int = 0
     world_size: int = 1
-    """Processes that share each batch, in the order of ranks."""
+    """Processes that share each batch."""
     mirrored: bool = False
-    """A training share holds, with each image, its mirror image in the batch (the first goes with the last), which is
-    what Mixup mixes it with; then the shares together are mixed as the whole batch is."""
+    """Share training batches for timm's Mixup and CutMix, which mix image i of B with image B - 1 - i: both go to the
+    same process, so that the shares are mixed as the whole batch would be in one process."""
 
     def __post_init__(self) -> None:
         self.device = self.split.labels.device
@@ -53,12 +54,14 @@ class Batches:
     def epoch(self, epoch: int = 0, first: int = 0) -> Generator[tuple[Tensor, Tensor]]:
         """Yield (images (B, C, s, s) float32, labels (B,)) of an epoch from batch ``first`` on.
 
-        Among several processes B is this one's part. In evaluation, where a batch may have fewer images than there are
-        processes, one without a part gets an image and no label, so that all make as many forward passes.
+        Among several processes B is this one's share. The last batch of an evaluation may have fewer images than there
+        are processes; one whose share is empty gets an image without a label, so that all make the same number of
+        forward passes.
         """
         n = len(self.split)
         order = torch.arange(n)
         if self.train:
+            # All of the epoch's random numbers at once: batch ``first`` needs no replay of those before it.
             entropy = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0]
             generator = torch.Generator().manual_seed(int(entropy) >> 1)
             order = torch.randperm(n, generator=generator)
@@ -94,10 +97,11 @@ class Batches:
         return slice(start + size * self.rank // self.world_size, start + size * (self.rank + 1) // self.world_size)
 
     def _paired(self, values: Tensor) -> Tensor:
-        """Order the rows of each batch so that every process has, with a row, its mirror image: (N, ...) -> (N', ...).
+        """Order the rows of each batch so that i and B - 1 - i go to the same process: (N, ...) -> (N', ...).
 
         Rows that are in no whole batch are left out.
         """
+        # Of 2 W equal pieces of a batch, process r gets pieces r and 2 W - 1 - r, which mirror each other.
         batches = values[: len(self) * self.batch_size].unflatten(0, (len(self), self.batch_size))
         pieces = batches.chunk(2 * self.world_size, dim=1)
         pairs = zip(pieces[: self.world_size], reversed(pieces), strict=False)
@@ -118,8 +122,10 @@ class Batches:
 def random_crop(images: Tensor, shifts: Tensor, padding: int, flips: Tensor | None = None) -> Tensor:
     """Crop each zero-padded image at its own (row, column) shift, and mirror the crop where ``flips`` says so.
 
-    (B, C, h, w), (B, 2), (B,) -> (B, C, h, w), in one gather.
+    (B, C, h, w), (B, 2), (B,) -> (B, C, h, w).
     """
+    # Each output pixel's place in its flattened padded image: crop and flip of the whole batch are then one gather,
+    # where slicing would take a loop over the images.
     batch, channels, height, width = images.shape
     rows, cols = (torch.arange(size, device=images.device) for size in (height, width))
     if flips is not None:

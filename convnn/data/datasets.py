@@ -26,6 +26,7 @@ from convnn.errors import ConfigError
 __all__ = ["load_cifar", "load_dataset", "load_digits", "load_imagefolder", "load_synthetic"]
 log = logging.getLogger("convnn")
 MAX_BYTES = 8 << 30
+"""Largest split of an image folder that is kept in memory."""
 
 
 def load_digits(config: DataConfig) -> Dataset:
@@ -156,7 +157,7 @@ def _in_memory(split: FileSplit) -> Split:
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """Load the data set that ``data.target`` names, cut it to its limits, and split off the validation images.
+    """Load the data set that ``data.target`` names, keep ``data.limit`` images, and hold out the validation images.
 
     Raises:
         ConfigError: if it cannot be had or is no proper data set, or a split would lack a class.

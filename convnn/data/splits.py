@@ -123,7 +123,7 @@ class Dataset:
 
 
 def balanced(labels: np.ndarray, limit: int | None, rng: np.random.Generator) -> np.ndarray:
-    """Return sorted indices of ``limit`` items, spread evenly over the classes."""
+    """Return sorted indices of ``limit`` items drawn at random, as evenly over the classes as possible."""
     if limit is None or limit >= len(labels):
         return np.arange(len(labels))
     order = rng.permutation(len(labels))

@@ -1,7 +1,7 @@
-"""Batches of image files that are read by worker processes while training goes on, with timm's transforms.
+"""Batches of image files, read and transformed (by timm's transforms) in worker processes during training.
 
-Order and augmentation depend on (seed, epoch, index of the image) alone: not on the number of workers, nor on where
-an epoch is entered. Shapes: B batch, C channels, s side of an image in pixels.
+Order and augmentation depend on (seed, epoch, index of the image) alone: not on the number of workers, nor on the
+step at which a resumed run starts an epoch. Shapes: B batch, C channels, s side of an image in pixels.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_WORKERS = 16
 
 
 class ByteErasing(RandomErasing):
-    """timm's RandomErasing, which works on normalised images, for uint8 ones: noise beyond [0, 255] is clipped."""
+    """timm's RandomErasing, made for normalised images, on uint8 ones: noise beyond [0, 255] is clipped."""
 
     def __init__(self, config: DataConfig) -> None:
         super().__init__(config.random_erasing, mode=config.erasing_mode, device="cpu")
@@ -46,7 +46,7 @@ class ByteErasing(RandomErasing):
 
 
 def file_transform(config: DataConfig, image_size: int, train: bool) -> Callable[[Any], Tensor]:
-    """Return what makes a (C, s, s) uint8 tensor of a Pillow image, with timm's transforms."""
+    """Return timm's transforms for training or evaluation, composed: Pillow image -> (C, s, s) uint8."""
     if not train:
         drawn = config.interpolation == "random"
         return create_transform(
@@ -83,13 +83,13 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
 
 
 def square_transform(path: bytes, side: int) -> Tensor:
-    """Read a file as the square (C, side, side) uint8 that an image folder in memory holds."""
+    """Read a file as a square (C, side, side) uint8, the same as an image folder in memory has of it."""
     return pil_to_tensor(open_square(path, side))
 
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
-    """Seed Python, NumPy and torch inside, and leave their generators outside as they were."""
+    """Seed the generators of Python, NumPy and torch, and restore them on exit."""
     python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = np.random.SeedSequence(entropy).generate_state(3)
     random.seed(int(words[0]))
@@ -104,7 +104,7 @@ def seeded(*entropy: int) -> Iterator[None]:
 
 
 class _Files:
-    """What a worker is given: index -> (C, s, s) uint8, or what is wrong with the file."""
+    """The data set of the workers: index -> (C, s, s) uint8, or the message of an error in reading the file."""
 
     def __init__(self, paths: np.ndarray, read: Callable[[bytes], Tensor], entropy: tuple[int, ...] | None) -> None:
         self.paths, self.read, self.entropy = paths, read, entropy
@@ -132,9 +132,9 @@ def _collate(samples: list[Tensor | str]) -> Tensor | str:
 
 
 def _start_worker(worker: int) -> None:
-    """Leave signals to the training process: launchers send them to all processes at once.
+    """Ignore INT, USR2 and the first TERM: launchers send signals to all processes, and the training process answers.
 
-    Only a second TERM ends a worker; it ends by itself with the training process.
+    A worker ends with the training process, or by a second TERM.
     """
     for number in (signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

@@ -1,1 +1,1 @@
-"""Pictures by matplotlib, of tensors and of metrics."""
+"""Figures in matplotlib: neighbours on images, metrics over epochs and depth."""

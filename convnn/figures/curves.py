@@ -1,4 +1,4 @@
-"""Diagnostics as pictures: over depth and training for one run, over depth for several. Imports no torch."""
+"""Curves and heat maps of runs over epochs, depth and the spectrum, from their metrics. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convnn.figures.style import COLOURS, SCALE, STYLE, add_legend, new_figure, plain, styles
-from convnn.runs.metrics import SHOWN, read_metrics
+from convnn.figures.style import COLOUR_MAP, COLOURS, RC_PARAMS, add_legend, line_styles, new_figure, plain_text
+from convnn.runs.metrics import PANEL_TITLES, is_number, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAX_NAMES = 24
+MAX_LAYER_NAMES = 24
 """Layer names on an axis; of more, evenly spread ones are written."""
 
 Cells = dict[tuple[str, int], float]
 
 
 @dataclass
-class Trend:
-    """What ``metrics.jsonl`` says about a run's layers."""
+class LayerMeasures:
+    """What the layers of a run chose, as ``metrics.jsonl`` has it: each measure by layer and epoch."""
 
     epochs: list[int] = field(default_factory=list)
     """Of the measurements, counted from 1."""
@@ -43,67 +43,55 @@ class Trend:
         return [sum(column) / len(column) if column else math.nan for column in columns]
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def epoch_rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run folder's metrics.jsonl up to the first damaged one; none if it cannot be read."""
-    try:
-        rows = read_metrics(folder / "metrics.jsonl")
-    except (OSError, ValueError):
-        return []
-    whole = [isinstance(row, dict) and _number(row.get("epoch")) for row in rows]
-    return rows[: whole.index(False)] if False in whole else rows
-
-
-def read_trend(folder: Path) -> Trend:
+def read_layer_measures(folder: Path) -> LayerMeasures:
     """Return the diagnostics of a run folder; without any, an empty Trend."""
-    trend = Trend()
-    for row in epoch_rows(folder):
+    measures = LayerMeasures()
+    for row in read_metrics(folder / "metrics.jsonl"):
         layers = row.get("layers")
         every = [one for one in layers if isinstance(one, dict)] if isinstance(layers, list) else []
-        measured = [one for one in every if all(_number(one.get(name)) for name in ("overlap", "padding", "prefix"))]
+        measured = [one for one in every if all(is_number(one.get(name)) for name in ("overlap", "padding", "prefix"))]
         if not measured:
             continue
         epoch = int(row["epoch"]) + 1
-        trend.epochs.append(epoch)
+        measures.epochs.append(epoch)
         for one in measured:
             name = str(one.get("name")).removesuffix(".neighbors")
-            if name not in trend.layers:
-                trend.layers.append(name)
+            if name not in measures.layers:
+                measures.layers.append(name)
             values = one | {"outside": one["padding"] + one["prefix"]}
-            for key in SHOWN:
-                if _number(values.get(key)):
-                    trend.values.setdefault(key, {})[name, epoch] = float(values[key])
-    return trend
+            for key in PANEL_TITLES:
+                if is_number(values.get(key)):
+                    measures.values.setdefault(key, {})[name, epoch] = float(values[key])
+    return measures
 
 
-def draw_trends(folder: Path) -> dict[str, Figure]:
+def draw_curves(folder: Path) -> dict[str, Figure]:
     """Return the figures ``diagnostics`` and ``training`` of a run folder, those that its metrics allow."""
-    figures = {"diagnostics": heat_maps(read_trend(folder)), "training": training(folder)}
+    figures = {"diagnostics": draw_layer_heat_maps(read_layer_measures(folder)), "training": draw_training(folder)}
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def heat_maps(trend: Trend, title: str = "What each layer chooses, epoch by epoch") -> Figure | None:
+def draw_layer_heat_maps(
+    measures: LayerMeasures, title: str = "What each layer chooses, epoch by epoch"
+) -> Figure | None:
     """Draw layers x epochs for each measure that has values; None if there are none."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    names = [name for name in SHOWN if name in trend.values and _says_something(name, trend.values[name])]
+    names = [name for name in PANEL_TITLES if name in measures.values and _worth_a_panel(name, measures.values[name])]
     if not names:
         return None
     columns = min(3, len(names)) if len(names) != 4 else 2
     rows = -(-len(names) // columns)
-    height = min(max(2.0, 0.8 + 0.27 * len(trend.layers)), 6.5)
-    with mpl.rc_context(STYLE | {"axes.grid": False, "font.size": 12}):
+    height = min(max(2.0, 0.8 + 0.27 * len(measures.layers)), 6.5)
+    with mpl.rc_context(RC_PARAMS | {"axes.grid": False, "font.size": 12}):
         figure = Figure(figsize=(2.2 + 3.7 * columns, 0.9 + (height + 0.9) * rows))
         panels = figure.subplots(rows, columns, squeeze=False, sharey=True, sharex=True)
         for i, axes in enumerate(panels.flatten()):
             if i >= len(names):
                 axes.set_visible(False)
                 continue
-            _heat_map(figure, axes, trend, names[i])
+            _heat_map(figure, axes, measures, names[i])
             last_in_column = i + columns >= len(names)
             axes.tick_params(labelbottom=last_in_column)
             axes.set_xlabel("epoch" if last_in_column else "")
@@ -112,44 +100,44 @@ def heat_maps(trend: Trend, title: str = "What each layer chooses, epoch by epoc
     return figure
 
 
-def _says_something(name: str, cells: Cells) -> bool:
+def _worth_a_panel(name: str, cells: Cells) -> bool:
     """Return whether a measure is worth a panel: a blend that is the same everywhere, or no padding, is not."""
     if name == "blend":
         return len(set(cells.values())) > 1
     return name != "outside" or max(cells.values()) > 0
 
 
-def _heat_map(figure: Figure, axes: Axes, trend: Trend, name: str) -> None:
+def _heat_map(figure: Figure, axes: Axes, measures: LayerMeasures, name: str) -> None:
     import numpy as np
 
-    cells = trend.values[name]
-    grid = np.array([[cells.get((layer, e), math.nan) for e in trend.epochs] for layer in trend.layers])
+    cells = measures.values[name]
+    grid = np.array([[cells.get((layer, e), math.nan) for e in measures.epochs] for layer in measures.layers])
     whole = name in ("blend", "overlap", "agreement", "entropy")
     axes.set_facecolor("#cccccc")
     top = 1.0 if whole else float(np.nanmax(grid)) or 1.0
-    image = axes.imshow(grid, cmap=SCALE, aspect="auto", interpolation="nearest", vmin=0, vmax=top)
+    image = axes.imshow(grid, cmap=COLOUR_MAP, aspect="auto", interpolation="nearest", vmin=0, vmax=top)
     bar = figure.colorbar(image, ax=axes, aspect=14)
     if name not in ("blend", "entropy", "distance_mean"):
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    axes.set_title(SHOWN[name], fontsize=12)
-    for axis, items, most in ((axes.yaxis, trend.layers, MAX_NAMES), (axes.xaxis, trend.epochs, 6)):
+    axes.set_title(PANEL_TITLES[name], fontsize=12)
+    for axis, items, most in ((axes.yaxis, measures.layers, MAX_LAYER_NAMES), (axes.xaxis, measures.epochs, 6)):
         step = -(-len(items) // most)
-        axis.set_ticks(range(0, len(items), step), [plain(str(item), 30) for item in items[::step]])
+        axis.set_ticks(range(0, len(items), step), [plain_text(str(item), 30) for item in items[::step]])
 
 
-def training(folder: Path) -> Figure | None:
+def draw_training(folder: Path) -> Figure | None:
     """Draw accuracy, loss, and where the layers were on the spectrum, over the epochs; None without any epoch."""
     import matplotlib as mpl
     from matplotlib.ticker import MaxNLocator
 
-    rows = epoch_rows(folder)
+    rows = read_metrics(folder / "metrics.jsonl")
     if not rows:
         return None
-    trend = read_trend(folder)
+    measures = read_layer_measures(folder)
     epochs = [row["epoch"] + 1 for row in rows]
-    with mpl.rc_context(STYLE | {"font.size": 12}):
+    with mpl.rc_context(RC_PARAMS | {"font.size": 12}):
         figure, panels = new_figure(2)
-        if trend.epochs:
+        if measures.epochs:
             figure.clear()
             panels = figure.subplots(1, 3).tolist()
         figure.set_size_inches(13.3, 4.6)
@@ -158,18 +146,18 @@ def training(folder: Path) -> Figure | None:
             for split, colour, marker in lines:
                 values = [row.get(f"{split}_{end}") for row in rows]
                 if any(value is not None for value in values):
-                    ys = [float(value) if value is not None and _number(value) else math.nan for value in values]
+                    ys = [float(value) if is_number(value) else math.nan for value in values]
                     axes.plot(epochs, ys, color=colour, marker=marker, ms=5, label=split)
             axes.set_ylabel(label)
             if axes.lines:
                 axes.legend()
-        if trend.epochs:
+        if measures.epochs:
             for name, label, colour, marker in (
                 ("blend", "blend", "#000000", "D"),
                 ("overlap", "neighbours in the\nconvolution window", COLOURS[0], "o"),
                 ("agreement", "neighbours kept since\nthe epoch before", COLOURS[1], "s"),
             ):
-                panels[2].plot(trend.epochs, trend.mean(name), color=colour, marker=marker, ms=5, label=label)
+                panels[2].plot(measures.epochs, measures.mean(name), color=colour, marker=marker, ms=5, label=label)
             panels[2].set_ylim(-0.03, 1.03)
             panels[2].set_ylabel("mean over layers")
             panels[2].legend(loc="best", fontsize=11)
@@ -180,23 +168,23 @@ def training(folder: Path) -> Figure | None:
     return figure
 
 
-def over_depth(trends: Mapping[Any, Trend], title: str | None) -> Figure | None:
+def draw_over_depth(runs: Mapping[Any, LayerMeasures], title: str | None) -> Figure | None:
     """Draw measures of the last epoch over depth, a line for each run; ``title``: of the legend. None without any."""
     from matplotlib.ticker import MaxNLocator
 
-    trends = {label: trend for label, trend in trends.items() if trend.epochs}
+    runs = {label: measures for label, measures in runs.items() if measures.epochs}
     drawn = ("overlap", "distance_mean", "hub_share", "agreement")
-    names = [name for name in drawn if any(name in trend.values for trend in trends.values())]
-    if not names or max(len(trend.layers) for trend in trends.values()) < 2:
+    names = [name for name in drawn if any(name in measures.values for measures in runs.values())]
+    if not names or max(len(measures.layers) for measures in runs.values()) < 2:
         return None
     figure, panels = new_figure(len(names))
-    look = styles(list(trends))
+    look = line_styles(list(runs))
     handles: dict[str, Any] = {}
     for axes, name in zip(panels, names, strict=True):
-        for label, trend in trends.items():
-            ys = trend.last(name)
+        for label, measures in runs.items():
+            ys = measures.last(name)
             (handles[str(label)],) = axes.plot(range(1, len(ys) + 1), ys, markersize=6, **look[label])
-        axes.set_ylabel(SHOWN[name], fontsize=12)
+        axes.set_ylabel(PANEL_TITLES[name], fontsize=12)
         axes.set_xlabel("swapped layer, first to last")
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -205,7 +193,7 @@ def over_depth(trends: Mapping[Any, Trend], title: str | None) -> Figure | None:
     return figure
 
 
-def along(points: Mapping[Any, Sequence[Mapping[str, float]]], x: str) -> Figure | None:
+def draw_over_number(points: Mapping[Any, Sequence[Mapping[str, float]]], x: str) -> Figure | None:
     """Draw accuracy, loss and cost over a number, a line for each key of ``points``; None with fewer than two values.
 
     Args:
@@ -223,7 +211,7 @@ def along(points: Mapping[Any, Sequence[Mapping[str, float]]], x: str) -> Figure
     }
     names = [name for name in labels if any(not math.isnan(row[name]) for row in rows)]
     figure, panels = new_figure(len(names))
-    look = styles(list(points))
+    look = line_styles(list(points))
     handles: dict[str, Any] = {}
     for axes, name in zip(panels, names, strict=True):
         for label, line in points.items():

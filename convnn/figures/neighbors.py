@@ -1,4 +1,4 @@
-"""Neighbours drawn on the image they were chosen in.
+"""Figures of the neighbours that layers chose, drawn on the image.
 
 Shapes: C channels, h, w rows and columns of the image in pixels; a token of a map covers a cell of the image.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from convnn.figures.style import SCALE, STYLE, evenly
+from convnn.figures.style import COLOUR_MAP, RC_PARAMS, evenly_spread
 from convnn.ops.geometry import Geometry
 from convnn.ops.neighborhood import Neighborhood
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 MAX_COLUMNS = 6
 """Layers in one picture; of more, evenly spread ones are drawn."""
 
-WINDOW, RING = "#D55E00", "#e6e6e6"
+WINDOW_COLOUR, PADDING_COLOUR = "#D55E00", "#e6e6e6"
 """Okabe and Ito's vermilion for the convolution window; grey for padding."""
 
-LEAST = 32
+SMALLEST_MARK = 32
 """A mark is at least this part of the image's longer side, even where a token covers less."""
 
 Pixel = tuple[int, int]
-Found = Mapping[str, Neighborhood]
+NeighborsByLayer = Mapping[str, Neighborhood]
 
 
 def draw_neighbors(
-    image: Tensor, found: Found | Neighborhood, pixels: Sequence[Pixel] = (), *, item: int = 0, head: int = 0
+    image: Tensor, found: NeighborsByLayer | Neighborhood, pixels: Sequence[Pixel] = (), *, item: int = 0, head: int = 0
 ) -> Figure:
     """Draw which neighbours some pixels choose: a row for each pixel, a column for each layer.
 
@@ -48,34 +48,39 @@ def draw_neighbors(
         A matplotlib figure; ``figure.savefig("neighbors.png")`` writes it.
     """
     found = {"layer": found} if isinstance(found, Neighborhood) else found
-    names = evenly(list(found), MAX_COLUMNS)
+    names = evenly_spread(list(found), MAX_COLUMNS)
     pixels = list(pixels) or default_pixels(image)
     rows = [(f"query {i + 1}\n({r}, {c})", (r, c), found) for i, (r, c) in enumerate(pixels)]
-    _check(image, pixels)
-    return _grid(image, names, rows, item, head, f"Which {_most(found)} tokens each layer mixes for one query")
+    _check_pixels(image, pixels)
+    title = f"Which {_numbers_of_neighbors(found)} tokens each layer mixes for one query"
+    return _draw_panels(image, names, rows, item, head, title)
 
 
-def draw_blends(image: Tensor, found: Mapping[float, Found], pixel: Pixel, *, item: int = 0, head: int = 0) -> Figure:
+def draw_blends(
+    image: Tensor, found: Mapping[float, NeighborsByLayer], pixel: Pixel, *, item: int = 0, head: int = 0
+) -> Figure:
     """Draw what one pixel chooses along the blend axis: a row for each blend, a column for each layer."""
-    _check(image, [pixel])
+    _check_pixels(image, [pixel])
     first = next(iter(found.values()))
     ends = {0.0: "\n(convolution)", 1.0: "\n(attention)"}
     rows = [(f"blend {blend:g}{ends.get(blend, '')}", pixel, layers) for blend, layers in found.items()]
-    title = f"The same query from convolution to attention: its {_most(first)} neighbours at each blend"
-    return _grid(image, evenly(list(first), MAX_COLUMNS), rows, item, head, title)
+    title = f"The same query from convolution to attention: its {_numbers_of_neighbors(first)} neighbours at each blend"
+    return _draw_panels(image, evenly_spread(list(first), MAX_COLUMNS), rows, item, head, title)
 
 
-def draw_weights(image: Tensor, found: Found, pixels: Sequence[Pixel] = (), *, item: int = 0) -> Figure | None:
+def draw_weights(
+    image: Tensor, found: NeighborsByLayer, pixels: Sequence[Pixel] = (), *, item: int = 0
+) -> Figure | None:
     """Draw what share of a query's weights each token gets, averaged over heads; None without weights."""
     weighted = {name: one for name, one in found.items() if one.weights is not None}
     if not weighted:
         return None
     pixels = list(pixels) or default_pixels(image)
-    _check(image, pixels)
+    _check_pixels(image, pixels)
     rows = [(f"query {i + 1}\n({r}, {c})", (r, c), weighted) for i, (r, c) in enumerate(pixels)]
     heads = max(one.index.shape[1] for one in weighted.values())
     title = "How much each token weighs for one query" + (f" (mean of {heads} heads)" if heads > 1 else "")
-    return _grid(image, evenly(list(weighted), MAX_COLUMNS), rows, item, None, title)
+    return _draw_panels(image, evenly_spread(list(weighted), MAX_COLUMNS), rows, item, None, title)
 
 
 def default_pixels(image: Tensor) -> list[Pixel]:
@@ -84,14 +89,14 @@ def default_pixels(image: Tensor) -> list[Pixel]:
     return [(h // 2, w // 2), (h // 4, w // 4), (h - 1 - h // 16, w - 1 - w // 16)]
 
 
-def _check(image: Tensor, pixels: Sequence[Pixel]) -> None:
+def _check_pixels(image: Tensor, pixels: Sequence[Pixel]) -> None:
     h, w = image.shape[-2:]
     for row, col in pixels:
         if not (0 <= row < h and 0 <= col < w):
             raise ValueError(f"query ({row}, {col}) lies outside the image of {h} rows and {w} columns")
 
 
-def _most(found: Found) -> str:
+def _numbers_of_neighbors(found: NeighborsByLayer) -> str:
     counts = sorted({one.index.shape[-1] for one in found.values()})
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
@@ -106,24 +111,30 @@ def query_at(found: Neighborhood, pixel: Pixel, size: tuple[int, int]) -> int:
     return prefix + int(distance.argmin())
 
 
-def _grid(
+def _draw_panels(
     image: Tensor,
     names: Sequence[str],
-    rows: Sequence[tuple[str, Pixel, Found]],
+    rows: Sequence[tuple[str, Pixel, NeighborsByLayer]],
     item: int,
     head: int | None,
     title: str,
 ) -> Figure:
-    """Draw panels: rows of (label, query, layers), a first column with the query; ``head`` None: weights.
+    """Draw a grid of panels: the image with the query at the left, then one panel for each layer.
 
-    Where all rows have the same query, the first column shows it once.
+    Args:
+        image: (C, h, w).
+        names: of the layers, the columns.
+        rows: (label, query pixel, neighbours by layer). Where all have the same query, the first shows it alone.
+        item: number of the image in the batch.
+        head: of attention layers; None: colour tokens by weight, not by rank.
+        title: of the figure.
     """
     import matplotlib as mpl
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-    photo = _photo(image)
+    photo = _to_pixels(image)
     h, w = photo.shape[:2]
     grey = 0.45 + 0.45 * photo.mean(-1, keepdims=True).repeat(3, axis=-1)
     panel = min(1.9, 10.7 / (len(names) + 1))
@@ -136,23 +147,23 @@ def _grid(
         norm = Normalize(0, max(float(share.max()) for share in shares))
     else:
         norm = Normalize(1, max(top, 2))
-    shades = ScalarMappable(norm, SCALE if head is None else f"{SCALE}_r")
-    with mpl.rc_context(STYLE | {"axes.grid": False, "font.size": 12}):
+    shades = ScalarMappable(norm, COLOUR_MAP if head is None else f"{COLOUR_MAP}_r")
+    with mpl.rc_context(RC_PARAMS | {"axes.grid": False, "font.size": 12}):
         figure = Figure(figsize=(panel * (len(names) + 1) + 2.6, height * len(rows) + 1.7))
         panels = figure.subplots(len(rows), len(names) + 1, squeeze=False)
         for i, ((label, at, layers), line) in enumerate(zip(rows, panels, strict=True)):
             if together and i:
                 line[0].axis("off")
             else:
-                _frame(line[0], photo)
+                _draw_image(line[0], photo)
                 line[0].plot(at[1] + 0.5, at[0] + 0.5, "o", ms=9, mfc="black", mec="white", mew=2)
             line[int(together)].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8)
             for name, axes in zip(names, line[1:], strict=True):
-                _panel(axes, grey, layers[name], item, head, at, shades)
+                _draw_panel(axes, grey, layers[name], item, head, at, shades)
         panels[0, 0].set_title("input", fontsize=12)
         for name, axes in zip(names, panels[0, 1:], strict=True):
             g = rows[0][2][name].geometry
-            axes.set_title(f"{_short(name)}\n{g.height}×{g.width} tokens", fontsize=12)
+            axes.set_title(f"{_short_name(name)}\n{g.height}×{g.width} tokens", fontsize=12)
         bar = figure.colorbar(shades, ax=panels.ravel().tolist(), shrink=0.8, pad=0.02, aspect=28)
         if head is None:
             bar.set_label("share of the query's weight")
@@ -167,7 +178,7 @@ def _grid(
     return figure
 
 
-def _photo(image: Tensor) -> Any:
+def _to_pixels(image: Tensor) -> Any:
     """Return an image (C, h, w) as an array (h, w, 3) from 0 to 1."""
     x = image.detach().cpu().float()
     if x.amin() < 0 or x.amax() > 1:
@@ -176,11 +187,11 @@ def _photo(image: Tensor) -> Any:
     return x.permute(1, 2, 0).numpy()
 
 
-def _short(name: str) -> str:
+def _short_name(name: str) -> str:
     return name.removesuffix(".neighbors").removesuffix(".attn")
 
 
-def _frame(axes: Axes, picture: Any) -> None:
+def _draw_image(axes: Axes, picture: Any) -> None:
     h, w = picture.shape[:2]
     axes.imshow(picture, extent=(0, w, h, 0), interpolation="nearest", zorder=1)
     axes.set_xticks([])
@@ -207,16 +218,18 @@ def _cell(g: Geometry, token: int, size: tuple[int, int]) -> tuple[float, float,
     return (col - g.padding[1]) * dx, (row - g.padding[0]) * dy, dx, dy
 
 
-def _panel(axes: Axes, photo: Any, found: Neighborhood, item: int, head: int | None, at: Pixel, shades: Any) -> None:
+def _draw_panel(
+    axes: Axes, photo: Any, found: Neighborhood, item: int, head: int | None, at: Pixel, shades: Any
+) -> None:
     from matplotlib.patches import Rectangle
 
     size, g = photo.shape[:2], found.geometry
     query = query_at(found, at, size)
     dy, dx = size[0] / g.height, size[1] / g.width
     (ph, pw), own = g.padding, _cell(g, int(found.queries[query]), size)
-    _frame(axes, photo)
+    _draw_image(axes, photo)
     corner, whole = (-pw * dx, -ph * dy), (size[1] + 2 * pw * dx, size[0] + 2 * ph * dy)
-    axes.add_patch(Rectangle(corner, *whole, fc=RING, ec="none", zorder=0))
+    axes.add_patch(Rectangle(corner, *whole, fc=PADDING_COLOUR, ec="none", zorder=0))
     for token in range(g.prefix):
         left, top, *sides = _cell(g, token, size)
         axes.add_patch(Rectangle((left, top), *sides, fc="white", ec="#444444", lw=1.2, clip_on=False))
@@ -233,7 +246,7 @@ def _panel(axes: Axes, photo: Any, found: Neighborhood, item: int, head: int | N
         marks = [(t, r + 1.0) for r, (t, ok) in enumerate(zip(ranked, valid, strict=True)) if ok][::-1]
         inside = int(found.in_window()[item, head, query].sum())
         note = f"{inside} of {len(marks)} in window"
-    least = max(size) / LEAST  # a smaller cell would not be seen
+    least = max(size) / SMALLEST_MARK  # a smaller cell would not be seen
     fine = min(dx, dy) < least
     for token, value in marks:
         left, top, *sides = _cell(g, token, size)
@@ -248,7 +261,7 @@ def _panel(axes: Axes, photo: Any, found: Neighborhood, item: int, head: int | N
         low, high = centre[axis] - reach[1 - axis] * step, centre[axis] + reach[1 - axis] * step
         ends.append((max(low, corner[axis]), min(high, corner[axis] + whole[axis])))
     box = ((ends[0][0], ends[1][0]), ends[0][1] - ends[0][0], ends[1][1] - ends[1][0])
-    for width, colour in ((2.6, "white"), (1.4, WINDOW)) if fine else ((4.2, "white"), (2.2, WINDOW)):
+    for width, colour in ((2.6, "white"), (1.4, WINDOW_COLOUR)) if fine else ((4.2, "white"), (2.2, WINDOW_COLOUR)):
         axes.add_patch(Rectangle(*box, fill=False, ec=colour, lw=width, zorder=4, clip_on=False))
     axes.plot(*centre, "o", ms=2.5 if fine else 5.5, mfc="black", mec="white", mew=0.6 if fine else 1.2, zorder=5)
     above = 1.5 * max(size) / 9 if g.prefix else 0
@@ -266,10 +279,10 @@ def _legend(found: Sequence[Neighborhood]) -> list[Any]:
     size = f"{windows[0][0]}×{windows[0][1]} " if len(windows) == 1 else ""
     entries: list[Any] = [
         Line2D([], [], ls="", marker="o", ms=8, mfc="black", mec="white", label="query"),
-        Patch(fc="none", ec=WINDOW, lw=2.2, label=f"{size}window of a convolution"),
+        Patch(fc="none", ec=WINDOW_COLOUR, lw=2.2, label=f"{size}window of a convolution"),
     ]
     if any(any(one.geometry.padding) for one in found):
-        entries.append(Patch(fc=RING, ec="#999999", label="zero padding"))
+        entries.append(Patch(fc=PADDING_COLOUR, ec="#999999", label="zero padding"))
     if any(one.geometry.prefix for one in found):
         entries.append(Patch(fc="white", ec="#444444", label="class token (CLS)"))
     return entries

@@ -1,4 +1,4 @@
-"""What the pictures of a report share: which key goes where, colours, figures, legends."""
+"""What all figures share: colours, markers, panels, axes and legends."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX<>h*p"
 DASHES = ("-", "--", ":", "-.")
-SCALE = "viridis"
-STYLE: Any = {
+COLOUR_MAP = "viridis"
+RC_PARAMS: Any = {
     "font.size": 14,
     "axes.titlesize": 15,
     "axes.grid": True,
@@ -34,24 +34,24 @@ STYLE: Any = {
 }
 
 
-def evenly(items: Sequence[Any], most: int) -> list[Any]:
+def evenly_spread(items: Sequence[Any], most: int) -> list[Any]:
     """Return at most this many items, evenly spread, the first and the last among them."""
     count = min(len(items), most)
     return [items[round(i * (len(items) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
-def plain(text: str, width: int = 44) -> str:
+def plain_text(text: str, width: int = 44) -> str:
     """Return text that matplotlib draws as it is, wrapped."""
     text = "".join(c if c.isprintable() else "?" for c in text).replace("$", r"\$")
     return "\n".join(textwrap.wrap(text, width)[:3])
 
 
-def styles(values: Sequence[Any]) -> dict[Any, dict[str, Any]]:
+def line_styles(values: Sequence[Any]) -> dict[Any, dict[str, Any]]:
     """Return a colour and a marker for each value; numbers get an ordered scale."""
     import matplotlib as mpl
 
     ordered = all(isinstance(value, (int, float)) for value in values) or len(values) > len(COLOURS)
-    scale = mpl.colormaps[SCALE]
+    scale = mpl.colormaps[COLOUR_MAP]
     found = {}
     for i, value in enumerate(values):
         colour = scale(0.88 * i / max(len(values) - 1, 1)) if ordered else COLOURS[i]
@@ -75,14 +75,14 @@ def new_figure(panels: int, width: float = 9.6, height: float = 5.4) -> tuple[Fi
 
 def add_legend(figure: Figure, entries: dict[str, Any], title: str | None) -> None:
     """Put a legend below all panels, and make the figure higher by as much."""
-    labels = [plain(label, 60) for label in entries]
+    labels = [plain_text(label, 60) for label in entries]
     longest = max(len(line) for label in labels for line in label.split("\n"))
     columns = max(1, min(len(labels), int(figure.get_figwidth() * 10.5) // (longest + 10)))
     figure.set_figheight(figure.get_figheight() + 0.27 * (-(-len(labels) // columns) + (title is not None)))
     figure.legend(entries.values(), labels, title=title, loc="outside lower center", ncols=columns)
 
 
-def is_wide(values: Sequence[float]) -> bool:
+def needs_log_scale(values: Sequence[float]) -> bool:
     """Return whether numbers span so much that they need a logarithmic scale."""
     return min(values) > 0 and max(values) / min(values) >= 30
 
@@ -91,12 +91,12 @@ def colour_scale(values: Sequence[float]) -> Any:
     """Return matplotlib's norm for numbers shown as colours."""
     from matplotlib.colors import LogNorm, Normalize
 
-    return (LogNorm if is_wide(values) else Normalize)(min(values), max(values))
+    return (LogNorm if needs_log_scale(values) else Normalize)(min(values), max(values))
 
 
 def number_axis(axes: Axes, values: Sequence[float]) -> None:
     """Use a logarithmic axis for numbers that span much, and ticks at the values where they are few."""
-    if is_wide(values):
+    if needs_log_scale(values):
         axes.set_xscale("log")
     elif len(values) <= 11:
         gap = min((b - a for a, b in itertools.pairwise(values)), default=0)

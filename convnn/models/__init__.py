@@ -1,1 +1,1 @@
-"""timm's models: built, swapped, scheduled, counted."""
+"""timm's models: building them, replacing layers, scheduling blend and k, counting operations."""

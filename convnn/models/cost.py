@@ -1,4 +1,4 @@
-"""What a model costs in advance, and which of its parameters get no gradient."""
+"""A model examined before training: its operations, and the parameters that will get no gradient."""
 
 from __future__ import annotations
 
@@ -53,12 +53,13 @@ def forward_cost(model: nn.Module, channels: int, image_size: int, watch: Iterab
             ) from error
 
 
-def idle_parameters(model: nn.Module, schedule: ScheduleConfig, channels: int, image_size: int) -> set[str]:
+def parameters_without_gradient(model: nn.Module, schedule: ScheduleConfig, channels: int, image_size: int) -> set[str]:
     """Return the trainable parameters that get no gradient at the start, the middle or the end of a schedule.
 
-    An example: at blend 1 a layer whose neighbours all count alike selects by its queries and keys, but no gradient
-    passes a selection, so that what belongs to these alone gets none.
+    DistributedDataParallel has to be told of them. An example: at blend 1 a layer with ``weighting=ones`` uses queries
+    and keys only to select neighbours; no gradient passes a selection, so their projections get none.
     """
+    # Found in the graph of a forward pass, whose leaves are the parameters; a backward pass would need memory for all.
     training, device = model.training, next(model.parameters()).device
     idle: set[str] = set()
     model.eval()

@@ -1,4 +1,4 @@
-"""What a forward pass costs, told in advance: torch's FLOP counter and what it misses.
+"""Operations of a forward pass, counted before training: torch's FLOP counter, and what that does not see.
 
 Shapes: N tokens, Q queries, K neighbours, H heads, C input channels, D channels per head.
 
@@ -31,7 +31,7 @@ class Cost:
     layers: dict[str, int]
     """Of each watched module, by name."""
     inputs: dict[str, tuple[int, ...]]
-    """Shape of what each watched module was given."""
+    """Input shape of each watched module, by name."""
 
 
 def on_meta(model: nn.Module) -> nn.Module:
@@ -53,7 +53,7 @@ def count_operations(model: nn.Module, image: Tensor, watch: Iterable[str] = ())
 
     def add(layer: ConvNN2d | ConvNNAttention, args: tuple[Tensor, ...], out: Tensor) -> None:
         nonlocal missed
-        missed += elementwise(layer, args[0])
+        missed += elementwise_operations(layer, args[0])
 
     def before(name: str, args: tuple[Tensor, ...]) -> None:
         start[name], inputs[name] = counter.get_total_flops() + missed, tuple(args[0].shape)
@@ -78,12 +78,12 @@ def count_operations(model: nn.Module, image: Tensor, watch: Iterable[str] = ())
     return Cost(counter.get_total_flops() + missed, layers, inputs)
 
 
-def elementwise(layer: ConvNN2d | ConvNNAttention, x: Tensor) -> int:
+def elementwise_operations(layer: ConvNN2d | ConvNNAttention, x: Tensor) -> int:
     """Return the elementwise operations of a layer's aggregation, which the FLOP counter does not see."""
     if isinstance(layer, ConvNN2d):
         height, width = (side // layer.shuffle for side in x.shape[-2:])
         geometry = layer.geometry(height, width)
-        if layer.fast and layer.weight is not None and layer._is_conv(geometry, layer.k):
+        if layer.fast and layer.weight is not None and layer.is_convolution(geometry, layer.k):
             return 0
         channels, heads = x.shape[1] * layer.shuffle**2 + 2 * layer.coordinates, 1
         single = layer.weight is None or layer.mix_groups == channels == layer.weight.shape[0]
@@ -95,5 +95,5 @@ def elementwise(layer: ConvNN2d | ConvNNAttention, x: Tensor) -> int:
         channels, heads = layer.head_dim, layer.num_heads
         sums = {"depthwise": 2, "separable": 2, "sum": 1}.get(layer.aggregation, 0)
     neighbors = min(layer.k, most_candidates(geometry, layer.selection, None)[1])
-    weights = int(layer.weighting != "ones")
+    weights = int(layer.mixing.weighting != "ones")
     return (weights + sums) * heads * len(geometry.query_index()) * neighbors * channels

@@ -1,4 +1,4 @@
-"""Asking all layers of a model what they choose."""
+"""The neighbours that each layer of a model chooses for given images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def choosing_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def looking_at(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluate without a trace: no gradient, no change of modes, statistics or random generators."""
     modes = [(module, module.training) for module in model.modules()]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -38,8 +38,8 @@ def neighbors_of(model: nn.Module, images: Tensor, blend: float | None = None) -
     Args:
         model: with swapped layers, at any depth.
         images: (B, C, h, w), as the model takes them.
-        blend: what the layers choose at this blend, from the features that they get at their own one; layers without
-            a blend are left out then.
+        blend: select at this blend instead of each layer's own. The features stay those of the forward pass at the
+            layers' own blends; layers without a blend are left out.
 
     Returns:
         Neighborhoods by the layer's name, in forward order. Nothing about the model has changed.
@@ -64,7 +64,7 @@ def neighbors_of(model: nn.Module, images: Tensor, blend: float | None = None) -
         for name, layer in layers.items()
     ]
     try:
-        with looking_at(model):
+        with evaluating(model):
             model(images)
     finally:
         for hook in hooks:

@@ -11,7 +11,7 @@ from convnn.models.swap import neighbor_layers
 
 
 def progress(track: TrackConfig, fraction: float) -> float:
-    """Return how far a track has gone, in [0, 1], at a fraction of training or depth."""
+    """Return the share of a track's change that is done, in [0, 1], at a fraction of training or depth."""
     u = min(max((fraction - track.begin) / (track.finish - track.begin), 0.0), 1.0)
     if track.shape == "cosine":
         return (1 - math.cos(math.pi * u)) / 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,19 +12,19 @@ from torch import nn
 
 from convnn.config.checks import check_operator, check_rule
 from convnn.config.keys import own_operator, typed, typed_rule
-from convnn.config.schema import CONV, OperatorConfig, SwapConfig, SwapRule
+from convnn.config.schema import OperatorConfig, SwapConfig, SwapRule
 from convnn.config.targets import resolve_target
 from convnn.errors import ConfigError
 from convnn.models.flops import Cost, count_operations, on_meta
+from convnn.models.sites import is_operator, select_sites
 from convnn.nn.base import NeighborLayer, Site
+from convnn.ops.settings import check_choice
 from convnn.text import aligned
-
-_HEADS = ("pre_logits", "head", "head_dist", "fc", "classifier")
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """One row of the report."""
+    """One replaced layer: a row of the report."""
 
     name: str
     old: str
@@ -41,12 +40,12 @@ class Replacement:
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What became what."""
+    """The replaced layers in forward order; ``str(report)`` is a table."""
 
     rows: tuple[Replacement, ...]
 
     def with_costs(self, cost: Cost) -> SwapReport:
-        """Return the report with what the layers cost, ``cost`` being that of the model with all of them watched."""
+        """Return the report with operations of each layer, from a count of the model that watched all of them."""
         rows = []
         for row in self.rows:
             before = count_operations(row.plain, torch.empty(cost.inputs[row.name], device="meta")).total
@@ -72,89 +71,6 @@ class SwapReport:
         first, *lines = aligned(header, cells, right_from=3).split("\n")
         rule = "-" * len(first)
         return "\n".join([first, rule, *lines[:-1], rule, lines[-1]]) + "\n"
-
-
-def find_sites(model: nn.Module, kind: str) -> dict[str, nn.Module]:
-    """Return the layers of a kind that may be replaced, in forward order: all but the classifier head's."""
-    wanted = nn.Conv2d if kind == CONV else Attention
-    inside = tuple(f"{name}." for name, m in model.named_modules() if name and _is_operator(m))
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, wanted) and name.split(".")[0] not in _HEADS and not name.startswith(inside)
-    }
-
-
-def _is_operator(module: nn.Module) -> bool:
-    return hasattr(type(module), "from_layer")
-
-
-def site_stages(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
-    """Return the stage of each named module: the first entry of timm's ``feature_info`` not before it."""
-    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    info = getattr(model, "feature_info", None) or []
-    ends = []
-    for entry in info:
-        end = str(entry["module"])
-        inside = [i for name, i in order.items() if name == end or name.startswith(end + ".")]
-        if inside:
-            ends.append(max(inside))
-    return {name: sum(end < order[name] for end in ends) for name in names}
-
-
-def _select_sites(model: nn.Module, rule: SwapRule, kind: str, label: str) -> dict[str, nn.Module]:
-    """Return the layers that a rule claims.
-
-    Raises:
-        ConfigError: if it claims none, or a depth lies outside the model.
-    """
-    sites = find_sites(model, kind)
-    if not sites:
-        raise ConfigError(f"{label}: {type(model).__name__} has no {kind} layer that could be replaced")
-    names = [n for n in sites if fnmatch.fnmatch(n, rule.match or "")]
-    if not names:
-        raise ConfigError(f"{label}.match={rule.match} matches none of the {kind} layers: {_some(sites)}")
-    names = [n for n in names if not any(fnmatch.fnmatch(n, glob) for glob in rule.exclude)]
-    if kind == CONV:
-        names = [n for n in names if min(_kernel(sites[n])) >= rule.min_kernel]
-    if rule.stages is not None:
-        stages = site_stages(model, sites)
-        absent = sorted(set(rule.stages) - set(stages.values()))
-        if absent:
-            known = ", ".join(map(str, sorted(set(stages.values()))))
-            raise ConfigError(f"{label}.stages={rule.stages}: no {kind} layer in stage {absent[0]}; stages: {known}")
-        names = [n for n in names if stages[n] in rule.stages]
-    total = len(names)
-    if rule.depths is not None:
-        for depth in rule.depths:
-            if not -total <= depth < total:
-                raise ConfigError(f"{label}.depths={rule.depths}: {depth} is out of range, {total} layers match")
-        wanted = {depth % total for depth in rule.depths}
-        names = [n for i, n in enumerate(names) if i in wanted]
-    for key in ("first", "last"):
-        count = getattr(rule, key)
-        if count is not None:
-            if count > total:
-                raise ConfigError(f"{label}.{key}={count} is out of range, {total} layers match")
-            names = names[:count] if key == "first" else names[-count:]
-    if rule.every is not None:
-        names = names[:: rule.every]
-    if rule.fraction is not None:
-        low, high = (round(f * total) for f in rule.fraction)
-        names = names[low:high]
-    if not names:
-        raise ConfigError(f"{label}: nothing is left of the {len(sites)} {kind} layers: {_some(sites)}")
-    return {n: sites[n] for n in names}
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-
-
-def _kernel(module: nn.Module) -> tuple[int, int]:
-    assert isinstance(module, nn.Conv2d)
-    return module.kernel_size[0], module.kernel_size[1]
 
 
 Rules = SwapRule | SwapConfig | Mapping[str, Any] | Iterable[SwapRule | Mapping[str, Any]]
@@ -198,10 +114,42 @@ def swap_layers(
         operator = typed(OperatorConfig, operator or {}, "operator.")
     if init is None:
         init = rules.init if isinstance(rules, SwapConfig) else "fresh"
-    if init not in ("fresh", "transfer"):
-        raise ConfigError(f"swap.init={init} is not one of fresh, transfer")
+    check_choice("swap.init", init, ("fresh", "transfer"))
+    claims = _claims(model, rules, operator)
+    new_layers = {}
+    for name, claim in claims.items():
+        target = claim.operator.target
+        build = getattr(resolve_target(target, "operator.target"), "from_layer", None)
+        if not callable(build):
+            raise ConfigError(f"operator.target={target} is no operator: it has no from_layer")
+        new = build(claim.layer, claim.operator, init, _site(model, name))
+        new_layers[name] = new.train(claim.layer.training)
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    rows = []
+    for name in sorted(new_layers, key=order.__getitem__):
+        old, new = claims[name].layer, new_layers[name]
+        _replace(model, old, new)
+        counts = count_parameters(old), count_parameters(new)
+        rows.append(Replacement(name, _describe(old), _describe(new), *counts, on_meta(old)))
+    return SwapReport(tuple(rows))
 
-    claims: dict[str, tuple[str, nn.Module, OperatorConfig]] = {}
+
+@dataclass(frozen=True)
+class _Claim:
+    """A layer that a rule will replace, and by what."""
+
+    rule: str
+    layer: nn.Module
+    operator: OperatorConfig
+
+
+def _claims(model: nn.Module, rules: Rules, operator: OperatorConfig) -> dict[str, _Claim]:
+    """Return what every rule claims, by the layers' names.
+
+    Raises:
+        ConfigError: if a rule claims nothing or what another has claimed, or its operator replaces another kind.
+    """
+    claims: dict[str, _Claim] = {}
     for label, rule in _named_rules(rules, operator).items():
         check_rule(rule, label)
         own = own_operator(rule, operator, label)
@@ -212,33 +160,16 @@ def swap_layers(
                 f"operator={own.name} replaces {own.kind} layers, but {label}.kind={kind}; "
                 "choose another operator or another swap policy"
             )
-        for name, layer in _select_sites(model, rule, kind, label).items():
+        for name, layer in select_sites(model, rule, kind, label).items():
             if name in claims:
-                raise ConfigError(f"'{name}' is claimed by both {claims[name][0]} and {label}; exclude it from one")
-            claims[name] = (label, layer, own)
-
-    new_layers = {}
-    for name, (_, layer, own) in claims.items():
-        build = getattr(resolve_target(own.target, "operator.target"), "from_layer", None)
-        if not callable(build):
-            raise ConfigError(f"operator.target={own.target} is no operator: it has no from_layer")
-        new_layers[name] = build(layer, own, init, _site(model, name)).train(layer.training)
-    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    rows = []
-    for name in sorted(new_layers, key=order.__getitem__):
-        old, new = claims[name][1], new_layers[name]
-        _replace(model, old, new)
-        rows.append(
-            Replacement(
-                name, _describe(old), _describe(new), count_parameters(old), count_parameters(new), on_meta(old)
-            )
-        )
-    return SwapReport(tuple(rows))
+                raise ConfigError(f"'{name}' is claimed by both {claims[name].rule} and {label}; exclude it from one")
+            claims[name] = _Claim(label, layer, own)
+    return claims
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` wherever ``old`` is registered; a shared layer stays shared."""
-    for name, module in list(model.named_modules(remove_duplicate=False)):
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # a list: the loop changes the model
         if module is old:
             model.set_submodule(name, new)
 
@@ -282,7 +213,7 @@ def _pair_of(value: Any) -> tuple[int, ...]:
 
 
 def export_layers(model: nn.Module) -> list[str]:
-    """Replace every layer that stands at an end of the spectrum by the plain layer that it equals, in place.
+    """Replace every swapped layer by the plain convolution or attention that it is equal to, in place.
 
     The result is a plain timm model: its ``state_dict`` loads into ``timm.create_model`` of the same name.
 
@@ -292,7 +223,7 @@ def export_layers(model: nn.Module) -> list[str]:
     Raises:
         ConfigError: naming a layer that equals no plain one; the model is then as it was.
     """
-    names = [name for name, module in model.named_modules() if _is_operator(module)]
+    names = [name for name, module in model.named_modules() if is_operator(module)]
     names = [n for n in names if not any(n.startswith(f"{outer}.") for outer in names)]
     plain = {}
     for name in names:
@@ -310,5 +241,5 @@ def export_layers(model: nn.Module) -> list[str]:
 
 
 def neighbor_layers(model: nn.Module) -> dict[str, NeighborLayer]:
-    """Return the layers of the model that lie on the spectrum, by name, in forward order."""
+    """Return the model's layers that have a blend between convolution and attention, by name, in forward order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, NeighborLayer)}

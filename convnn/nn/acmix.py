@@ -1,6 +1,7 @@
 """ACmix: convolution and window attention over shared projections, for comparison in the same harness.
 
-Shapes: B batch, H heads, Q queries, N tokens, C channels, D channels per head."""
+Shapes: B batch, H heads, Q queries, N tokens, C channels, D channels per head.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from convnn.nn.base import Site, options, pair, refuse_transfer
 from convnn.nn.conv import check_conv
 from convnn.ops.geometry import Geometry, Pair
 from convnn.ops.neighborhood import Neighborhood, find_neighborhood
-from convnn.ops.settings import Selection
+from convnn.ops.settings import Mixing, Selection
 from convnn.ops.shortcuts import attend
 
 
@@ -90,12 +91,13 @@ class ACmix2d(nn.Module):
 
     def _window(self) -> Selection:
         return Selection(
-            "dot",
+            k=self.window**2,
+            k_policy="clamp",
+            similarity="dot",
             candidates="window",
             num_candidates=self.window // 2,
             pad_candidates=False,
             self_first=False,
-            k_policy="clamp",
         )
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Geometry]:
@@ -111,10 +113,8 @@ class ACmix2d(nn.Module):
     def neighborhood(self, x: Tensor) -> Neighborhood:
         """Return what the attention path attends to, largest weight first; padding is never valid."""
         _, q, k, _, geometry = self._project(x)
-        num = self.window**2
-        return find_neighborhood(
-            q, k, geometry, self._window(), num=num, blend=1.0, weighting="softmax", window=self.kernel_size
-        )
+        softmax = Mixing(weighting="softmax", aggregation="sum")
+        return find_neighborhood(q, k, geometry, self._window(), softmax, blend=1.0, window=self.kernel_size)
 
     def extra_repr(self) -> str:
         """State the configuration in one line."""

@@ -51,6 +51,10 @@ def grid_of(num_tokens: int, num_prefix_tokens: int, grid_size: Pair | None) -> 
     return height, width
 
 
+DEFAULTS = {"similarity": "dot", "self_first": False, "weighting": "softmax", "aggregation": "depthwise"}
+"""What makes the settings those of the paper's attention layer."""
+
+
 class ConvNNAttention(NeighborLayer):
     """Self-attention over the k nearest tokens, a drop-in for timm's ``Attention`` (arXiv 2511.14137).
 
@@ -70,19 +74,12 @@ class ConvNNAttention(NeighborLayer):
         attn_drop: dropout of the neighbours' weights.
         proj_drop: dropout of the output.
         norm_layer: for ``qk_norm``.
-        aggregation: ``depthwise``, ``sum``, ``conv`` (full weights per slot) or ``separable``.
-        weighting: ``softmax``, ``ones`` or ``score``.
-        temperature: divides the similarity, on top of the 1/sqrt(D) of ``similarity="dot"``.
-        border: of windows at the grid's edge: ``nearest``, ``zeros`` or ``shift``.
-        layout: ``grid``, or ``sequence``: prefix and grid tokens on one line.
-        head_dim: D, default C / H.
-        learn_blend: ``no``, ``layer`` or ``head``.
-        straight_through: see ``convnn.ops.functional.selection_weights``.
-        backend: ``auto``, ``torch`` or ``triton``, see ``convnn.ops.triton.dispatch``.
         num_prefix_tokens: tokens before the grid.
         grid_size: rows and columns of the grid; default: square.
         fast: let fused attention compute the cases in which all candidates are neighbours.
-        **selection: fields of ``convnn.Selection``.
+        **settings: fields of ``convnn.OperatorConfig``: how neighbours are chosen (``similarity``, ``candidates``,
+            ``slots``, ``border``, ``layout``, ...) and mixed (``weighting``, ``aggregation``, ...), and ``head_dim``,
+            ``learn_blend``. Defaults that differ from that class are in ``DEFAULTS``.
 
     Shape:
         (B, N, C) -> (B, N, dim_out).
@@ -106,31 +103,20 @@ class ConvNNAttention(NeighborLayer):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
-        aggregation: str = "depthwise",
-        weighting: str = "softmax",
-        temperature: float = 1.0,
-        border: str = "nearest",
-        layout: str = "grid",
-        head_dim: int | None = None,
-        learn_blend: str = "no",
-        straight_through: bool = False,
-        backend: str = "auto",
         num_prefix_tokens: int = 0,
         grid_size: Pair | None = None,
         fast: bool = True,
-        **selection: Any,
+        **settings: Any,
     ) -> None:
         super().__init__()
+        self._init_spectrum(ATTENTION, num_heads, DEFAULTS | {"k": k, "blend": blend} | settings)
+        head_dim = self.settings.head_dim
         if head_dim is None and dim % num_heads:
             raise ValueError(f"num_heads={num_heads} must divide dim={dim}")
         self.dim, self.num_heads, self.head_dim = dim, num_heads, head_dim or dim // num_heads
-        self.num_prefix_tokens, self.grid_size, self.border, self.fast = num_prefix_tokens, grid_size, border, fast
-        self.layout = layout
-        own = {"similarity": "dot", "self_first": False, "k": k, "blend": blend, "aggregation": aggregation}
-        own |= {"weighting": weighting, "temperature": temperature, "border": border}
-        own |= {"layout": layout, "head_dim": head_dim}
-        own |= {"learn_blend": learn_blend, "straight_through": straight_through, "backend": backend}
-        self._init_spectrum(ATTENTION, num_heads, own | selection)
+        self.num_prefix_tokens, self.grid_size, self.fast = num_prefix_tokens, grid_size, fast
+        self.border, self.layout = self.settings.border, self.settings.layout
+        self.aggregation = aggregation = self.settings.aggregation
 
         d = self.head_dim
         self.qkv = nn.Linear(dim, 3 * num_heads * d, bias=qkv_bias)
@@ -192,9 +178,7 @@ class ConvNNAttention(NeighborLayer):
 
     def is_fused(self, geometry: Geometry) -> bool:
         """Return whether fused attention computes this layer: if all candidates are neighbours and order is lost."""
-        settings = {"num": self.k, "weighting": self.weighting, "aggregation": self.aggregation, "pads": self._pads()}
-        every = attends_to_all(geometry, self.selection, **settings)  # type: ignore[arg-type]
-        return self.fast and every and not self.straight_through
+        return self.fast and attends_to_all(geometry, self.selection, self.mixing, pads=self._pads())
 
     def _heads(self, x: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values per head: (B, N, C) -> three (B, H, N, D), the latter two with the ring."""
@@ -222,10 +206,8 @@ class ConvNNAttention(NeighborLayer):
             k,
             geometry,
             self.selection,
-            num=self.k,
+            self.mixing,
             blend=self.blend_value() if blend is None else float(blend),
-            weighting=self.weighting,
-            temperature=self.temperature,
             training=self.training,
             seen=seen,
         )
@@ -256,16 +238,11 @@ class ConvNNAttention(NeighborLayer):
                 v,
                 geometry,
                 self.selection,
-                num=self.k,
+                self.mixing,
                 blend=self.blend_value(),
-                weighting=self.weighting,
-                temperature=self.temperature,
-                dropout=drop,
-                aggregation="depthwise" if self.aggregation == "separable" else self.aggregation,
                 weight=self.slot_weight,
-                straight_through=self.straight_through,
+                dropout=drop,
                 training=self.training,
-                backend=self.backend,
             )
         if self.pointwise is not None:
             y = self.pointwise(y)
@@ -289,7 +266,7 @@ class ConvNNAttention(NeighborLayer):
             ValueError: if it equals none: fewer neighbours than tokens, or weights that attention has not.
         """
         s = self.selection
-        plain = self.weighting == "softmax" and s.similarity == "dot" and self.border == "nearest"
+        plain = self.mixing.weighting == "softmax" and s.similarity == "dot" and self.border == "nearest"
         scaled = self.temperature == 1 or isinstance(self.q_norm, nn.Identity)
         if not plain or s.candidates != "all" or self.aggregation in ("conv", "separable") or not scaled:
             raise ValueError(f"it is no self-attention: {self._spectrum_repr()}")
@@ -351,7 +328,7 @@ class ConvNNAttention(NeighborLayer):
             proj_drop=layer.proj_drop.p,
             num_prefix_tokens=site.num_prefix_tokens,
             grid_size=site.grid_size,
-            **layer_settings(config, "border", "layout", "head_dim"),
+            **layer_settings(config),
         )
         new.q_norm, new.k_norm = copy_norm(layer.q_norm, init), copy_norm(layer.k_norm, init)
         new.reset_slots(preserve=init == "transfer")

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from convnn.config.checks import check_operator
+from convnn.config.keys import nearest
 from convnn.config.schema import OperatorConfig
 from convnn.errors import ConfigError
 from convnn.ops.geometry import Pair
 from convnn.ops.neighborhood import Neighborhood, same_draws
-from convnn.ops.settings import Selection
+from convnn.ops.settings import Mixing, Selection, check_choice, choices_of, part
 
 
 @dataclass(frozen=True)
@@ -32,44 +33,72 @@ def pair(value: int | tuple[int, ...]) -> Pair:
 
 
 _EDGE = 0.001
-_SHARED = ("weighting", "temperature", "aggregation", "learn_blend", "straight_through", "backend")
+_NOT_FOR_LAYERS = ("name", "kind", "target", "k", "blend", "bias", "options")
 
 
-def layer_settings(config: OperatorConfig, *more: str) -> dict[str, Any]:
-    """Return the operator settings that the layers take as keyword arguments, and the named ``more``."""
-    values = asdict(config)
-    return {name: values[name] for name in (*(f.name for f in fields(Selection)), *_SHARED, *more)}
+def layer_settings(config: OperatorConfig) -> dict[str, Any]:
+    """Return the operator's settings that all layers take as keyword arguments."""
+    names = (f.name for f in fields(OperatorConfig))
+    return {n: getattr(config, n) for n in names if n not in _NOT_FOR_LAYERS and not n.startswith("branch_")}
 
 
 class NeighborLayer(nn.Module):
     """A layer on the spectrum. Blend, k and temperature may change at any time; no parameter or buffer does."""
 
-    k_max: int
-    """Neighbours that the layer has weights for."""
-    k: int
-    """Neighbours in use, at most ``k_max``."""
-    temperature: float
+    settings: OperatorConfig
+    """As the layer was built."""
     selection: Selection
-    weighting: str
-    aggregation: str
+    """As it selects now: k may be lower than it was built with."""
+    mixing: Mixing
+    """As it mixes now: the temperature may be another."""
     blend_logit: nn.Parameter | None
     """Of a learned blend, (1,) or (H,): see ``blend_value``."""
 
     def _init_spectrum(self, kind: str, heads: int, settings: dict[str, Any]) -> None:
-        """Check the settings and keep those that all layers share."""
-        config = OperatorConfig(kind=kind, **settings)
+        """Check the settings, and start where they say.
+
+        Raises:
+            ConfigError: if they leave their range or contradict each other.
+            TypeError: for a name that is no setting.
+        """
+        known = {"k", "blend", *layer_settings(OperatorConfig())}
+        unknown = next((name for name in settings if name not in known), None)
+        if unknown is not None:
+            raise TypeError(f"{type(self).__name__} has no setting '{unknown}'{nearest(unknown, known)}")
+        self.settings = config = OperatorConfig(kind=kind, **settings)
         check_operator(config, type(self).__name__)
-        self._settings = config
-        self.selection = Selection(**{f.name: getattr(config, f.name) for f in fields(Selection)})
-        self.weighting, self.aggregation = config.weighting, config.aggregation
-        self.blend_logit = None
-        self._blend, self.k_max = float(config.blend), config.k
-        if config.learn_blend != "no":
+        self.selection = part(Selection, config)
+        learned = config.learn_blend != "no"
+        self.mixing = replace(part(Mixing, config), straight_through=config.straight_through or learned)
+        self._blend, self.blend_logit = float(config.blend), None
+        if learned:
             start = ((torch.tensor(config.blend).clamp(0.01, 0.99) - _EDGE) / (1 - 2 * _EDGE)).logit()
             self.blend_logit = nn.Parameter(start.repeat(heads if config.learn_blend == "head" else 1))
-        self.backend = config.backend
-        self.straight_through = config.straight_through or self.blend_logit is not None
-        self.set_spectrum(k=config.k, temperature=config.temperature)
+
+    @property
+    def k(self) -> int:
+        """Neighbours in use, at most ``k_max``."""
+        return self.selection.k
+
+    @property
+    def k_max(self) -> int:
+        """Neighbours that the layer has weights for."""
+        return self.settings.k
+
+    @property
+    def temperature(self) -> float:
+        """What divides the similarity."""
+        return self.mixing.temperature
+
+    @property
+    def backend(self) -> str:
+        """What computes; may be set."""
+        return self.mixing.backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        check_choice("backend", name, choices_of(Mixing)["backend"])
+        self.mixing = replace(self.mixing, backend=name)
 
     @property
     def blend(self) -> float:
@@ -107,8 +136,10 @@ class NeighborLayer(nn.Module):
         if temperature is not None and not 0 < temperature < math.inf:
             raise ValueError(f"temperature={temperature} must be positive and finite")
         self._blend = self._blend if blend is None else float(blend)
-        self.k = self.k if k is None else int(k)
-        self.temperature = self.temperature if temperature is None else float(temperature)
+        if k is not None and k != self.k:
+            self.selection = replace(self.selection, k=int(k))
+        if temperature is not None and temperature != self.temperature:
+            self.mixing = replace(self.mixing, temperature=float(temperature))
 
     def spectrum(self) -> dict[str, float]:
         """Return where the layer is: blend, k and temperature."""
@@ -120,6 +151,26 @@ class NeighborLayer(nn.Module):
         if self.blend_logit is not None:
             del values["blend"]
         return values
+
+    def get_extra_state(self) -> Tensor:
+        """Return blend, k and temperature, so that they travel with the ``state_dict``.
+
+        They are float64 numbers seen as int64, (3,): averages of weights leave integers alone. A learned blend, which
+        is a parameter, is NaN here.
+        """
+        blend = self._blend if self.blend_logit is None else math.nan
+        return torch.tensor([blend, self.k, self.temperature], dtype=torch.float64).view(torch.int64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Stand where the layer stood that ``state`` comes from."""
+        blend, k, temperature = state.cpu().view(torch.float64).tolist()
+        fixed = self.blend_logit is None and not math.isnan(blend)
+        self.set_spectrum(blend=blend if fixed else None, k=int(k), temperature=temperature)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # States of before this was kept, and those of plain layers, leave the spectrum as it is.
+        state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def neighborhood(self, x: Tensor, *, blend: float | None = None) -> Neighborhood:
         """Return what the layer chooses on an input, at its own blend or another.
@@ -147,11 +198,9 @@ class NeighborLayer(nn.Module):
 
     def _spectrum_repr(self) -> str:
         parts = [f"k={self.k}" if self.k == self.k_max else f"k={self.k} of {self.k_max}", f"blend={self.blend:.3g}"]
-        default, shown = OperatorConfig(kind=self._settings.kind), {"kind", "name", "target", "k", "blend", "bias"}
-        for f in fields(OperatorConfig):
-            value = self.temperature if f.name == "temperature" else getattr(self._settings, f.name)
-            if f.name not in shown and value != getattr(default, f.name):
-                parts.append(f"{f.name}={value}")
+        default = layer_settings(OperatorConfig())
+        now = layer_settings(self.settings) | {"temperature": self.temperature}
+        parts += [f"{name}={value}" for name, value in now.items() if value != default[name]]
         return ", ".join(parts)
 
 

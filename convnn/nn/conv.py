@@ -6,6 +6,7 @@ Shapes: B batch, N tokens, K neighbours, C input and O output channels.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from convnn.nn.base import NeighborLayer, Site, layer_settings, pair
 from convnn.ops.functional import neighbor_aggregate
 from convnn.ops.geometry import Geometry, Pair
 from convnn.ops.neighborhood import Neighborhood, find_neighborhood
-from convnn.ops.shortcuts import convolve, is_convolution, kernel_to_slots, slots_to_kernel
+from convnn.ops.shortcuts import convolve, is_convolution
+from convnn.ops.slots import kernel_to_slots, slots_to_kernel
 
 
 class ConvNN2d(NeighborLayer):
@@ -39,18 +41,11 @@ class ConvNN2d(NeighborLayer):
         dilation: of that window.
         groups: of the mixing weights (``aggregation="conv"``).
         bias: add one.
-        projection: ``identity``, or ``linear``: 1x1 queries, keys, values and output (the paper's learned variant).
-        weighting: ``ones``, or ``softmax`` or ``score`` of the feature similarity.
-        temperature: divides the similarity.
-        aggregation: ``conv``, ``depthwise`` (O a multiple of C; with softmax its weights start at one),
-            ``separable``, ``sum`` (O = C unless projected) or ``max_relative``.
-        coordinates: column and row of each token as two more channels of what is mixed.
-        shuffle: pixel unshuffle before and shuffle after by this factor; sizes must be its multiples.
-        learn_blend: ``no`` or ``layer``.
-        straight_through: see ``convnn.ops.functional.selection_weights``.
-        backend: ``auto``, ``torch`` or ``triton``, see ``convnn.ops.triton.dispatch``.
         fast: let ``F.conv2d`` compute the position end.
-        **selection: fields of ``convnn.Selection``.
+        **settings: fields of ``convnn.OperatorConfig``: how neighbours are chosen (``similarity``, ``mix``,
+            ``candidates``, ``self_first``, ``slots``, ...) and mixed (``weighting``, ``aggregation``, ...), and
+            ``projection``, ``coordinates``, ``shuffle``, ``learn_blend``. ``aggregation="depthwise"`` needs O to be a
+            multiple of C, ``"sum"`` O = C unless projected; with softmax depthwise weights start at one.
 
     Shape:
         (B, C, h, w) -> (B, O, h', w') with h', w' as for ``nn.Conv2d`` with this kernel, stride and padding.
@@ -73,17 +68,8 @@ class ConvNN2d(NeighborLayer):
         dilation: int | Pair = 1,
         groups: int = 1,
         bias: bool = True,
-        projection: str = "identity",
-        weighting: str = "ones",
-        temperature: float = 1.0,
-        aggregation: str = "conv",
-        coordinates: bool = False,
-        shuffle: int = 1,
-        learn_blend: str = "no",
-        straight_through: bool = False,
-        backend: str = "auto",
         fast: bool = True,
-        **selection: Any,
+        **settings: Any,
     ) -> None:
         super().__init__()
         self.stride, self.padding, self.dilation = pair(stride), pair(padding), pair(dilation)
@@ -94,39 +80,44 @@ class ConvNN2d(NeighborLayer):
             raise ValueError(f"kernel_size={self.kernel_size} must be odd: an even window has no centre token")
         if in_channels % groups or out_channels % groups:
             raise ValueError(f"groups={groups} must divide in_channels={in_channels}, out_channels={out_channels}")
-        if shuffle > 1 and (self.stride != (1, 1) or groups > 1):
-            raise ValueError(f"shuffle={shuffle} needs stride=1 and groups=1")
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.coordinates, self.shuffle, self.fast = coordinates, shuffle, fast
-        own = {"k": k, "blend": blend, "projection": projection, "weighting": weighting, "temperature": temperature}
-        own |= {"aggregation": aggregation, "coordinates": coordinates, "shuffle": shuffle}
-        own |= {"learn_blend": learn_blend, "straight_through": straight_through, "backend": backend}
-        self._init_spectrum(CONV, 1, own | selection)
-
-        wide, out = in_channels * shuffle**2, out_channels * shuffle**2
-        mixed = wide + 2 * coordinates
-        if groups > 1 and (aggregation != "conv" or coordinates):
-            raise ValueError(f"groups={groups} needs aggregation=conv without coordinates, not {aggregation}")
-        if aggregation == "depthwise" and out % wide:
-            raise ValueError(f"aggregation=depthwise: out_channels={out_channels} must be a multiple of {in_channels}")
-        if aggregation == "sum" and projection == "identity" and wide != out:
-            raise ValueError(f"aggregation=sum without projection keeps {in_channels} channels, not {out_channels}")
-        self.mix_groups = {"depthwise": wide, "separable": mixed}.get(aggregation, groups)
-        rows = {"conv": out, "depthwise": out, "separable": mixed}.get(aggregation)
-        self.weight = nn.Parameter(torch.empty(rows, mixed // self.mix_groups, k)) if rows else None
-        inner = {"separable": mixed, "max_relative": 2 * wide}.get(aggregation)
-        self.pointwise = nn.Linear(inner, out, bias=False) if inner else None
-        self.qkv = nn.Linear(wide, 3 * wide, bias=False) if projection == "linear" else None
-        self.proj = nn.Linear(wide if aggregation == "sum" else out, out, bias=False) if self.qkv else None
-        self.bias = nn.Parameter(torch.empty(out)) if bias else None
+        self.in_channels, self.out_channels, self.groups, self.fast = in_channels, out_channels, groups, fast
+        self._init_spectrum(CONV, 1, {"k": k, "blend": blend} | settings)
+        self.aggregation, self.shuffle = self.settings.aggregation, self.settings.shuffle
+        self.coordinates = self.settings.coordinates
+        self._check_channels()
+        self._add_weights(bias)
         self.reset_parameters()
+
+    def _check_channels(self) -> None:
+        """Raise ValueError where channels and settings do not go together."""
+        c, o, aggregation = self.in_channels, self.out_channels, self.aggregation
+        if self.shuffle > 1 and (self.stride != (1, 1) or self.groups > 1):
+            raise ValueError(f"shuffle={self.shuffle} needs stride=1 and groups=1")
+        if self.groups > 1 and (aggregation != "conv" or self.coordinates):
+            raise ValueError(f"groups={self.groups} needs aggregation=conv without coordinates, not {aggregation}")
+        if aggregation == "depthwise" and o % c:
+            raise ValueError(f"aggregation=depthwise: out_channels={o} must be a multiple of {c}")
+        if aggregation == "sum" and self.settings.projection == "identity" and c != o:
+            raise ValueError(f"aggregation=sum without projection keeps {c} channels, not {o}")
+
+    def _add_weights(self, bias: bool) -> None:
+        wide, out = self.in_channels * self.shuffle**2, self.out_channels * self.shuffle**2
+        mixed = wide + 2 * self.coordinates
+        self.mix_groups = {"depthwise": wide, "separable": mixed}.get(self.aggregation, self.groups)
+        rows = {"conv": out, "depthwise": out, "separable": mixed}.get(self.aggregation)
+        self.weight = nn.Parameter(torch.empty(rows, mixed // self.mix_groups, self.k)) if rows else None
+        inner = {"separable": mixed, "max_relative": 2 * wide}.get(self.aggregation)
+        self.pointwise = nn.Linear(inner, out, bias=False) if inner else None
+        self.qkv = nn.Linear(wide, 3 * wide, bias=False) if self.settings.projection == "linear" else None
+        self.proj = nn.Linear(wide if self.aggregation == "sum" else out, out, bias=False) if self.qkv else None
+        self.bias = nn.Parameter(torch.empty(out)) if bias else None
 
     def reset_parameters(self) -> None:
         """Draw new weights as ``nn.Conv1d`` would with a kernel of k."""
         fan = 1
         if self.weight is not None:
             fan = self.weight[0].numel()
-            if self.weighting == "softmax" and self.aggregation in ("depthwise", "separable"):
+            if self.mixing.weighting == "softmax" and self.aggregation in ("depthwise", "separable"):
                 nn.init.ones_(self.weight)
             else:
                 nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
@@ -179,25 +170,23 @@ class ConvNN2d(NeighborLayer):
             k,
             geometry,
             self.selection,
-            num=self.k,
+            self.mixing,
             blend=self.blend_value() if blend is None else float(blend),
-            weighting=self.weighting,
-            temperature=self.temperature,
             training=self.training,
             window=self.kernel_size,
         )
 
     def _convolve(self, x: Tensor, geometry: Geometry) -> Tensor | None:
         """Return what ``F.conv2d`` gives if it is the same."""
-        if self.weight is None or not self.fast or not self._is_conv(geometry, self.k):
+        if self.weight is None or not self.fast or not self.is_convolution(geometry, self.k):
             return None
         return convolve(x, geometry, self.selection, self.weight, self.bias, self.mix_groups)
 
-    def _is_conv(self, geometry: Geometry, num: int) -> bool:
+    def is_convolution(self, geometry: Geometry, num: int) -> bool:
+        """Return whether the layer with ``num`` neighbours would be a convolution on such a map."""
         plain = self.aggregation in ("conv", "depthwise") and self.qkv is None and not self.coordinates
-        return plain and is_convolution(
-            geometry, self.selection, num=num, blend=self.blend_value(), weighting=self.weighting
-        )
+        selection = replace(self.selection, k=num)
+        return plain and is_convolution(geometry, selection, self.mixing, self.blend_value())
 
     def _aggregate(self, x: Tensor, geometry: Geometry) -> Tensor:
         q, k, v = self._qkv(x)
@@ -211,16 +200,11 @@ class ConvNN2d(NeighborLayer):
             v,
             geometry,
             self.selection,
-            num=self.k,
+            self.mixing,
             blend=self.blend_value(),
-            weighting=self.weighting,
-            temperature=self.temperature,
-            aggregation=self.aggregation if self.weight is None else "conv",
             weight=self.weight,
             groups=self.mix_groups,
-            straight_through=self.straight_through,
             training=self.training,
-            backend=self.backend,
         )
         if self.aggregation == "max_relative":
             y = torch.cat([v[:, :, queries], y], dim=-1)
@@ -265,7 +249,7 @@ class ConvNN2d(NeighborLayer):
         """
         area = math.prod(self.kernel_size)
         geometry = self.geometry(*self.kernel_size)
-        if self.weight is None or self.shuffle > 1 or not self._is_conv(geometry, area):
+        if self.weight is None or self.shuffle > 1 or not self.is_convolution(geometry, area):
             raise ValueError(f"it is no convolution: {self._spectrum_repr()}")
         spare = self.k > area and self.selection.slots != "raster" and not self.weight[..., area : self.k].any()
         if self.k != area and not spare:
@@ -303,7 +287,7 @@ class ConvNN2d(NeighborLayer):
                 dilation=pair(layer.dilation),
                 groups=layer.groups if config.aggregation == "conv" else 1,
                 bias=has_bias,
-                **layer_settings(config, "projection", "coordinates", "shuffle"),
+                **layer_settings(config),
             )
         except ValueError as error:
             raise ConfigError(f"'{site.name}': {error}; exclude it (swap.exclude)") from error

@@ -1,6 +1,7 @@
 """ConViT's gated positional self-attention, for comparison in the same harness.
 
-Shapes: B batch, H heads, Q queries, N tokens, C channels, D channels per head."""
+Shapes: B batch, H heads, Q queries, N tokens, C channels, D channels per head.
+"""
 
 from __future__ import annotations
 

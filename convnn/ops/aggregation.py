@@ -1,4 +1,4 @@
-"""What becomes of the neighbours: gathering, weighting and mixing.
+"""Aggregation: each query's neighbours are gathered, weighted and mixed into one output.
 
 Shapes: B batch, H heads, Q queries, N tokens, K neighbours, D channels per head, C input and O output channels.
 """
@@ -23,7 +23,7 @@ _blocks_only: ContextVar[bool] = ContextVar("blocks_only", default=False)
 
 @contextmanager
 def in_blocks() -> Iterator[None]:
-    """Let layers gather blocks of neighbours here, to count operations."""
+    """Gather blocks of neighbours inside, never walk edges: torch's FLOP counter sees the products of blocks alone."""
     token = _blocks_only.set(True)
     try:
         yield
@@ -32,9 +32,10 @@ def in_blocks() -> Iterator[None]:
 
 
 def walks_edges(x: Tensor) -> bool:
-    """Return whether ``ops.edges`` serves: on a CPU in float32 or float64, where torch runs what it is told at once.
+    """Return whether ``ops.edges`` can aggregate: in eager mode on a CPU, in float32 or float64.
 
-    Compiled and traced graphs and the transforms of ``torch.func`` take no ``Function`` with a graph as an argument.
+    Compiled and traced graphs and the transforms of ``torch.func`` accept no ``autograd.Function`` that is given a
+    Python object such as the graph.
     """
     if not runs_at_once() or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
@@ -44,6 +45,8 @@ def walks_edges(x: Tensor) -> bool:
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Return the tokens at ``index``: (B, H, N, D), (B or 1, H or 1, Q, K) -> (B, H, Q, K, D)."""
     b, h, n, d = x.shape
+    # All tokens become one table of B H N rows, those of a batch item and head starting at (b * H + h) * N: one
+    # index_select of whole rows, where torch.gather would need the index once per channel.
     start = torch.arange(b * h, device=x.device).mul_(n).view(b, h, 1, 1)
     rows = (index + start).flatten()
     return x.reshape(b * h * n, d).index_select(0, rows).view(b, h, *index.shape[2:], d)
@@ -52,7 +55,8 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 def neighbor_similarity(q: Tensor, k: Tensor, index: Tensor, kind: str, graph: Edges | None) -> Tensor:
     """Return the similarity of each query to its neighbours: (B, H, Q, D), (B, H, N, D) -> (B, H, Q, K).
 
-    Differences (``euclidean``) need the neighbours themselves; products go along the edges of a ``graph``.
+    Dot products are computed along the edges of ``graph``, if there is one; ``euclidean`` always gathers the
+    neighbours, since it needs their differences from the query.
     """
     if graph is None or kind == "euclidean":
         return pair_similarity(q, gather_tokens(k, index), kind)
@@ -64,48 +68,45 @@ def mix(
     v: Tensor,
     index: Tensor,
     rho: Tensor | None,
-    aggregation: str,
     weight: Tensor | None,
     groups: int,
     graph: Edges | None,
 ) -> Tensor:
-    """Mix each query's neighbours, weighed by ``rho`` (B, H, Q, K): (B, H, N, C) -> (B, H, Q, O or C).
+    """Sum each query's neighbours, weighted by ``rho`` and slot weights: (B, H, N, C) -> (B, H, Q, O or C).
 
     Args:
         v: values.
         index: neighbours, (B or 1, H or 1, Q, K).
-        rho: weights of the neighbours, or None: ones.
-        aggregation: ``conv``, ``depthwise`` or ``sum``.
-        weight: (O, C / groups, K) for conv, (C, K) for depthwise.
-        groups: of conv.
+        rho: weights of the neighbours (the paper's rho), (B, H, Q, K), or None: ones.
+        weight: of the slots: (O, C / groups, K), depthwise (C, K), or None: their sum.
+        groups: of full weights.
         graph: the neighbours as edges, or None: gather them.
     """
-    if weight is not None and aggregation == "conv" and groups == v.shape[-1] == len(weight):
-        aggregation, weight = "depthwise", weight.squeeze(1)
-    if graph is None or (aggregation == "conv" and groups > 1):
+    full = weight is not None and weight.ndim == 3
+    if graph is None or (full and groups > 1):
         x = gather_tokens(v, index)
         if rho is not None:
             x = x * rho[..., None]
         if weight is None:
             return x.sum(dim=-2)
-        return mix_conv(x, weight, groups) if aggregation == "conv" else (x * weight.t()).sum(dim=-2)
+        return mix_conv(x, weight, groups) if full else (x * weight.t()).sum(dim=-2)
     if rho is not None:
         rho = rho.expand(*v.shape[:2], -1, -1).reshape(-1, rho.shape[-1])
     if weight is None:
         y = edges.Sum.apply(_table(v), rho, graph)
-    elif aggregation == "depthwise":
-        y = edges.Depthwise.apply(_table(v), rho, weight.t().contiguous(), graph)
-    else:
+    elif full:
         y = edges.Conv.apply(_table(v), rho, weight.permute(2, 1, 0).flatten(0, 1), graph)
+    else:
+        y = edges.Depthwise.apply(_table(v), rho, weight.t().contiguous(), graph)
     return y.view(*v.shape[:2], index.shape[2], y.shape[-1])
 
 
 def mix_candidates(
-    v: Tensor, index: Tensor, rho: Tensor | None, weight: Tensor, candidates: Tensor, own: Tensor | None
+    v: Tensor, index: Tensor, rho: Tensor | None, weight: Tensor, candidates: Tensor | None, own: Tensor | None
 ) -> Tensor:
-    """Mix as ``mix`` does with ``conv``, multiplying the few candidates before they are gathered.
+    """Do what ``mix`` does with full weights, but multiply the M candidates by all slots before they are gathered.
 
-    Then M K rows are multiplied instead of Q K.
+    With fewer candidates than queries that is less work: M K products of rows with weight matrices instead of Q K.
 
     Args:
         v: values, (B, H, N, C).
@@ -113,11 +114,14 @@ def mix_candidates(
         rho: weights of the neighbours, or None.
         weight: (O, C, K).
         candidates: the tokens that neighbours are among, (M,).
-        own: tokens of the queries, (Q,), if these are the first neighbours, which need not be candidates.
+        own: the queries' own tokens, (Q,), if those are their first neighbours: they need not be candidates, and are
+            multiplied apart.
     """
+    assert candidates is not None
     b, h, n, c = v.shape
     first = int(own is not None)
     slots = index.shape[-1] - first
+    # Candidate number m times slot r is row m * slots + r of the products of a batch item and head.
     place = torch.zeros(n, dtype=torch.int64, device=v.device)
     place[candidates] = torch.arange(len(candidates), device=v.device) * slots
     rows = place[index[..., first:]] + torch.arange(slots, device=v.device)
@@ -137,10 +141,10 @@ def _table(x: Tensor) -> Tensor:
 
 
 def mix_conv(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
-    """Give every slot its own full or grouped weights: (B, H, Q, K, C), (O, C / groups, K) -> (B, H, Q, O)."""
+    """Sum the slots, each times its own weight matrix: (B, H, Q, K, C), (O, C / groups, K) -> (B, H, Q, O)."""
     b, h, q, k, c = x.shape
     o = weight.shape[0]
-    if groups == 1:
+    if groups == 1:  # one product: the K slots of C channels side by side, as im2col does for a convolution
         return (x.reshape(b * h * q, k * c) @ weight.permute(2, 1, 0).reshape(k * c, o)).view(b, h, q, o)
     x = x.view(b * h * q, k, groups, c // groups).permute(2, 0, 1, 3).reshape(groups, b * h * q, k * c // groups)
     w = weight.view(groups, o // groups, c // groups, k).permute(0, 3, 2, 1).reshape(groups, -1, o // groups)

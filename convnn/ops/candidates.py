@@ -1,6 +1,7 @@
 """Which tokens a query may choose.
 
-Shapes: Q queries, N tokens, M candidates."""
+Shapes: Q queries, N tokens, M candidates.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """Neighbour aggregation without the gathered block: sums, products and convolutions over the edges of a graph.
 
-A gather of the neighbours is K times as large as the tokens, and on a CPU moving it costs more than the arithmetic.
-Here sums go through ``F.embedding_bag``, products through ``torch.sparse.sampled_addmm``, and what needs the
-neighbours themselves holds a part of them at a time. Backward, the same edges are walked from the neighbours' side;
-with ``create_graph``, for a second derivative, the neighbours are gathered after all.
+The neighbours of all queries, gathered, are K times as large as the tokens, and on a CPU moving them costs more than
+the arithmetic. Neighbours are instead the edges of a sparse graph from queries to tokens: weighted sums are
+``F.embedding_bag``, dot products ``torch.sparse.sampled_addmm``, and what needs the gathered neighbours (weights per
+slot) gathers a few queries' at a time. The backward pass sums over the transposed graph: for each token, the queries
+that chose it. For second derivatives (``create_graph``) the neighbours are gathered after all, see ``differentiated``.
 
 Shapes: B batch, H heads, Q queries, N tokens, K neighbours, E = B H Q queries and T = B H N tokens in all, D or C
 channels, O output channels.
@@ -31,14 +32,15 @@ class Edges:
         """Take token indices (B or 1, H or 1, Q, K)."""
         b, h, q, k = batch, heads, *index.shape[2:]
         self.num_tokens = b * h * num_tokens
-        small = max(self.num_tokens, b * h * q * k) < 2**31
+        small = max(self.num_tokens, b * h * q * k) < 2**31  # int32 halves what is read of the indices
+        # Row of token n of batch item b and head h: (b * H + h) * N + n.
         start = torch.arange(b * h, device=index.device).mul_(num_tokens).view(b, h, 1, 1)
         self.rows = (index + start).to(torch.int32 if small else torch.int64).view(-1, k)
-        """(E, K)."""
+        """Rows of the neighbours, (E, K)."""
 
     @cached_property
     def _by_token(self) -> tuple[Tensor, Tensor]:
-        """Edges (as flat indices of ``rows``) in the order of their tokens, and where each token's begin."""
+        """The transposed graph: edges, as flat indices of ``rows``, sorted by token, and where each token's begin."""
         tokens, order = self.rows.flatten().sort(stable=True)
         every = torch.arange(self.num_tokens, device=tokens.device, dtype=tokens.dtype)
         start = torch.searchsorted(tokens, every, out_int32=tokens.dtype == torch.int32)
@@ -51,6 +53,7 @@ class Edges:
     def scatter_sum(self, values: Tensor, weights: Tensor | None) -> Tensor:
         """Return each token's sum of ``weights`` (E, K) times the queries that take it: (E, D) -> (T, D)."""
         edges, start = self._by_token
+        # Edge number e K + r is slot r of query e.
         queries = edges.div(self.rows.shape[1], rounding_mode="floor")
         weights = None if weights is None else weights.flatten()[edges]
         return F.embedding_bag(queries, values, start, mode="sum", per_sample_weights=weights)
@@ -59,13 +62,14 @@ class Edges:
         """Return the products of each query with its tokens: (E, D), (T, D) -> (E, K)."""
         e, k = self.rows.shape
         _accept_sparse()
+        # A sparse matrix (E, T) with K entries in every row; sampled_addmm computes queries @ table.T at these alone.
         start = torch.arange(e + 1, device=queries.device, dtype=self.rows.dtype) * k
         empty = queries.new_zeros(e * k)
         graph = torch.sparse_csr_tensor(start, self.rows.flatten(), empty, (e, len(table)), check_invariants=False)
         return torch.sparse.sampled_addmm(graph, queries, table.t()).values().view(e, k)
 
     def parts(self, width: int) -> Iterator[slice]:
-        """Yield the queries in parts whose gathered rows of this many elements stay within ``BLOCK``."""
+        """Yield slices of the queries; gathered, at ``width`` elements a query, a slice stays within ``BLOCK``."""
         step = max(1, BLOCK // max(width, 1))
         for first in range(0, len(self.rows), step):
             yield slice(first, first + step)
@@ -73,7 +77,7 @@ class Edges:
 
 @lru_cache(maxsize=1)
 def _accept_sparse() -> None:
-    """Let torch say once, unheard, that sparse CSR tensors are in beta."""
+    """Silence torch's warning that sparse CSR tensors are in beta: it comes once, here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
@@ -83,7 +87,12 @@ Backward = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
 
 
 def differentiated(plain: Callable[..., Tensor]) -> Callable[[Backward], Backward]:
-    """Let a backward pass whose own derivative may be asked for (``create_graph``) differentiate ``plain`` instead.
+    """Make the backward pass of a ``Function`` differentiable: ``create_graph`` differentiates ``plain`` instead.
+
+    The fast backward passes below work in place and call kernels whose own derivatives are wrong or missing, so
+    autograd must not record them. Without ``create_graph`` gradients are off in a backward pass, nothing records it,
+    and the fast one runs. With ``create_graph`` they are on: then the forward pass is computed once more in plain
+    operations, and torch differentiates that, as often as it is asked to.
 
     Args:
         plain: the forward pass in torch's own operations, of the saved tensors and the edges.
@@ -95,9 +104,12 @@ def differentiated(plain: Callable[..., Tensor]) -> Callable[[Backward], Backwar
             if not torch.is_grad_enabled():
                 return backward(ctx, grad)
             shape = ctx.edges.num_tokens, grad.shape[1]
-            # A table that was not saved enters linearly. Views: one input may have been computed from another.
+            # ``Sum`` saves its table only if the weights need a gradient. If not, the output is linear in the table, so
+            # that no gradient depends on the table's values, and zeros will do.
             saved = [grad.new_zeros(shape, requires_grad=True) if need and x is None else x
                      for x, need in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)]  # fmt: skip
+            # Views, since one input may have been computed from another (weights from the table): the gradient asked
+            # for is that of each input alone, and a view is where it stops.
             inputs = [None if x is None else x.view_as(x) for x in saved]
             wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need and x is not None]
             found = iter(torch.autograd.grad(plain(*inputs, ctx.edges), wanted, grad, create_graph=True))
@@ -215,6 +227,7 @@ class Conv(torch.autograd.Function):
             rows, own = edges.rows[part].flatten(), grad[part]
             taken = table.index_select(0, rows)
             back = (own @ slots.t()).view(len(rows), -1)
+            # Before ``_weighted``, which multiplies ``taken`` and ``back`` in place.
             if for_weights is not None:
                 for_weights[part] = (back * taken).sum(-1).view(len(own), -1)
             for_slots.addmm_(_weighted(taken, weights, part).view(len(own), -1).t(), own)

@@ -19,8 +19,9 @@ from convnn.ops.aggregation import (
 )
 from convnn.ops.edges import Edges
 from convnn.ops.geometry import Geometry
-from convnn.ops.selection import Neighbors, select_neighbors
-from convnn.ops.settings import Selection
+from convnn.ops.neighbors import Neighbors
+from convnn.ops.selection import select_neighbors
+from convnn.ops.settings import Mixing, Selection
 from convnn.ops.similarity import blend_scores, deviation, pair_similarity, with_positions
 from convnn.ops.triton import dispatch, launch
 
@@ -31,82 +32,115 @@ def neighbor_aggregate(
     v: Tensor,
     geometry: Geometry,
     selection: Selection,
+    mixing: Mixing,
     *,
-    num: int,
     blend: float | Tensor = 1.0,
-    weighting: str = "ones",
-    temperature: float = 1.0,
-    dropout: float = 0.0,
-    aggregation: str = "sum",
     weight: Tensor | None = None,
     groups: int = 1,
-    straight_through: bool = False,
+    dropout: float = 0.0,
     training: bool = False,
-    backend: str = "auto",
 ) -> Tensor:
-    """Aggregate each query's ``num`` nearest neighbours (ConvNN, arXiv 2511.14137, section 3).
+    """Aggregate each query's nearest neighbours (ConvNN, arXiv 2511.14137, section 3).
 
     Args:
         q: queries (B, H, Q, D).
         k: keys (B, H, N, D).
         v: values (B, H, N, C).
         geometry: where the Q queries and N tokens are.
-        selection: how neighbours are chosen.
-        num: neighbours per query.
+        selection: which neighbours each query gets.
+        mixing: how they are weighed and mixed.
         blend: 0 selects by position, 1 by features; a tensor (H,) strictly between is learnable.
-        weighting: ``ones``, or ``softmax`` or ``score`` of the feature similarity over the temperature.
-        temperature: divides the similarity.
-        dropout: probability of dropping a weight while training.
-        aggregation: ``conv``, ``depthwise``, ``sum`` or ``max_relative``.
-        weight: (O, C / groups, >= num) for conv, (C, >= num) for depthwise.
-        groups: of conv.
-        straight_through: let a gradient reach the selection, see ``selection_weights``.
+        weight: slot weights, (O, C / groups, at least K) for full ones or (C, at least K) for depthwise ones; None
+            for ``aggregation=sum`` and ``max_relative``. The 1x1 of ``separable`` is not applied here.
+        groups: of full slot weights.
+        dropout: probability of dropping a neighbour's weight while training.
         training: draw random candidates and dropout.
-        backend: ``auto``, ``torch`` or ``triton``, see ``convnn.ops.triton.dispatch``.
 
     Returns:
-        (B, H, Q, O) for conv, else (B, H, Q, C).
+        (B, H, Q, O) with full slot weights, else (B, H, Q, C).
 
     Raises:
         ConfigError: if ``backend`` is ``triton`` and its kernels cannot serve the case.
+        ValueError: if slot weights are missing or not used, or k exceeds the candidates.
     """
+    if (weight is None) != (mixing.aggregation in ("sum", "max_relative")):
+        raise ValueError(f"aggregation={mixing.aggregation} {'needs' if weight is None else 'takes no'} slot weights")
     blend = blend if isinstance(blend, Tensor) else float(blend)
-    found = select_neighbors(q, k, geometry, selection, num=num, blend=blend, training=training, backend=backend)
-    depthwise = aggregation == "depthwise" or (weight is not None and groups == v.shape[-1] == len(weight))
-    if weighting == "softmax" and (depthwise or aggregation == "sum"):
-        ranks = weight.flatten(1) if depthwise and weight is not None else None
-        case = {"dropout": dropout if training else 0.0, "straight_through": straight_through}
-        similarity = selection.similarity
-        if dispatch.attends(backend, q, k, v, ranks, num=found.index.shape[-1], similarity=similarity, **case):
-            parts = q, k, v, found.index, found.valid, ranks
-            return launch.attend_to_neighbors(*parts, similarity=similarity, temperature=temperature)
-    graph = Edges(found.index, *v.shape[:3]) if backend == "auto" and walks_edges(v) else None
-    rho = None if found.valid is None else found.valid.to(v.dtype)
-    if weighting != "ones":
-        score = neighbor_similarity(q, k, found.index, selection.similarity, graph) / temperature
-        if weighting == "softmax":
-            if found.valid is not None:
-                score = score.masked_fill(~found.valid, -torch.inf)
-            rho = score.softmax(dim=-1)
-        else:
-            rho = score if rho is None else score * rho
-        rho = F.dropout(rho, dropout, training)
-    if straight_through:
-        own = selection_weights(q, k, geometry, selection, found, blend, temperature)
+    found = select_neighbors(q, k, geometry, selection, blend=blend, training=training, backend=mixing.backend)
+    num, drop = found.index.shape[-1], dropout if training else 0.0
+    weight = _used_weight(weight, v.shape[-1], groups, num)
+    attention = mixing.weighting == "softmax" and (weight is None or weight.ndim == 2)
+    if attention and dispatch.attends(q, k, v, weight, selection, mixing, num=num, dropout=drop):
+        parts = q, k, v, found.index, found.valid, weight
+        similarity, temperature = selection.similarity, mixing.temperature
+        return launch.attend_to_neighbors(*parts, similarity=similarity, temperature=temperature)
+    graph = Edges(found.index, *v.shape[:3]) if mixing.backend == "auto" and walks_edges(v) else None
+    rho = neighbor_weights(q, k, found, selection, mixing, graph=graph, dropout=drop, dtype=v.dtype)
+    if mixing.straight_through:
+        own = selection_weights(q, k, geometry, selection, found, blend, mixing.temperature)
         rho = own if rho is None else rho * own
-    if aggregation == "max_relative":
-        x = gather_tokens(v, found.index)
-        x = x if rho is None else x * rho[..., None]
+    if mixing.aggregation == "max_relative":
+        x = gather_tokens(v, found.index) * (1 if rho is None else rho[..., None])
         return mix_max_relative(x, v[:, :, geometry.query_index(v.device)], found.valid)
-    if weight is not None:
-        weight = weight[..., : found.index.shape[-1]]
-        few = found.candidates is not None and 2 * len(found.candidates) < found.index.shape[2]
-        placed = not selection.self_first or (selection.slots == "rank" and weight.shape[-1] > 1)
-        if graph is not None and few and placed and aggregation == "conv" and groups == 1:
-            assert found.candidates is not None
-            first = geometry.query_index(v.device) if selection.self_first else None
-            return mix_candidates(v, found.index, rho, weight, found.candidates, first)
-    return mix(v, found.index, rho, aggregation, weight, groups, graph)
+    if graph is not None and weight is not None and groups == 1 and multiplies_first(found, selection, weight):
+        first = geometry.query_index(v.device) if selection.self_first else None
+        return mix_candidates(v, found.index, rho, weight, found.candidates, first)
+    return mix(v, found.index, rho, weight, groups, graph)
+
+
+def _used_weight(weight: Tensor | None, channels: int, groups: int, num: int) -> Tensor | None:
+    """Return the weights of the first ``num`` slots; grouped ones that are depthwise, (C, 1, K), as (C, K)."""
+    if weight is None:
+        return None
+    depthwise = weight.ndim == 2 or groups == channels == len(weight)
+    return (weight.flatten(1) if depthwise else weight)[..., :num]
+
+
+def multiplies_first(found: Neighbors, selection: Selection, weight: Tensor) -> bool:
+    """Return whether few candidates are better multiplied by all slot weights before they are gathered.
+
+    That needs full weights, half as many candidates as queries, and the query's own token, which need not be a
+    candidate, in a slot that is known.
+    """
+    few = found.candidates is not None and 2 * len(found.candidates) < found.index.shape[2]
+    placed = not selection.self_first or (selection.slots == "rank" and weight.shape[-1] > 1)
+    return few and placed and weight.ndim == 3
+
+
+def neighbor_weights(
+    q: Tensor,
+    k: Tensor,
+    found: Neighbors,
+    selection: Selection,
+    mixing: Mixing,
+    *,
+    graph: Edges | None,
+    dropout: float,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """Return what each neighbour weighs (the paper's rho), (B, H, Q, K), 0 where it is none; None: all weigh 1.
+
+    Args:
+        q: queries (B, H, Q, D).
+        k: keys (B, H, N, D).
+        found: the neighbours.
+        selection: its similarity is what softmax and score are of.
+        mixing: weighting and temperature.
+        graph: the neighbours as edges, or None: gather them.
+        dropout: probability of dropping a weight.
+        dtype: of ones.
+    """
+    valid = None if found.valid is None else found.valid.to(dtype)
+    if mixing.weighting == "ones":
+        return valid
+    score = neighbor_similarity(q, k, found.index, selection.similarity, graph) / mixing.temperature
+    if mixing.weighting == "softmax":
+        if found.valid is not None:
+            score = score.masked_fill(~found.valid, -torch.inf)
+        rho = score.softmax(dim=-1)
+    else:
+        rho = score if valid is None else score * valid
+    return F.dropout(rho, dropout, training=dropout > 0)
 
 
 def selection_weights(

@@ -1,4 +1,4 @@
-"""Where tokens are: the padded grid, the queries on it, prefix tokens, and distances.
+"""Positions: the zero-padded feature map, the output positions (queries) on it, prefix tokens, and distances.
 
 Shapes: N tokens (prefix first, then the padded grid in raster order), Q queries (prefix first, then the output grid).
 """
@@ -15,7 +15,7 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Geometry:
-    """A grid of tokens with its zero-padding ring, and a grid of queries that lie on tokens.
+    """A feature map with its zero padding as a grid of tokens, and the output positions as queries on some of them.
 
     ``kernel``, ``stride``, ``padding`` and ``dilation`` are (rows, columns) and mean what they mean for a
     convolution: the query of output pixel (i, j) is the centre of that pixel's kernel window.
@@ -29,12 +29,12 @@ class Geometry:
     dilation: Pair = (1, 1)
     prefix: int = 0
     margin: Pair = (0, 0)
-    """Queries nearer to the edge than this measure distances from the nearest token that is so far inside: their
-    windows shift inwards, as in NATTEN."""
+    """Half the attention window where it is to stay inside the map, as in NATTEN: a query nearer to the edge than this
+    measures distances from the nearest position that is this far inside, so that its window shifts inwards. 0: off."""
 
     @property
     def padded_shape(self) -> Pair:
-        """Rows and columns of the grid with its ring."""
+        """Rows and columns of the map with its zero padding."""
         return self.height + 2 * self.padding[0], self.width + 2 * self.padding[1]
 
     @property
@@ -48,7 +48,7 @@ class Geometry:
 
     @property
     def extent(self) -> int:
-        """Largest distance on the padded grid along an axis, in tokens; at least 1."""
+        """Largest Chebyshev distance on the padded map in tokens, at least 1; a blend divides distances by it."""
         return max(*self.padded_shape, 2) - 1
 
     @property
@@ -56,8 +56,15 @@ class Geometry:
         """N: prefix tokens and the padded grid."""
         return self.prefix + self.padded_shape[0] * self.padded_shape[1]
 
+    @property
+    def queries_on_ring(self) -> bool:
+        """Whether some query sits on a token of the zero ring, which is wider than the window needs."""
+        axes = zip(self.kernel, self.padding, self.dilation, strict=True)
+        return any(p > d * (m - 1) // 2 for m, p, d in axes)
+
     def query_index(self, device: torch.device | None = None) -> Tensor:
-        """Return the token that each query sits on: (Q,) int64."""
+        """Return the token at the centre of each query's kernel window, for prefix queries themselves: (Q,) int64."""
+        # The window of output row i starts at token i * stride; its centre lies half the dilated kernel further.
         rows, cols = (
             torch.arange(n, device=device) * s + d * (m - 1) // 2
             for n, m, s, d in zip(self.out_shape, self.kernel, self.stride, self.dilation, strict=True)
@@ -66,29 +73,29 @@ class Geometry:
         return torch.cat([torch.arange(self.prefix, device=device), grid.flatten()])
 
     def coordinates(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return row and column on the padded grid of token indices; prefix tokens have none and must not be asked."""
+        """Return row and column on the padded map of token indices; prefix tokens have none and must not be asked."""
         index = index - self.prefix
         return index // self.padded_shape[1], index % self.padded_shape[1]
 
     def positions(self, device: torch.device | None = None) -> Tensor:
-        """Return column and row of every token, each from -1 to 1 over the padded grid: (N, 2) float64; prefix at 0."""
+        """Return column and row of every token, each from -1 to 1 over the padded map: (N, 2) float64; prefix at 0."""
         rows, cols = (torch.linspace(-1, 1, side, dtype=torch.float64, device=device) for side in self.padded_shape)
         grid = torch.stack([cols.expand(len(rows), -1), rows[:, None].expand(-1, len(cols))], dim=-1)
         return torch.cat([grid.new_zeros(self.prefix, 2), grid.flatten(0, 1)])
 
     def inner_tokens(self, device: torch.device | None = None) -> Tensor:
-        """Return the grid tokens that do not belong to the zero ring, in raster order: (height * width,) int64."""
+        """Return the tokens of the map without its zero padding, in raster order: (height * width,) int64."""
         (ph, pw), (_, cols) = self.padding, self.padded_shape
         rows = torch.arange(ph, ph + self.height, device=device)
         return (rows[:, None] * cols + torch.arange(pw, pw + self.width, device=device)).flatten() + self.prefix
 
     def distance(self, queries: Tensor, keys: Tensor, metric: str = "chebyshev") -> Tensor:
-        """Return the distance between grid tokens in pixels: token indices, broadcast against each other -> float32.
+        """Return the distance between tokens of the map: token indices, broadcast against each other -> float32.
 
-        The unit is the dilation: offsets off the dilation lattice come after all those on it. For a kernel that is
-        not square, rows and columns are scaled so that the window of the kernel holds exactly the nearest tokens.
-        With (Chebyshev distance, raster index) as the order, the m*m nearest tokens of a query are the m x m window
-        in one fixed order at every position; with Euclidean distance that fails from 7 x 7 on.
+        Its unit is one step of the dilation; tokens between the dilated kernel's taps are farther than all tokens on
+        them. For a kernel that is not square, rows and columns are scaled so that its window holds exactly the nearest
+        tokens. Ordered by (Chebyshev distance, raster index), the m*m nearest tokens of a query are the m x m window in
+        one fixed order at every position; with Euclidean distance that fails from 7 x 7 on.
         """
         own, other = self.coordinates(queries), self.coordinates(keys)
         offsets = [self.steps(axis, own[axis], other[axis]) for axis in (0, 1)]
@@ -99,20 +106,20 @@ class Geometry:
     def steps(self, axis: int, own: Tensor, other: Tensor) -> Tensor:
         """Return the distance along one axis from queries in rows (or columns) ``own`` to tokens in ``other``."""
         side, margin, d = self.padded_shape[axis], self.margin[axis], self.dilation[axis]
-        far = sum(self.padded_shape)
+        far = sum(self.padded_shape)  # more than any distance on the map
         radius = [m // 2 for m in self.kernel]
         centre = own.clamp(margin, side - 1 - margin) if margin else own
         delta = (centre - other).abs()
         steps = (delta / d if d > 1 else delta).to(torch.float32)
         if d > 1:
             steps = steps + far * (delta % d != 0)
-        if radius[0] != radius[1]:
+        if radius[0] != radius[1]:  # along an axis where the kernel is 1 wide, all but the query's own line is far
             steps = steps * (max(radius) / radius[axis] if radius[axis] else far)
         return steps
 
 
 def window_order(kernel: Pair) -> Tensor:
-    """Return the raster taps of a kernel, nearest first: ``taps[rank]``, (kh * kw,) int64.
+    """Return the taps of a kernel (in raster numbers), those nearest to its centre first: (kh * kw,) int64.
 
     Ties in Chebyshev distance (scaled as in ``Geometry.distance``) go to the lower raster index.
     """

@@ -1,4 +1,4 @@
-"""What a layer chose, to be looked at: which tokens, how they weigh, and where they lie.
+"""The neighbours that a layer chose, for inspection: token indices, weights and positions.
 
 Shapes: B batch, H heads, Q queries, N tokens, K neighbours, D channels per head.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from convnn.ops.geometry import Geometry, Pair
 from convnn.ops.selection import select_neighbors
-from convnn.ops.settings import Selection
+from convnn.ops.settings import Mixing, Selection
 from convnn.ops.similarity import pair_similarity
 from convnn.ops.subsets import same_subsets
 
@@ -25,25 +25,25 @@ class Neighborhood:
 
     index: Tensor
     """Token indices (B, H, Q, K) int64 in the layer's own token grid: prefix tokens first, then the grid with its
-    padding ring in raster order, see ``geometry``. In order of rank, whatever slots the layer mixes them in."""
+    zero padding in raster order, see ``geometry``. Sorted by rank, whatever ``slots`` the layer uses."""
     valid: Tensor
     """False where a query has fewer than K neighbours, (B, H, Q, K) bool."""
     weights: Tensor | None
-    """What the neighbours weigh, after the softmax if there is one, (B, H, Q, K); 0 where not valid. None: all alike
-    (``weighting=ones``). Slot weights, which are parameters, are not in it."""
+    """Weights of the neighbours, after the softmax if there is one, (B, H, Q, K); 0 where not valid. None: all equal
+    (``weighting=ones``). Learned weights per slot are not in them."""
     geometry: Geometry
     """Where the tokens and the queries are."""
     window: Pair
-    """Rows and columns of the convolution window that ``blend`` 0 stands for."""
+    """Rows and columns of the window that a convolution in the layer's place would have."""
 
     @property
     def queries(self) -> Tensor:
-        """The token that each query sits on: (Q,) int64."""
+        """The token at each query's own position: (Q,) int64."""
         return self.geometry.query_index(self.index.device)
 
     @property
     def on_grid(self) -> Tensor:
-        """Whether query and neighbour both lie on the grid, and the neighbour is one: (B, H, Q, K) bool."""
+        """Which neighbours are valid and, like their query, no prefix tokens: (B, H, Q, K) bool."""
         prefix = self.geometry.prefix
         return self.valid & (self.index >= prefix) & (self.queries >= prefix)[:, None]
 
@@ -54,7 +54,7 @@ class Neighborhood:
 
     @property
     def is_padding(self) -> Tensor:
-        """Which neighbours belong to the zero ring: (B, H, Q, K) bool."""
+        """Which neighbours are zero padding: (B, H, Q, K) bool."""
         inside = torch.zeros(self.geometry.num_tokens, dtype=torch.bool, device=self.index.device)
         inside[: self.geometry.prefix] = True
         inside[self.geometry.inner_tokens(inside.device)] = True
@@ -80,7 +80,7 @@ class Neighborhood:
         own = g.coordinates(self.queries)
         for axis, delta in enumerate(self.offsets()):
             step, radius, margin = g.dilation[axis], self.window[axis] // 2, g.margin[axis]
-            if margin:  # windows at the edge are shifted inwards
+            if margin:  # near the edge the window's centre lies further inside than the query, see Geometry.margin
                 here = own[axis][:, None]
                 delta = delta + here - here.clamp(margin, g.padded_shape[axis] - 1 - margin)
             inside = inside & (delta % step == 0) & (delta.abs() <= step * radius)
@@ -93,42 +93,40 @@ def find_neighborhood(
     k: Tensor,
     geometry: Geometry,
     selection: Selection,
+    mixing: Mixing,
     *,
-    num: int,
     blend: float | Tensor,
-    weighting: str = "ones",
-    temperature: float = 1.0,
     training: bool = False,
     window: Pair = (1, 1),
     seen: Geometry | None = None,
 ) -> Neighborhood:
-    """Return what ``convnn.neighbor_aggregate`` with the same arguments aggregates, as a Neighborhood.
+    """Return the neighbours that ``convnn.neighbor_aggregate`` with the same arguments aggregates.
 
     Args:
         q: queries (B, H, Q, D).
         k: keys (B, H, N, D).
         geometry: where they are, for the selection.
-        selection: how neighbours are chosen; a ``num`` above the candidates is lowered to them.
-        num: neighbours per query.
+        selection: how neighbours are chosen; a k above the candidates is lowered to them.
+        mixing: what they weigh.
         blend: 0 selects by position, 1 by features; a tensor (H,) strictly between.
-        weighting: ``ones``, ``softmax`` or ``score``.
-        temperature: divides the similarity.
         training: draw random candidates.
-        window: of the convolution that blend 0 stands for.
-        seen: geometry of the result, if the selection knows less of it.
+        window: of a convolution in this place.
+        seen: geometry to report, where the layer selects on a simpler one: attention that needs no positions takes its
+            tokens as one line.
     """
+    # By rank, since ``index`` is documented so; and fewer neighbours rather than an error.
     ranked = replace(selection, slots="rank", k_policy="clamp")
-    found = select_neighbors(q, k, geometry, ranked, num=num, blend=blend, training=training)
+    found = select_neighbors(q, k, geometry, ranked, blend=blend, training=training)
     index = found.index.expand(*q.shape[:2], -1, -1)
     valid = torch.ones_like(index, dtype=torch.bool) if found.valid is None else found.valid.expand_as(index)
     weights = None
-    if weighting != "ones":
+    if mixing.weighting != "ones":
         head = torch.arange(q.shape[1], device=q.device)[:, None, None]
         # Image by image: the gathered keys are the largest thing here.
         images = zip(q, k, index, strict=True)
         scores = [pair_similarity(own, keys[head, chosen], selection.similarity) for own, keys, chosen in images]
-        weights = torch.stack(scores) / temperature
-        if weighting == "softmax":
+        weights = torch.stack(scores) / mixing.temperature
+        if mixing.weighting == "softmax":
             weights = weights.masked_fill(~valid, -torch.inf).softmax(dim=-1)
         weights = weights.masked_fill(~valid, 0)
     return Neighborhood(index, valid, weights, seen or geometry, window)
@@ -136,6 +134,6 @@ def find_neighborhood(
 
 @contextmanager
 def same_draws(device: torch.device) -> Iterator[None]:
-    """Leave the random generators as they were, so that what follows draws what was drawn inside."""
+    """Restore the random generators on exit, so that the code after it draws the same random numbers again."""
     with same_subsets(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

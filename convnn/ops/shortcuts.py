@@ -1,6 +1,7 @@
 """The ends of the spectrum by torch's own convolution and attention.
 
-Shapes: B batch, H heads, Q queries, N tokens, K neighbours, D channels per head, C input and O output channels."""
+Shapes: B batch, H heads, Q queries, N tokens, K neighbours, D channels per head, C input and O output channels.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convnn.ops.candidates import candidate_tokens, most_candidates, out_of_reach
-from convnn.ops.geometry import Geometry, window_order
-from convnn.ops.settings import Selection
+from convnn.ops.geometry import Geometry
+from convnn.ops.settings import Mixing, Selection
 from convnn.ops.similarity import unit
+from convnn.ops.slots import slots_to_kernel
 
 
-def is_convolution(
-    geometry: Geometry, selection: Selection, *, num: int, blend: float | Tensor, weighting: str
-) -> bool:
+def is_convolution(geometry: Geometry, selection: Selection, mixing: Mixing, blend: float | Tensor) -> bool:
     """Return whether the settings choose exactly the kernel window, so that ``convolve`` may stand in."""
     return (
         isinstance(blend, float)
         and blend == 0
-        and weighting == "ones"
-        and num == math.prod(geometry.kernel)
+        and mixing.weighting == "ones"
+        and selection.k == math.prod(geometry.kernel)
         and selection.distance == "chebyshev"
         and selection.candidates == "all"
     )
@@ -38,26 +38,9 @@ def convolve(
     return F.conv2d(x, kernel, bias, geometry.stride, geometry.padding, geometry.dilation, groups)
 
 
-def slots_to_kernel(weight: Tensor, kernel: tuple[int, int], slots: str) -> Tensor:
-    """Return slot weights (O, C, kh * kw) as a convolution kernel (O, C, kh, kw); see ``kernel_to_slots``."""
-    if slots != "raster":
-        weight = weight[..., window_order(kernel).argsort().to(weight.device)]
-    return weight.unflatten(-1, kernel)
-
-
-def kernel_to_slots(kernel: Tensor, slots: str) -> Tensor:
-    """Return a convolution kernel (O, C, kh, kw) as slot weights (O, C, kh * kw), nearest tap first unless raster."""
-    weight = kernel.flatten(2)
-    if slots != "raster":
-        weight = weight[..., window_order((kernel.shape[2], kernel.shape[3])).to(weight.device)]
-    return weight
-
-
-def attends_to_all(
-    geometry: Geometry, selection: Selection, *, num: int, weighting: str, aggregation: str, pads: bool
-) -> bool:
+def attends_to_all(geometry: Geometry, selection: Selection, mixing: Mixing, *, pads: bool) -> bool:
     """Return whether every candidate is a neighbour and the order is lost, so that ``attend`` may stand in."""
-    if weighting != "softmax" or aggregation != "sum":
+    if mixing.weighting != "softmax" or mixing.aggregation != "sum" or mixing.straight_through:
         return False
     if selection.similarity == "euclidean" or selection.candidates == "random":
         return False
@@ -65,7 +48,7 @@ def attends_to_all(
         return False
     candidates = candidate_tokens(geometry, selection, pads=pads, training=False)
     _, most = most_candidates(geometry, selection, candidates)
-    return num == most or (num > most and selection.k_policy == "clamp")
+    return selection.k == most or (selection.k > most and selection.k_policy == "clamp")
 
 
 def attend(

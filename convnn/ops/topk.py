@@ -1,6 +1,7 @@
 """The k best under a total order.
 
-Shapes: M candidates, K neighbours."""
+Shapes: M candidates, K neighbours.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +29,11 @@ def stable_topk(score: Tensor, k: int) -> Tensor:
             return indices[..., :k]
     if score.dtype != torch.float32 or torch.jit.is_tracing():  # whose graphs have no view of other bits
         return score.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    bits = (score + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # now integers compare as the floats do
+    # The bits of a float, read as an integer, order positive numbers as they are and negative ones backwards: turning
+    # the lower 31 bits of negative ones round makes integers compare as the floats do. The upper half of the key is
+    # this, the lower half counts down along the axis, so that of equal scores the lower index has the larger key.
+    bits = (score + 0.0).view(torch.int32)  # + 0.0 turns -0.0, which equals 0.0, into it
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     key = bits.long()
     key <<= 32
     key |= torch.arange(score.shape[-1] - 1, -1, -1, device=score.device)

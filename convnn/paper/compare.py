@@ -19,10 +19,11 @@ from convnn.errors import ConfigError
 from convnn.paper.published import PaperRow, PaperTable
 from convnn.runs.folder import read_result
 from convnn.runs.metrics import read_metrics
+from convnn.runs.status import COMPLETE
 from convnn.runtime.files import write_text
 from convnn.sweep.options import SweepConfig
 from convnn.sweep.plan import read_plan
-from convnn.text import markdown_table
+from convnn.text import Score, markdown_table
 
 SCORES = {
     "top1_best": "best epoch (chosen on the test set)",
@@ -63,20 +64,6 @@ def sweep_of(
     base = [o for o in table.base if key_of(o) != "seed" or not seeds]
     axes = {"seed": list(seeds)} if seeds else {}
     return SweepConfig(name=Path(folder).name, dir=folder, base=base, points=points, axes=axes)
-
-
-@dataclass(frozen=True)
-class Score:
-    """Mean over runs, in percent."""
-
-    mean: float
-    std: float | None
-    """Sample standard deviation; None for one run."""
-    n: int
-
-    def __str__(self) -> str:
-        spread = "" if self.std is None else f" ± {self.std:.2f}"
-        return f"{self.mean:.2f}{spread} (n={self.n})"
 
 
 @dataclass(frozen=True)
@@ -152,7 +139,7 @@ def compare(
 
 
 def _comparison(row: PaperRow, published: Config, configs: Sequence[Config], folders: Sequence[Path]) -> Comparison:
-    results = [(r, path) for path in folders if (r := read_result(path)) and r.get("status") == "complete"]
+    results = [(r, path) for path in folders if (r := read_result(path)) and r.get("status") == COMPLETE]
     values: dict[str, list[float]] = {column: [] for column in SCORES}
     for _, path in results:
         accuracies = [m["test_top1"] for m in read_metrics(path / "metrics.jsonl") if "test_top1" in m]
@@ -160,33 +147,22 @@ def _comparison(row: PaperRow, published: Config, configs: Sequence[Config], fol
             values["top1_best"].append(max(accuracies))
             values["top1_last"].append(accuracies[-1])
             values["top1_last5_mean"].append(statistics.fmean(accuracies[-5:]))
-    scores = {
-        column: Score(statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else None, len(v))
-        for column, v in values.items()
-        if v
-    }
+    scores = {column: Score.of(v) for column, v in values.items() if v}
     old, new = identity(published), identity(configs[0])
     old.pop("seed"), new.pop("seed")
     first = results[0][0] if results else {}
     changed = differences(old, new)
     if published.data.name == "imagenet" and first.get("classes", IMAGENET_CLASSES) != IMAGENET_CLASSES:
         changed.append(f"classes: {IMAGENET_CLASSES} -> {first['classes']}")
-    return Comparison(
-        row,
-        scores,
-        tuple(changed),
-        first.get("params"),
-        first.get("gflops"),
-        len(results),
-        len(configs),
-    )
+    costs = first.get("params"), first.get("gflops")
+    return Comparison(row, scores, tuple(changed), *costs, runs=len(results), planned=len(configs))
 
 
-def _number(value: float | None, digits: int = 2, sign: bool = False) -> str:
+def _decimal(value: float | None, digits: int = 2, sign: bool = False) -> str:
     return "–" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
-def _count(value: int | None) -> str:
+def _thousands(value: int | None) -> str:
     return "–" if value is None else f"{value:,}"
 
 
@@ -200,12 +176,12 @@ def comparison_table(table: PaperTable, found: Sequence[Comparison]) -> tuple[li
     for c in found:
         cells = [c.row.row]
         for column in SCORES:
-            cells += [_number(getattr(c.row, column)), str(c.scores.get(column, "–"))]
+            cells += [_decimal(getattr(c.row, column)), str(c.scores.get(column, "–"))]
         noise = table.noise.get(_dataset(c.row))
         verdict = c.within_noise(noise)
-        cells += [_number(c.difference("top1_best"), sign=True), {None: "–", True: "yes", False: "no"}[verdict]]
-        cells += [_count(c.row.params), _count(c.params), _number(c.row.gflops, 4), _number(c.gflops, 4), c.label]
-        lines.append(cells)
+        cells += [_decimal(c.difference("top1_best"), sign=True), {None: "–", True: "yes", False: "no"}[verdict]]
+        cells += [_thousands(c.row.params), _thousands(c.params)]
+        lines.append([*cells, _decimal(c.row.gflops, 4), _decimal(c.gflops, 4), c.label])
     return header, lines
 
 
@@ -249,32 +225,21 @@ def write_comparison(table: PaperTable, found: Sequence[Comparison], folder: Pat
     file = StringIO()
     writer = csv.writer(file)
     columns = [name for column in SCORES for name in (f"{column}_published", column, f"{column}_std")]
-    writer.writerow(
-        [
-            "row",
-            *columns,
-            "n",
-            "params_published",
-            "params",
-            "gflops_published",
-            "gflops",
-            "status",
-            "changed",
-            "source",
-        ]
-    )
+    costs = ["params_published", "params", "gflops_published", "gflops"]
+    writer.writerow(["row", *columns, "n", *costs, "status", "changed", "source"])
     for c in found:
         cells: list[object] = [c.row.row]
         for column in SCORES:
             score = c.scores.get(column)
-            cells += [getattr(c.row, column), score and round(score.mean, 4), score and score.std]
+            cells += [getattr(c.row, column), score and round(score.mean, 4)]
+            cells.append(score.std if score and score.n > 1 else None)
         cells += [c.runs, c.row.params, c.params, c.row.gflops, c.gflops, c.label, "; ".join(c.changed), c.row.source]
         writer.writerow(cells)
     write_text(paths[1], file.getvalue())
     return paths
 
 
-def check_seeds(text: str | None, careful: bool) -> list[int]:
+def parse_seeds(text: str | None, careful: bool) -> list[int]:
     """Return the seeds of ``seeds=0,1,2``; careful runs have three of their own.
 
     Raises:

@@ -39,7 +39,7 @@ SIDES = {"cifar10": 32, "cifar100": 32, "imagenet": 224, "imagefolder": 256, "di
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelCost:
     """Size and cost of a model."""
 
     params: int
@@ -53,6 +53,7 @@ class Facts:
 _BACKBONES: dict[str, nn.Module] = {}
 _SIZES: dict[str, int] = {}
 _COSTS: dict[str, tuple[int, int | None, int]] = {}
+"""Models built and counts made before, by what decides them (``_key``): a grid has many points of one model."""
 
 
 def build_meta(config: Config, num_classes: int | None = None) -> tuple[nn.Module, Tensor]:
@@ -96,7 +97,7 @@ def _key(config: Config, num_classes: int | None) -> str:
     return json.dumps([own, _image(config), config.data.name == "imagenet", config.data.image_size, num_classes])
 
 
-def facts(config: Config, num_classes: int | None = None) -> Facts:
+def model_cost(config: Config, num_classes: int | None = None) -> ModelCost:
     """Return parameters and operations of a configuration's model. It is built on torch's meta device, without memory.
 
     What was counted once is remembered: settings that change neither model nor image cost no time.
@@ -113,19 +114,19 @@ def facts(config: Config, num_classes: int | None = None) -> Facts:
     if key not in _COSTS:
         model, image = build_meta(config, classes)
         # The authors' later code, which made the ImageNet runs, projects all keys before it samples.
-        honest, profiled = count(model, image, sampled_keys=config.data.name != "imagenet")
+        honest, profiled = count_both_ways(model, image, sampled_keys=config.data.name != "imagenet")
         head = model.get_classifier()  # type: ignore[operator]
         each = 2 * head.in_features if isinstance(head, nn.Linear) else 0  # operations of a class
         key = _key(config, None) if each else key
         _COSTS[key] = (honest - classes * each, None if profiled is None else profiled - classes * each, each)
     honest, profiled, each = _COSTS[key]
     more = classes * each
-    return Facts(
+    return ModelCost(
         parameters(config, classes), (honest + more) / 1e9, None if profiled is None else (profiled + more) / 1e9
     )
 
 
-def count(model: nn.Module, image: Tensor, *, sampled_keys: bool = True) -> tuple[int, int | None]:
+def count_both_ways(model: nn.Module, image: Tensor, *, sampled_keys: bool = True) -> tuple[int, int | None]:
     """Return the operations of ``model(image)``, for one image on any device, by the honest and the authors' count.
 
     Args:
@@ -205,7 +206,7 @@ def profiled_conv(layer: ConvNN2d, height: int, width: int) -> int | None:
     """
     s = layer.selection
     mixed = s.mix == "concat" and 0 < layer.blend < 1
-    plain = s.similarity == "cosine" and layer.qkv is None and layer.shuffle == 1 and layer.weighting == "ones"
+    plain = s.similarity == "cosine" and layer.qkv is None and layer.shuffle == 1 and layer.mixing.weighting == "ones"
     if not plain or not (mixed or layer.blend == 1) or s.candidates not in ("all", "random", "grid"):
         return None
     tokens = layer.geometry(height, width).num_tokens
@@ -236,7 +237,7 @@ def profiled_attention(layer: ConvNNAttention, tokens: int, *, sampled_keys: boo
     """
     s, h = layer.selection, layer.num_heads
     wide = h * layer.head_dim
-    if layer.weighting != "softmax" or s.similarity != "dot" or layer.blend != 1 or layer.border != "nearest":
+    if layer.mixing.weighting != "softmax" or s.similarity != "dot" or layer.blend != 1 or layer.border != "nearest":
         return None
     projections, dense = 8 * tokens * layer.dim * wide, 4 * tokens**2 * wide
     if layer.aggregation != "sum":

@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from convnn.config.compose import CONF_DIR
+from convnn.config.folders import CONF_DIR
 from convnn.config.keys import nearest, typed
 from convnn.config.overrides import merge_overrides
 from convnn.errors import ConfigError

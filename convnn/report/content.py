@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from convnn.report.tables import COSTS, METRICS, main_keys, short_name, varying_keys
+from convnn.report.tables import COSTS, METRICS, main_keys, score_of, short_name, varying_keys
 from convnn.runs.status import COMPLETE, UNUSABLE
 from convnn.text import aligned, show
 
@@ -68,7 +68,7 @@ class Report:
         header = [*keys, *(metric_title(m) for m in metrics), *_COST_NAMES.values(), "failed", "open"]
         rows = []
         for row in self.summary.to_dict("records"):
-            cells = [show(row[key]) for key in keys] + [score(row, metric) for metric in metrics]
+            cells = [show(row[key]) for key in keys] + [str(score_of(row, m)) for m in metrics]
             costs = [row[name] / 1e6 if name == "params" else row[name] for name in COSTS]
             rows.append(
                 cells + [show(float(f"{cost:.4g}")) for cost in costs] + [str(row["n_failed"]), str(row["n_open"])]
@@ -109,12 +109,3 @@ class Report:
 def metric_title(metric: str) -> str:
     """Return a metric as a column's title."""
     return f"{metric} (chosen on the test set)" if metric == "top1_best_on_test" else metric
-
-
-def score(row: dict[str, Any], metric: str) -> str:
-    """Return mean, standard deviation and number of runs of a summary's row, such as ``86.12 ± 0.35 (n=3)``."""
-    n = row.get(f"{metric}_n", 0)
-    if not n:
-        return "–"
-    spread = f" ± {row[f'{metric}_std']:.2f}" if n > 1 else ""
-    return f"{row[f'{metric}_mean']:.2f}{spread} (n={n})"

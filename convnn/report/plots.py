@@ -9,7 +9,6 @@ points, as in a random search, all points stand in one panel without lines. Keys
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
@@ -18,25 +17,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convnn.figures.style import (
+    COLOUR_MAP,
     COLOURS,
     DASHES,
-    SCALE,
-    STYLE,
+    RC_PARAMS,
     add_legend,
     colour_scale,
-    evenly,
-    is_wide,
+    evenly_spread,
+    line_styles,
+    needs_log_scale,
     new_figure,
     number_axis,
-    plain,
-    styles,
+    plain_text,
 )
 from convnn.report.content import Picture
-from convnn.report.spectrum import draw_along, draw_layers
-from convnn.report.tables import METRICS, describe, grouped, main_keys, short_name, varying_keys
-from convnn.report.view import BLEND, MAX_CELLS, MAX_DOTS, MAX_LINES, MAX_PANELS, K, Row, View, split
+from convnn.report.spectrum import draw_layers, draw_spectrum
+from convnn.report.tables import METRICS, complete_groups, describe, main_keys, short_name
+from convnn.report.view import BLEND, MAX_CELLS, MAX_DOTS, MAX_LINES, MAX_PANELS, K, Row, View, group_rows
+from convnn.runs.metrics import read_metrics
 from convnn.runs.status import COMPLETE
-from convnn.text import is_missing, show, sort_key
+from convnn.text import Score, is_missing, show, sort_key
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,21 +55,22 @@ def draw_all(
     import matplotlib as mpl
 
     view = View(summary, metric)
-    drawn = []
-    with mpl.rc_context(STYLE):
-        for key in view.across():
-            drawn.append((f"over_{short_name(key)}", f"Accuracy over {short_name(key)}", over_number(view, key)))
-        drawn.append(("heatmap", "Accuracy over blend and k", heat_map(view)))
-        drawn.append(("configurations", "Accuracy by configuration", dots(view)))
-        drawn.append(
-            ("gflops", "Accuracy against computation", against(view, "gflops", "forward pass of one image (GFLOPs)"))
-        )
-        seconds = against(view, "seconds", "measured training time (s)")
-        drawn.append(("seconds", "Accuracy against training time", seconds and _with_devices(seconds, frame)))
-        along = draw_along(frame, summary, folders)
-        drawn.append(("spectrum", "Accuracy, loss and cost along the spectrum", along))
-        drawn.append(("curves", "Training curves", curves(frame, summary, folders)))
-        drawn += draw_layers(frame, summary, folders)
+    with mpl.rc_context(RC_PARAMS):
+        drawn = [
+            (f"over_{short_name(key)}", f"Accuracy over {short_name(key)}", accuracy_over_number(view, key))
+            for key in view.x_keys()
+        ]
+        operations = accuracy_against_cost(view, "gflops", "forward pass of one image (GFLOPs)")
+        seconds = accuracy_against_cost(view, "seconds", "measured training time (s)")
+        drawn += [
+            ("heatmap", "Accuracy over blend and k", accuracy_heat_map(view)),
+            ("configurations", "Accuracy by configuration", accuracy_by_configuration(view)),
+            ("gflops", "Accuracy against computation", operations),
+            ("seconds", "Accuracy against training time", seconds and _with_devices(seconds, frame)),
+            ("spectrum", "Accuracy, loss and cost along the spectrum", draw_spectrum(frame, summary, folders)),
+            ("curves", "Training curves", training_curves(frame, summary, folders)),
+            *draw_layers(frame, summary, folders),
+        ]
         return [_save(name, title, *made, out) for name, title, made in drawn if made is not None]
 
 
@@ -82,38 +83,38 @@ def _save(name: str, title: str, figure: Figure, caption: str, out: Path) -> Pic
     return Picture(name, title, caption, *paths)
 
 
-def over_number(view: View, x: str) -> tuple[Figure, str] | None:
+def accuracy_over_number(view: View, x: str) -> tuple[Figure, str] | None:
     """Draw accuracy over a numeric key; None if there are fewer than two points."""
     rows = [row for row in view.rows if not is_missing(row[x])]
     if len({row[x] for row in rows}) < 2:
         return None
     line = view.line_key(x)
     rest = [key for key in view.keys if key not in (x, line)]
-    panels = split(rows, rest)
-    lines = [group for panel in panels.values() for group in split(panel, [line] if line else []).values()]
+    panels = group_rows(rows, rest)
+    lines = [group for panel in panels.values() for group in group_rows(panel, [line] if line else []).values()]
     joined = any(len({row[x] for row in group}) > 1 for group in lines)
     if not joined:
         line, panels = None, {(): rows}
     shown = dict(list(panels.items())[:MAX_PANELS])
     figure, all_axes = new_figure(len(shown))
-    values = [value for (value,) in split(rows, [line])] if line else [None]
-    style = styles(evenly(values, MAX_LINES))
+    values = [value for (value,) in group_rows(rows, [line])] if line else [None]
+    style = line_styles(evenly_spread(values, MAX_LINES))
     alpha = min(0.15, 0.6 / len(style)) if joined else 0.0
     handles: dict[str, Any] = {}
     for axes, (given, panel) in zip(all_axes, shown.items(), strict=True):
-        for (value,), points in (split(panel, [line]) if line else {(None,): panel}).items():
+        for (value,), points in (group_rows(panel, [line]) if line else {(None,): panel}).items():
             if value in style:
                 points.sort(key=lambda row: row[x])
                 handles[show(value)] = _line(axes, view, points, x, style[value], alpha)
         if given:
-            axes.set_title(plain(describe(dict(zip(rest, given, strict=True)))))
-        axes.set_xlabel(plain(short_name(x)))
-        axes.set_ylabel(plain(METRICS[view.metric], 34))
+            axes.set_title(plain_text(describe(dict(zip(rest, given, strict=True)))))
+        axes.set_xlabel(plain_text(short_name(x)))
+        axes.set_ylabel(plain_text(METRICS[view.metric], 34))
         number_axis(axes, sorted({row[x] for row in panel}))
     if line:
         ordered = {show(value): handles[show(value)] for value in style if show(value) in handles}
-        add_legend(figure, ordered, plain(short_name(line)))
-    caption = view.seeds("band" if joined else "bar")
+        add_legend(figure, ordered, plain_text(short_name(line)))
+    caption = view.caption("band" if joined else "bar")
     if len(values) > len(style):
         caption += f" {len(style)} of {len(values)} values of {short_name(line or '')}."
     if len(panels) > 1:
@@ -125,8 +126,8 @@ def over_number(view: View, x: str) -> tuple[Figure, str] | None:
 
 def _line(axes: Axes, view: View, points: list[Row], x: str, style: dict[str, Any], alpha: float) -> Any:
     """Draw points, joined and with a band unless ``alpha`` is 0; return the legend's entry."""
-    xs, ys = [row[x] for row in points], [view.score(row) for row in points]
-    stds = [view.spread(row) for row in points]
+    xs, ys = [row[x] for row in points], [view.mean(row) for row in points]
+    stds = [view.std(row) for row in points]
     if not alpha:
         axes.errorbar(xs, ys, stds, fmt="none", ecolor="#999999", elinewidth=1)
         return axes.scatter(xs, ys, color=style["color"], marker=style["marker"], zorder=3)
@@ -136,16 +137,16 @@ def _line(axes: Axes, view: View, points: list[Row], x: str, style: dict[str, An
     return axes.plot(xs, ys, markersize=7, **style)[0]
 
 
-def heat_map(view: View) -> tuple[Figure, str] | None:
+def accuracy_heat_map(view: View) -> tuple[Figure, str] | None:
     """Draw accuracy over blend and k; None unless both vary."""
     if BLEND not in view.numbers or K not in view.numbers:
         return None
     rows = [row for row in view.rows if not is_missing(row[BLEND]) and not is_missing(row[K])]
     rest = [key for key in view.keys if key not in (BLEND, K)]
-    blends, ks = ([value for (value,) in split(rows, [key])] for key in (BLEND, K))
+    blends, ks = ([value for (value,) in group_rows(rows, [key])] for key in (BLEND, K))
     if not (2 <= len(blends) <= MAX_CELLS and 2 <= len(ks) <= MAX_CELLS):
         return None
-    panels = split(rows, rest)
+    panels = group_rows(rows, rest)
     shown = dict(list(panels.items())[:MAX_PANELS])
     from matplotlib.figure import Figure
 
@@ -155,7 +156,7 @@ def heat_map(view: View) -> tuple[Figure, str] | None:
     for axes, (given, panel) in zip(all_axes, shown.items(), strict=True):
         _cells(figure, axes, view, panel, blends, ks)
         if given:
-            axes.set_title(plain(describe(dict(zip(rest, given, strict=True))), 70))
+            axes.set_title(plain_text(describe(dict(zip(rest, given, strict=True))), 70))
     caption = f"{METRICS[view.metric].capitalize()}, mean over seeds; grey cells have no complete run."
     if len(panels) > 1:
         caption += " Each panel has a colour scale of its own."
@@ -168,11 +169,11 @@ def _cells(figure: Figure, axes: Axes, view: View, rows: list[Row], blends: list
     import numpy as np
 
     grid = np.full((len(ks), len(blends)), np.nan)
-    for (blend, k), group in split(rows, [BLEND, K]).items():
-        grid[ks.index(k), blends.index(blend)] = statistics.fmean(view.score(row) for row in group)
+    for (blend, k), group in group_rows(rows, [BLEND, K]).items():
+        grid[ks.index(k), blends.index(blend)] = statistics.fmean(view.mean(row) for row in group)
     axes.grid(False)
     axes.set_facecolor("#cccccc")
-    image = axes.imshow(grid, cmap=SCALE, aspect="auto", origin="lower")
+    image = axes.imshow(grid, cmap=COLOUR_MAP, aspect="auto", origin="lower")
     axes.set_xticks(range(len(blends)), [show(blend) for blend in blends])
     axes.set_yticks(range(len(ks)), [show(k) for k in ks])
     axes.set_xlabel("blend")
@@ -186,25 +187,25 @@ def _cells(figure: Figure, axes: Axes, view: View, rows: list[Row], blends: list
             axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="w" if dark else "k", fontsize=size)
 
 
-def dots(view: View) -> tuple[Figure, str] | None:
+def accuracy_by_configuration(view: View) -> tuple[Figure, str] | None:
     """Draw a row for each configuration; None where numbers vary, which have pictures of their own."""
     if view.numbers or len(view.rows) < 2:
         return None
     rows = view.rows[:MAX_DOTS]
     figure, (axes,) = new_figure(1, height=1.6 + 0.45 * len(rows))
     places = range(len(rows))
-    scores, stds = [view.score(row) for row in rows], [view.spread(row) for row in rows]
+    scores, stds = [view.mean(row) for row in rows], [view.std(row) for row in rows]
     axes.errorbar(scores, places, xerr=stds, fmt="o", color=COLOURS[0], markersize=8, capsize=4)
-    axes.set_yticks(places, [plain(describe({key: row[key] for key in view.keys}), 50) for row in rows])
+    axes.set_yticks(places, [plain_text(describe({key: row[key] for key in view.keys}), 50) for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel(plain(METRICS[view.metric]))
-    caption = view.seeds("bar")
+    axes.set_xlabel(plain_text(METRICS[view.metric]))
+    caption = view.caption("bar")
     if len(view.rows) > len(rows):
         caption += f" The first {len(rows)} of {len(view.rows)} configurations are shown."
     return figure, caption
 
 
-def against(view: View, cost: str, label: str) -> tuple[Figure, str] | None:
+def accuracy_against_cost(view: View, cost: str, label: str) -> tuple[Figure, str] | None:
     """Draw accuracy against a cost: colour by a numeric key, marker by the other keys where they are few.
 
     None if the costs differ by less than a hundredth.
@@ -217,32 +218,32 @@ def against(view: View, cost: str, label: str) -> tuple[Figure, str] | None:
         return None
     colour = next((key for key in (BLEND, K, *view.numbers) if key in view.numbers), None)
     others = [key for key in view.keys if key != colour]
-    if len(split(rows, others)) > MAX_LINES:
+    if len(group_rows(rows, others)) > MAX_LINES:
         others = [key for key in others if key not in view.numbers]
-    groups = split(rows, others)
+    groups = group_rows(rows, others)
     if len(groups) > MAX_LINES:
         others, groups = [], {(): rows}
     names = [describe(dict(zip(others, given, strict=True))) for given in groups]
-    style = styles(names)
+    style = line_styles(names)
     figure, (axes,) = new_figure(1)
     norm = colour_scale([row[colour] for row in rows if not is_missing(row[colour])]) if colour else None
     for name, points in zip(names, groups.values(), strict=True):
         look: dict[str, Any] = {"color": style[name]["color"]}
         if colour:
             shades = [math.nan if is_missing(row[colour]) else float(row[colour]) for row in points]
-            look = {"c": shades, "cmap": SCALE, "norm": norm, "plotnonfinite": True}
-        xs, ys = [row[cost] for row in points], [view.score(row) for row in points]
-        axes.errorbar(xs, ys, [view.spread(row) for row in points], fmt="none", ecolor="#999999", elinewidth=1)
+            look = {"c": shades, "cmap": COLOUR_MAP, "norm": norm, "plotnonfinite": True}
+        xs, ys = [row[cost] for row in points], [view.mean(row) for row in points]
+        axes.errorbar(xs, ys, [view.std(row) for row in points], fmt="none", ecolor="#999999", elinewidth=1)
         axes.scatter(xs, ys, s=70, zorder=3, marker=style[name]["marker"], **look)
     axes.set_xlabel(label)
-    axes.set_ylabel(plain(METRICS[view.metric], 34))
-    if is_wide(costs):
+    axes.set_ylabel(plain_text(METRICS[view.metric], 34))
+    if needs_log_scale(costs):
         axes.set_xscale("log")
     if colour:
-        figure.colorbar(ScalarMappable(norm, SCALE), ax=axes, label=plain(short_name(colour)))
+        figure.colorbar(ScalarMappable(norm, COLOUR_MAP), ax=axes, label=plain_text(short_name(colour)))
     if len(groups) > 1:
         add_legend(figure, {name: _mark(style[name], colour is None) for name in names}, None)
-    return figure, view.seeds("bar")
+    return figure, view.caption("bar")
 
 
 def _mark(style: dict[str, Any], coloured: bool) -> Any:
@@ -261,24 +262,18 @@ def _with_devices(made: tuple[Figure, str], frame: pd.DataFrame) -> tuple[Figure
     return figure, caption
 
 
-def curves(frame: pd.DataFrame, summary: pd.DataFrame, folders: Sequence[Path]) -> tuple[Figure, str] | None:
+def training_curves(frame: pd.DataFrame, summary: pd.DataFrame, folders: Sequence[Path]) -> tuple[Figure, str] | None:
     """Draw test top-1 and training loss over epochs for at most ``MAX_LINES`` configurations."""
     from matplotlib.ticker import MaxNLocator
 
-    keys = main_keys(summary)
-    status = list(frame["status"])
-    groups = []
-    for values, positions in grouped(frame):
-        done = [folders[i] for i in positions if status[i] == COMPLETE]
-        if done:
-            groups.append((dict(zip(varying_keys(frame), values, strict=True)), done))
-    picked = evenly(groups, MAX_LINES)
-    histories = [(row, [history for run in runs if (history := _history(run))]) for row, runs in picked]
+    keys, groups = main_keys(summary), complete_groups(frame)
+    picked = evenly_spread(groups, MAX_LINES)
+    histories = [(row, [history for i in runs if (history := _history(folders[i]))]) for row, runs in picked]
     histories = [(row, found) for row, found in histories if found]
     if not any(len(history) > 1 for _, found in histories for history in found):
         return None
     most = max(keys, key=lambda key: len({show(row[key]) for row, _ in histories}), default=None)
-    colours = styles(sorted({row[most] for row, _ in histories}, key=sort_key) if most else [None])
+    colours = line_styles(sorted({row[most] for row, _ in histories}, key=sort_key) if most else [None])
     others = [tuple(show(row[key]) for key in keys if key != most) for row, _ in histories]
     dashes = {given: DASHES[i % len(DASHES)] for i, given in enumerate(dict.fromkeys(others))}
     banded = len(histories) <= 4 and any(len(found) > 1 for _, found in histories)
@@ -305,15 +300,15 @@ def curves(frame: pd.DataFrame, summary: pd.DataFrame, folders: Sequence[Path]) 
 
 
 def _history(folder: Path) -> list[Row]:
-    """Return the whole rows of a run's metrics.jsonl, by rising epoch."""
+    """Return epoch, test top-1 and training loss of a run's epochs, up to the first that lacks one."""
     rows = []
-    try:
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            row["train_loss"] = math.nan if row["train_loss"] is None else row["train_loss"]  # all steps skipped
-            rows.append({name: float(row[name]) for name in ("epoch", "test_top1", "train_loss")})
-    except (OSError, ValueError, TypeError, KeyError):
-        pass  # what stands before a damaged line counts
+    for row in read_metrics(folder / "metrics.jsonl"):
+        found = {name: row.get(name) for name in ("epoch", "test_top1", "train_loss")}
+        if found["train_loss"] is None and "train_loss" in row:  # all steps of the epoch were skipped
+            found["train_loss"] = math.nan
+        if not all(isinstance(value, (int, float)) for value in found.values()):
+            break
+        rows.append(found)
     return rows
 
 
@@ -323,9 +318,8 @@ def _curve(axes: Axes, histories: list[list[Row]], name: str, look: dict[str, An
         for row in history:
             values.setdefault(row["epoch"] + 1, []).append(row[name])
     epochs = sorted(values)
-    means = [statistics.fmean(values[epoch]) for epoch in epochs]
+    scores = [Score.of(values[epoch]) for epoch in epochs]
     if banded:
-        stds = [statistics.stdev(values[e]) if len(values[e]) > 1 else 0.0 for e in epochs]
-        low, high = ([m + sign * s for m, s in zip(means, stds, strict=True)] for sign in (-1, 1))
+        low, high = ([s.mean + sign * s.std if s.n > 1 else s.mean for s in scores] for sign in (-1, 1))
         axes.fill_between(epochs, low, high, color=look["color"], alpha=0.15, linewidth=0)
-    return axes.plot(epochs, means, marker="o" if len(epochs) == 1 else None, **look)[0]
+    return axes.plot(epochs, [s.mean for s in scores], marker="o" if len(epochs) == 1 else None, **look)[0]

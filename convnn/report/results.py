@@ -17,6 +17,7 @@ import yaml
 
 from convnn.config.identity import fingerprint_of, identity_of
 from convnn.errors import ConfigError
+from convnn.runs.metrics import epochs_done
 from convnn.runs.status import COMPLETE, DAMAGED, TODO, UNFINISHED, UNUSABLE
 
 
@@ -33,18 +34,18 @@ class Run:
     fingerprint: str | None = None
     keys: dict[str, Any] = field(default_factory=dict)
     """The configuration's leaves by dotted key."""
-    whole: bool = False
-    """``keys`` has all of them, not only a sweep's overrides."""
+    has_all_keys: bool = False
+    """``keys`` is the whole configuration, not only a sweep's overrides."""
     result: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
 
-    def rank(self) -> int:
-        """Return which of two runs of one configuration counts: the higher."""
-        return (self.status != TODO) + self.whole + 4 * (self.status == COMPLETE)
+    def priority(self) -> int:
+        """Return a number by which the run that counts, of several of one configuration, is the highest."""
+        return (self.status != TODO) + self.has_all_keys + 4 * (self.status == COMPLETE)
 
 
 @dataclass
-class Findings:
+class FoundRuns:
     """What was found in some folders."""
 
     base: Path
@@ -57,7 +58,7 @@ class Findings:
     duplicates: int = 0
     """Runs left out because another of the same configuration counts."""
 
-    def shown(self, path: Path | None) -> str | None:
+    def relative(self, path: Path | None) -> str | None:
         """Return a path relative to ``base``, without the home directory."""
         if path is None:
             return None
@@ -73,7 +74,7 @@ def tidy(text: str) -> str:
     return " ".join(text.encode(errors="replace").decode().split())
 
 
-def find_results(folders: Sequence[Path]) -> Findings:
+def find_results(folders: Sequence[Path]) -> FoundRuns:
     """Read all runs and sweeps below some folders; each configuration counts once.
 
     Raises:
@@ -84,24 +85,25 @@ def find_results(folders: Sequence[Path]) -> Findings:
             raise ConfigError(f"{folder}: no such folder")
     roots = [folder.resolve() for folder in folders]
     common = Path(os.path.commonpath(roots))
-    findings = Findings(common.parent if (common / "config.yaml").exists() else common)
+    found = FoundRuns(common.parent if (common / "config.yaml").exists() else common)
     runs: dict[Path, Run] = {}
     sweeps = []
-    for path, kind in dict.fromkeys(found for root in roots for found in _walk(root)):
+    for path, kind in dict.fromkeys(one for root in roots for one in _find_folders(root)):
         if kind == "sweep":
             sweeps.append(path)
         else:
             runs[path] = _read_run(path)
     for sweep in sweeps:
-        _read_sweep(sweep, runs, findings)
-    if not runs and not findings.invalid:
+        _read_sweep(sweep, runs, found)
+    if not runs and not found.invalid:
         raise ConfigError(f"no runs in {', '.join(map(str, folders))}: no config.yaml or plan.json below")
-    findings.runs = _without_duplicates(list(runs.values()))
-    findings.duplicates = len(runs) - len(findings.runs)
-    return findings
+    found.runs = _without_duplicates(list(runs.values()))
+    found.duplicates = len(runs) - len(found.runs)
+    return found
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, str]]:
+def _find_folders(root: Path) -> Iterator[tuple[Path, str]]:
+    """Yield the folders of sweeps and runs below a folder, each with its kind; nothing lies inside a run's folder."""
     for path, folders, files in os.walk(root):
         if "plan.json" in files:
             yield Path(path), "sweep"
@@ -115,7 +117,7 @@ def _without_duplicates(runs: list[Run]) -> list[Run]:
     kept: dict[Any, Run] = {}
     for run in runs:
         key = run.fingerprint or id(run)
-        if key not in kept or run.rank() > kept[key].rank():
+        if key not in kept or run.priority() > kept[key].priority():
             kept[key] = run
     return list(kept.values())
 
@@ -125,7 +127,7 @@ def _read_run(folder: Path) -> Run:
     try:
         values = yaml.load((folder / "config.yaml").read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         identity = identity_of(values)
-        run.keys, run.whole = dict(_leaves(identity)), True
+        run.keys, run.has_all_keys = dict(_leaf_values(identity)), True
         run.fingerprint = fingerprint_of(identity)
     except (OSError, ValueError, yaml.YAMLError) as error:
         problem = getattr(error, "problem", None) or error
@@ -147,7 +149,7 @@ def _read_result(run: Run) -> None:
         run.status = DAMAGED
         run.reason = "; ".join(filter(None, [run.reason, f"result.json is damaged: {problem}"]))
     elif result is None:
-        run.result = {"epochs": _epochs_done(run.folder / "metrics.jsonl")}
+        run.result = {"epochs": epochs_done(run.folder / "metrics.jsonl")}
     elif run.status != DAMAGED:
         run.result, run.status = result, tidy(result["status"])
         run.reason, run.exit_code = text_of(result.get("reason")), integer_of(result.get("exit_code"))
@@ -165,26 +167,10 @@ def _read_json(path: Path) -> tuple[dict[str, Any] | None, str | None]:
     return (value, None) if isinstance(value, dict) else (None, "it holds no mapping")
 
 
-def _epochs_done(path: Path) -> int | None:
-    """Return how many epochs metrics.jsonl has, from its end alone."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(file.seek(0, os.SEEK_END) - 2**16, 0))
-            lines = file.read().splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["epoch"]) + 1
-        except (ValueError, TypeError, KeyError):
-            continue
-    return None
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaf_values(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from _leaf_values(value, f"{prefix}{key}.")
         else:
             plain = isinstance(value, (bool, float, str)) or value is None or integer_of(value) is not None
             yield f"{prefix}{key}", value if plain else json.dumps(value)
@@ -200,16 +186,16 @@ def integer_of(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else None
 
 
-def _read_sweep(folder: Path, runs: dict[Path, Run], findings: Findings) -> None:
+def _read_sweep(folder: Path, runs: dict[Path, Run], found: FoundRuns) -> None:
     """Add a sweep's points to ``runs``, and to those there what the sweep knows of them."""
     plan, problem = _read_json(folder / "plan.json")
     if plan is None:
         runs[folder] = Run(folder.name, folder, DAMAGED, f"plan.json is damaged: {problem}")
         return
     if isinstance(plan.get("command"), list):
-        findings.commands.append([str(part) for part in plan["command"]])
+        found.commands.append([str(part) for part in plan["command"]])
     for point in _mappings(plan.get("invalid")):
-        findings.invalid.append((" ".join(_overrides(point)), text_of(point.get("reason")) or "no reason given"))
+        found.invalid.append((" ".join(_overrides(point)), text_of(point.get("reason")) or "no reason given"))
     known: dict[Any, Run] = {}
     bare = []
     for point in _mappings(plan.get("points")):
@@ -219,14 +205,14 @@ def _read_sweep(folder: Path, runs: dict[Path, Run], findings: Findings) -> None
         run.fingerprint = run.fingerprint or text_of(point.get("fingerprint"))
         _apply_status(run, folder, _read_json(folder / "status" / f"{point.get('fingerprint')}.json")[0] or {})
         overrides = _overrides(point)
-        if run.whole:
-            known.setdefault(_shape(overrides), run)
+        if run.has_all_keys:
+            known.setdefault(_swept_keys(overrides), run)
         else:
             bare.append((run, overrides))
     for run, overrides in bare:
-        sibling = known.get(_shape(overrides))
+        sibling = known.get(_swept_keys(overrides))
         run.keys = (sibling.keys if sibling else {}) | _keys_of(overrides)
-        run.whole = sibling is not None
+        run.has_all_keys = sibling is not None
 
 
 def _mappings(values: Any) -> list[dict[str, Any]]:
@@ -256,8 +242,8 @@ def _apply_status(run: Run, sweep: Path, status: Mapping[str, Any]) -> None:
     run.exit_code = run.exit_code if code is None else code
 
 
-def _shape(overrides: list[str]) -> frozenset[str]:
-    """Return what two points share whose configurations differ in the values of the same keys alone."""
+def _swept_keys(overrides: list[str]) -> frozenset[str]:
+    """Return which keys a point sets and which groups it chooses: alike in points that differ in values alone."""
     keys = (override.partition("=")[0] for override in overrides)
     return frozenset(key if _is_leaf(key) else override for key, override in zip(keys, overrides, strict=True))
 

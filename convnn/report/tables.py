@@ -7,15 +7,14 @@ only where a table is made.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convnn.errors import ConfigError
-from convnn.report.results import Findings, Run, find_results, integer_of, text_of, tidy
+from convnn.report.results import FoundRuns, Run, find_results, integer_of, text_of, tidy
 from convnn.runs.status import COMPLETE, DAMAGED, UNUSABLE
-from convnn.text import is_missing, show, sort_key
+from convnn.text import Score, is_missing, show, sort_key
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,11 +56,11 @@ def read_runs(folders: Sequence[Path]) -> pd.DataFrame:
     return runs_frame(find_results(folders))
 
 
-def runs_frame(findings: Findings) -> pd.DataFrame:
-    """Return the table of the runs found; row i is ``findings.runs[i]``."""
+def runs_frame(found: FoundRuns) -> pd.DataFrame:
+    """Return the table of the runs found; row i is ``found.runs[i]``."""
     pd = import_pandas()
-    keys = _varying(findings.runs)
-    rows = [_row(run, findings, keys) for run in findings.runs]
+    keys = _differing_keys(found.runs)
+    rows = [_row(run, found, keys) for run in found.runs]
     versions = sorted({name for row in rows for name in row if name.startswith("version_")})
     before = ["name", "folder", "status", "reason", "exit_code", "log"]
     names = [*before, *keys, "seed", *_SCALARS, *versions, "fingerprint"]
@@ -74,10 +73,10 @@ def runs_frame(findings: Findings) -> pd.DataFrame:
     return frame.astype(types)
 
 
-def _row(run: Run, findings: Findings, keys: Sequence[str]) -> dict[str, Any]:
+def _row(run: Run, found: FoundRuns, keys: Sequence[str]) -> dict[str, Any]:
     values = {key: run.keys.get(key) for key in keys}
     row: dict[str, Any] = {key: tidy(value) if isinstance(value, str) else value for key, value in values.items()}
-    row |= {"name": tidy(run.name), "folder": findings.shown(run.folder), "log": findings.shown(run.log)}
+    row |= {"name": tidy(run.name), "folder": found.relative(run.folder), "log": found.relative(run.log)}
     row |= {"status": run.status, "reason": run.reason, "exit_code": run.exit_code, "fingerprint": run.fingerprint}
     row["seed"] = integer_of(run.keys.get("seed"))
     for name in _SCALARS:
@@ -94,10 +93,10 @@ def _row(run: Run, findings: Findings, keys: Sequence[str]) -> dict[str, Any]:
     return row
 
 
-def _varying(runs: Sequence[Run]) -> list[str]:
+def _differing_keys(runs: Sequence[Run]) -> list[str]:
     """Return the dotted keys that differ among the runs."""
-    whole = [run for run in runs if run.whole]
-    partial = [run for run in runs if not run.whole]
+    whole = [run for run in runs if run.has_all_keys]
+    partial = [run for run in runs if not run.has_all_keys]
     keys = []
     for key in dict.fromkeys(key for run in runs for key in run.keys if "." in key):
         values = {run.keys.get(key) for run in whole} | {run.keys[key] for run in partial if key in run.keys}
@@ -126,6 +125,16 @@ def grouped(frame: pd.DataFrame) -> list[tuple[tuple[Any, ...], list[int]]]:
     return sorted(groups.items(), key=lambda item: [sort_key(value) for value in item[0]])
 
 
+def complete_groups(frame: pd.DataFrame) -> list[tuple[dict[str, Any], list[int]]]:
+    """Return the varying keys of the configurations that have complete runs, and the rows of these runs, sorted."""
+    keys, status = varying_keys(frame), list(frame["status"])
+    groups = [
+        (dict(zip(keys, values, strict=True)), [i for i in positions if status[i] == COMPLETE])
+        for values, positions in grouped(frame)
+    ]
+    return [(values, rows) for values, rows in groups if rows]
+
+
 def summarize(frame: pd.DataFrame) -> pd.DataFrame:
     """Return one row for each configuration but the seed, from a table of runs.
 
@@ -147,18 +156,19 @@ def summarize(frame: pd.DataFrame) -> pd.DataFrame:
         row |= {"n": len(done), "n_failed": failed, "n_open": len(positions) - len(done) - failed}
         for name in (*metrics, *COSTS):
             numbers = [v for i in done if (v := values[name][i]) is not None]
-            mean = statistics.fmean(numbers) if numbers else math.nan
-            if name in COSTS:
-                row[name] = mean
-            else:
-                std = statistics.stdev(numbers) if len(numbers) > 1 else math.nan
-                row |= {f"{name}_mean": mean, f"{name}_std": std, f"{name}_n": len(numbers)}
+            score = Score.of(numbers)
+            row |= {name: score.mean} if name in COSTS else {f"{name}_{k}": v for k, v in score._asdict().items()}
         rows.append(row)
-    names = [f"{metric}_{part}" for metric in metrics for part in ("mean", "std", "n")]
+    names = [f"{metric}_{part}" for metric in metrics for part in Score._fields]
     summary = pd.DataFrame(rows, columns=[*keys, "n", "n_failed", "n_open", *names, *COSTS])
     for key in keys:
         summary[key] = pd.Series([row[key] for row in rows], dtype=object)
     return summary
+
+
+def score_of(row: Mapping[str, Any], metric: str) -> Score:
+    """Return a metric in a row of a summary; of a metric that the summary lacks, the score of no runs."""
+    return Score(*(row.get(f"{metric}_{part}", 0) for part in Score._fields))
 
 
 def is_numeric(frame: pd.DataFrame, key: str) -> bool:

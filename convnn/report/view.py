@@ -1,4 +1,4 @@
-"""Which key of a summary goes where in a picture."""
+"""What plots have of a summary: its rows with a score, and which key goes where."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ class View:
         scored = summary[summary[f"{metric}_mean"].notna()] if f"{metric}_mean" in summary else summary[:0]
         self.rows: list[Row] = scored.to_dict("records")
 
-    def across(self) -> list[str]:
+    def x_keys(self) -> list[str]:
         """Return the keys to draw accuracy over."""
         return [key for key in (BLEND, RATIO) if key in self.numbers] or self.numbers[:1]
 
     def line_key(self, x: str) -> str | None:
         """Return the key that tells lines apart when ``x`` is drawn over."""
-        counts = {key: len(split(self.rows, [key])) for key in self.keys if key != x}
+        counts = {key: len(group_rows(self.rows, [key])) for key in self.keys if key != x}
         fit = [key for key, count in counts.items() if count > 1]
         order = sorted(fit, key=lambda key: (key != K, key != BLEND, key not in self.numbers, -counts[key]))
         return order[0] if order else None
 
-    def score(self, row: Row) -> float:
+    def mean(self, row: Row) -> float:
         """Return a row's mean."""
         return row[f"{self.metric}_mean"]
 
-    def spread(self, row: Row) -> float:
+    def std(self, row: Row) -> float:
         """Return a row's standard deviation, NaN for a single run."""
         return row[f"{self.metric}_std"]
 
-    def seeds(self, mark: str) -> str:
-        """Say what a point is."""
+    def caption(self, mark: str) -> str:
+        """Say what a point is, and what its ``mark``, a bar or a band, shows."""
         counts = sorted({int(row[f"{self.metric}_n"]) for row in self.rows})
         if counts[-1:] == [1]:
             return "Each point is one run."
@@ -56,8 +56,8 @@ class View:
         return f"Mean over seeds ({span} a point); {mark}: ± one sample standard deviation{none}."
 
 
-def split(rows: Iterable[Row], keys: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
-    """Return rows by their values of some keys, sorted."""
+def group_rows(rows: Iterable[Row], keys: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
+    """Return the rows of each combination of some keys' values, sorted by these."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(None if is_missing(row[k]) else row[k] for k in keys), []).append(row)

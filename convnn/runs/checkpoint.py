@@ -113,7 +113,8 @@ def load_model_state(model: torch.nn.Module, state: dict[str, Any], path: Path) 
         CheckpointError: naming the first differences.
     """
     own = model.state_dict()
-    missing = [k for k in own if k not in state]
+    # Blend, k and temperature of a layer, which checkpoints of version 0.1 hold elsewhere.
+    missing = [k for k in own if k not in state and not k.endswith("_extra_state")]
     extra = [k for k in state if k not in own]
     shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
     if missing or extra or shapes:

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from convnn.config.folders import config_folders
 from convnn.config.identity import differences
 from convnn.runtime.files import read_json, write_json
 from convnn.version import __version__
@@ -37,7 +38,7 @@ def environment() -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "git_commit": _git(root, "rev-parse", "HEAD"),
         "git_dirty": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
-        "command": sys.argv[1:],
+        "command": [*(f"--config-dir={folder}" for folder in config_folders()[1:]), *sys.argv[1:]],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

@@ -16,6 +16,7 @@ from convnn.config.identity import differences, fingerprint, identity, run_name
 from convnn.config.load import load_config
 from convnn.config.schema import Config
 from convnn.errors import ConfigError
+from convnn.runs.status import COMPLETE, UNFINISHED
 from convnn.runtime import distributed
 from convnn.runtime.files import (
     is_leftover,
@@ -29,8 +30,9 @@ from convnn.runtime.files import (
 )
 
 log = logging.getLogger("convnn")
-_OWN = ("env.json", "train.log", "metrics.jsonl", "swap.txt", "result.json", "wandb_id")
-_OWN_FOLDERS = ("checkpoints", "wandb", "pictures")
+_FILES = ("env.json", "train.log", "metrics.jsonl", "swap.txt", "result.json", "wandb_id")
+_FOLDERS = ("checkpoints", "wandb", "pictures")
+"""What a run leaves in its folder, and ``run.if_exists=overwrite`` removes; any other file there is the user's."""
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -76,9 +78,9 @@ class RunFolder:
             return
         try:
             if not self.resume:
-                for name in _OWN_FOLDERS:
+                for name in _FOLDERS:
                     shutil.rmtree(self.path / name, ignore_errors=True)
-                for name in _OWN:
+                for name in _FILES:
                     (self.path / name).unlink(missing_ok=True)
                 write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
             for folder in (self.path, self.checkpoints):
@@ -130,7 +132,7 @@ def open_run_folder(config: Config) -> RunFolder:
     Raises:
         ConfigError: if the folder is taken, locked, of another configuration, or cannot be written.
     """
-    folder = distributed.joint(lambda: _open(config) if distributed.is_main() else None)
+    folder = distributed.fail_together(lambda: _open(config) if distributed.is_main() else None)
     found = distributed.broadcast((folder.path, folder.resume, folder.done) if folder else None)
     if folder is None and found is not None:
         folder = RunFolder(*found, writes=False)
@@ -148,7 +150,7 @@ def _open(config: Config) -> RunFolder:
         raise ConfigError(f"run.dir={path} is not empty and not a run folder; choose another run.dir")
     if used and policy == "fail":
         result = read_result(path)
-        state = result["status"] if result else "unfinished"
+        state = result["status"] if result else UNFINISHED
         raise ConfigError(
             f"run.dir={path} already holds a run ({state}); set run.if_exists=resume, skip or overwrite, or run.dir"
         )
@@ -169,7 +171,7 @@ def _open(config: Config) -> RunFolder:
                 )
             result = read_result(path)
             folder.resume = True
-            folder.done = result if result and result.get("status") == "complete" else None
+            folder.done = result if result and result.get("status") == COMPLETE else None
     except BaseException:
         folder.close()
         raise

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 MEASURES = {
     "overlap": "neighbours inside the convolution window",
@@ -23,7 +25,7 @@ MEASURES = {
 }
 """Shares lie in [0, 1]; null: not defined (``entropy`` of equal weights, the first ``agreement``)."""
 
-SHOWN = {
+PANEL_TITLES = {
     "blend": "blend\n(0: by position, 1: by features)",
     "overlap": "neighbours in the\nconvolution window",
     "distance_mean": "mean distance to a neighbour\n(share of the map's side)",
@@ -35,19 +37,45 @@ SHOWN = {
 """What the pictures show, and its title; ``outside`` is ``padding`` and ``prefix`` together."""
 
 
+def is_number(value: Any) -> TypeGuard[float]:
+    """Return whether a value is a finite number."""
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics.jsonl; a torn last line (from a kill) is left out."""
-    rows = []
-    if path.exists():
+    """Return the rows of a metrics.jsonl up to the first damaged one, which has no ``epoch``; none without the file.
+
+    A kill may have torn the last line; a disk may have spoilt any.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
         for line in path.read_text(errors="replace").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not is_number(row.get("epoch")):
                 break
+            rows.append(row)
+    except (OSError, ValueError, RecursionError):
+        pass
     return rows
 
 
-def parse_row(row: Mapping[str, Any]) -> str:
+def epochs_done(path: Path) -> int | None:
+    """Return how many epochs a metrics.jsonl has, from its last 64 KiB alone; None if that cannot be told."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - 2**16, 0))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["epoch"]) + 1
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+    return None
+
+
+def json_line(row: Mapping[str, Any]) -> str:
     """Return a row as a line of JSON, which has no NaN: the loss of an epoch whose steps were all skipped is null."""
     whole = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(whole) + "\n"

@@ -1,11 +1,16 @@
 """The states of a run, as result.json, a sweep's status files and reports name them. Imports nothing."""
 
 COMPLETE, INTERRUPTED, RUNNING, TODO = "complete", "interrupted", "running", "todo"
+PARTIAL = "partial"
+"""A point of a sweep that has checkpoints, and no process that a status file tells of."""
 UNFINISHED = "unfinished"
 """Begun, and neither running nor ended."""
 DAMAGED = "damaged"
 """Its files cannot be read, or contradict each other."""
-FAILED = ("failed", "killed", "diverged")
+INVALID = "invalid"
+"""A point of a sweep whose configuration cannot work; it is never run."""
+FAILED, KILLED, DIVERGED = "failed", "killed", "diverged"
+FAILURES = (FAILED, KILLED, DIVERGED)
 """How a run's process ends without a result that counts."""
-UNUSABLE = (*FAILED, DAMAGED)
+UNUSABLE = (*FAILURES, DAMAGED)
 """Runs that never count in a mean."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from convnn.config.schema import TrackerConfig
 from convnn.errors import first_line
-from convnn.runs.metrics import parse_row
+from convnn.runs.metrics import json_line
 from convnn.runtime import distributed
 from convnn.runtime.files import write_text
 
@@ -29,7 +29,7 @@ class Tracker:
         self._wandb = None
         if not distributed.is_main():
             return
-        write_text(self.path, "".join(parse_row(row) for row in rows))
+        write_text(self.path, "".join(json_line(row) for row in rows))
         self._wandb = _start_wandb(config, folder, run_config) if config.name == "wandb" else None
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -37,11 +37,11 @@ class Tracker:
         if not distributed.is_main():
             return
         with self.path.open("a") as file:
-            file.write(parse_row(row))
+            file.write(json_line(row))
             file.flush()
             os.fsync(file.fileno())
         if self._wandb is not None:
-            self._guard(lambda: self._wandb.log(_flat(row), step=row["step"]))
+            self._try(lambda: self._wandb.log(_flat(row), step=row["step"]))
 
     @property
     def takes_images(self) -> bool:
@@ -51,19 +51,19 @@ class Tracker:
     def log_images(self, files: Sequence[Path]) -> None:
         """Add pictures to W&B as media, named after their files."""
         if self._wandb is not None:
-            self._guard(lambda: self._wandb.log(_media(files)))
+            self._try(lambda: self._wandb.log(_media(files)))
 
     def finish(self, result: Mapping[str, Any], exit_code: int) -> None:
         """Hand W&B the final numbers and close it."""
         if self._wandb is not None:
-            self._guard(lambda: self._wandb.summary.update({k: v for k, v in result.items() if _is_scalar(v)}))
-            self._guard(lambda: self._wandb.finish(exit_code=exit_code))
+            self._try(lambda: self._wandb.summary.update({k: v for k, v in result.items() if _is_scalar(v)}))
+            self._try(lambda: self._wandb.finish(exit_code=exit_code))
 
-    def _guard(self, call: Any) -> None:
+    def _try(self, call: Any) -> None:
         try:
             call()
         except Exception as error:
-            log.warning("W&B failed (%s); metrics.jsonl goes on without it", error)
+            log.warning("W&B failed (%s); metrics.jsonl goes on without it", first_line(error))
             self._wandb = None
 
 
@@ -103,7 +103,7 @@ def publish_report(
         run.log(_media(images))
         run.finish()
     except Exception as error:
-        log.warning("W&B failed (%s); the report in %s is complete without it", error, folder)
+        log.warning("W&B failed (%s); the report in %s is complete without it", first_line(error), folder)
 
 
 def _is_scalar(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What a process needs around a model: device, precision, random generators, determinism, signals."""
+"""What a process needs around a model: device, precision, random generators, determinism, memory."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 @contextmanager
-def explain_memory(batch_size: int) -> Iterator[None]:
+def explain_out_of_memory(batch_size: int) -> Iterator[None]:
     """Turn a full GPU into a ConfigError that names a batch size to try."""
     try:
         yield

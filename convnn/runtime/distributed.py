@@ -1,5 +1,11 @@
 """Several processes that train one model: what torchrun tells each, and the few things that they do together.
 
+Every process runs the same program. What they do together (``gather``, ``broadcast``, ``reduce``, a backward pass)
+waits until all have come to the same call. So a process may leave the common path only if all do, at the same place:
+one that stopped by itself, for a signal, an error or a loss that is not finite, would let the others wait for
+``TIMEOUT``. Hence ``fail_together`` for what may fail on one alone, ``agreed_stop`` for signals, and a minimum over all
+processes for what is not finite.
+
 In one process nothing here does anything. torch is imported only where there is a group of processes.
 """
 
@@ -28,7 +34,8 @@ TIMEOUT = timedelta(minutes=30)
 """For what one process may take longer than another, such as a download. A process that ends is noticed at once."""
 
 GRACE = 10.0
-"""Seconds."""
+"""Seconds that a failed process waits before it ends: torchrun ends all processes as soon as one has ended, and so the
+one that is to say why might not come to say it."""
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -45,20 +52,21 @@ class World:
 
 _world = World()
 _store: Any = None
+"""A table of keys and values that the first process keeps for all; None without a group."""
 
 
-def several() -> bool:
+def _several_launched() -> bool:
     """Return whether the environment speaks of several processes."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def launched() -> World:
+def world_from_environment() -> World:
     """Return the place of this process among those that torchrun started.
 
     Raises:
         ConfigError: if the environment speaks of several processes and does not say how they meet.
     """
-    if not several():
+    if not _several_launched():
         return World()
     size = os.environ["WORLD_SIZE"]
     missing = [name for name in _VARIABLES if not os.environ.get(name)]
@@ -75,7 +83,7 @@ def launched() -> World:
 
 
 @contextmanager
-def group(device: str) -> Iterator[None]:
+def process_group(device: str) -> Iterator[None]:
     """Join the processes that torchrun started, if there are several; leave together unless something failed.
 
     Args:
@@ -85,12 +93,28 @@ def group(device: str) -> Iterator[None]:
         ConfigError: if they cannot meet, or there are too few GPUs.
     """
     global _world, _store
-    world = launched()
+    world = world_from_environment()
     if world.size == 1:
         yield
         return
-    import torch
     import torch.distributed as dist
+
+    _world, _store = world, _meet(world, on_gpu=_takes_gpu(device, world))
+    level = log.level
+    if world.rank:
+        log.setLevel(logging.CRITICAL)
+        warnings.simplefilter("ignore")
+    yield
+    # Not after an error: the others may be gone, or wait for something else.
+    dist.barrier()
+    dist.destroy_process_group()
+    log.setLevel(level)
+    _world, _store = World(), None
+
+
+def _takes_gpu(device: str, world: World) -> bool:
+    """Return whether this process trains on a GPU, which is then its default one; else share the cores."""
+    import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.startswith("cuda:"):
@@ -105,8 +129,19 @@ def group(device: str) -> Iterator[None]:
     if on_gpu:
         torch.cuda.set_device(world.local_rank)
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # which torchrun sets
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // world.local_size))
+        torch.set_num_threads(max(1, usable_cores() // world.local_size))
+    return on_gpu
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _meet(world: World, *, on_gpu: bool) -> Any:
+    """Wait for the other processes and join them; return the store that they share."""
+    import torch.distributed as dist
+
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
         store = dist.PrefixStore("convnn", store)
@@ -115,58 +150,49 @@ def group(device: str) -> Iterator[None]:
     except (RuntimeError, OSError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConfigError(f"the {world.size} processes could not meet at {where}: {first_line(error)}") from error
-    _world, _store = world, store
-    level = log.level
-    if world.rank:
-        log.setLevel(logging.CRITICAL)
-        warnings.simplefilter("ignore")
-    yield
-    # Not after an error: the others may be gone, or wait for something else.
-    dist.barrier()
-    dist.destroy_process_group()
-    log.setLevel(level)
-    _world, _store = World(), None
+    return store
 
 
-def refuse(program: str) -> None:
+def refuse_several(program: str) -> None:
     """Raise ConfigError if torchrun started several of a program that is no single run."""
-    if several():
+    if _several_launched():
         raise ConfigError(
             f"{program} is one process, but WORLD_SIZE={os.environ['WORLD_SIZE']}; start it without torchrun, "
             "or unset WORLD_SIZE"
         )
 
 
-def stand_back() -> None:
-    """Wait while another process says why the run ends: torchrun ends all as soon as one has ended."""
+def leave_error_to_others() -> None:
+    """Wait while another process says why the run ends."""
     time.sleep(GRACE)
 
 
-def speaks() -> bool:
+def reports_error() -> bool:
     """Return whether this process is to show its error; to be asked once, by a process that is about to end.
 
-    The first to fail is. Of those that have not met yet, the first of each machine is, as all have the same error; if
-    it has not ended the run a moment later, another is.
+    The first that fails shows its error: it draws number 1 from a counter in the common store, which needs no other
+    process to answer. Processes that have not met yet have no such store, but all the same error; the first of each
+    machine shows it, and the others do if that has not ended the run a moment later.
     """
     if _store is None:
-        if several() and os.environ.get("LOCAL_RANK", "0") != "0":
-            stand_back()
+        if _several_launched() and os.environ.get("LOCAL_RANK", "0") != "0":
+            leave_error_to_others()
         return True
     try:
         first = _store.add("failed", 1) == 1
     except RuntimeError:  # its host has gone
         return True
     if not first:
-        stand_back()
+        leave_error_to_others()
     return first
 
 
-def name() -> str:
+def rank_prefix() -> str:
     """Return how messages name this process: nothing for the first, else such as ``rank 1: ``."""
     return f"rank {_world.rank}: " if _world.rank else ""
 
 
-def lost(error: Exception) -> bool:
+def is_lost_connection(error: Exception) -> bool:
     """Return whether an error says that another process cannot be reached any more."""
     plain = isinstance(error, RuntimeError) and not type(error).__module__.startswith("convnn")
     said = r"gloo|NCCL|ProcessGroup|TCPStore|Connection (closed|reset|refused)|Broken pipe"
@@ -216,8 +242,8 @@ def reduce(tensor: Tensor, op: str = "SUM") -> Tensor:
     return result
 
 
-def joint(call: Callable[[], T]) -> T:
-    """Call on every process. If that fails on any, it does on all: the first with its error, the others quietly.
+def fail_together(call: Callable[[], T]) -> T:
+    """Call on every process. If that fails on any, it fails on all: the first with its error, the others quietly.
 
     Raises:
         PeerError: if it failed elsewhere.
@@ -238,16 +264,19 @@ def joint(call: Callable[[], T]) -> T:
     raise PeerError(failed, bool(states[failed]))
 
 
-def one_first(call: Callable[[], T]) -> T:
+def one_per_machine_first(call: Callable[[], T]) -> T:
     """Call on one process of each machine, then on the others: for what fills a folder that all read."""
     first = _world.local_rank == 0
-    value = joint(lambda: call() if first else None)
-    late = joint(lambda: None if first else call())
+    value = fail_together(lambda: call() if first else None)
+    late = fail_together(lambda: None if first else call())
     return value if first else late  # type: ignore[return-value]
 
 
-def agreed(stop: Callable[[], int | None]) -> Callable[[], int | None]:
-    """Return ``stop`` as all processes see it: a signal that reaches one of them counts for all, at the same step."""
+def agreed_stop(stop: Callable[[], int | None]) -> Callable[[], int | None]:
+    """Return ``stop`` as all processes see it: a signal that reaches one of them counts for all, at the same step.
+
+    Signals come to each process at its own moment. All ask at the same steps, and stop at the first where any has one.
+    """
     if _world.size == 1:
         return stop
     import torch
@@ -255,8 +284,8 @@ def agreed(stop: Callable[[], int | None]) -> Callable[[], int | None]:
     return lambda: int(reduce(torch.tensor(stop() or 0), "MAX")) or None
 
 
-def share_buffers(*models: nn.Module) -> None:
-    """Give every process the first one's buffers, such as batch normalisation's running statistics."""
+def broadcast_buffers(*models: nn.Module) -> None:
+    """Give every process the first one's buffers, as each has running means of its own images, and evaluates a part."""
     if _world.size > 1:
         import torch.distributed as dist
 
@@ -276,7 +305,7 @@ def check_batch_size(batch_size: int, *, pairs: bool) -> None:
         )
 
 
-def synchronised(model: nn.Module, device: torch.device, choice: str) -> nn.Module:
+def with_sync_batchnorm(model: nn.Module, device: torch.device, choice: str) -> nn.Module:
     """Return a model whose batch normalisation spans all processes, as ``train.sync_batchnorm`` says.
 
     Raises:
@@ -291,7 +320,7 @@ def synchronised(model: nn.Module, device: torch.device, choice: str) -> nn.Modu
     return convert_sync_batchnorm(model)
 
 
-def parallel(model: nn.Module, device: torch.device, idle: bool) -> nn.Module:
+def data_parallel(model: nn.Module, device: torch.device, idle: bool) -> nn.Module:
     """Return a model whose backward pass averages gradients over the processes; ``idle``: some may get none."""
     from torch.nn.parallel import DistributedDataParallel
 

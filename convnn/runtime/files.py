@@ -16,7 +16,12 @@ from typing import Any, BinaryIO, TextIO
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
     """Call ``write(file)`` on a temporary file and put it in place in one step, so that readers see old or new.
 
-    At every moment, and after a power cut too, ``path`` is there if it was before.
+    At every moment, and after a power cut too, ``path`` is there if it was before. Four steps, in this order:
+
+    1. write the new content beside ``path`` and flush it to the disk, lest the name outlive its content;
+    2. give what stands at ``path`` its second name ``keep``, as a link, so that ``path`` itself is never missing;
+    3. rename the new file to ``path``, which the system does in one step;
+    4. flush the folder, where the names are.
 
     Args:
         path: the file.

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-log = logging.getLogger("convnn")
 PARENT = "CONVNN_PARENT"
 """Environment variable by which sweep.py tells a run its process number."""
 
@@ -28,54 +25,37 @@ def follow_parent() -> None:
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[Callable[[], int | None]]:
-    """Catch TERM, INT and USR2: yield a function that returns the signal seen, or None.
-
-    A second one kills, unless it comes within two seconds: launchers pass on what the whole group has had already.
-    """
-    seen: list[int] = []
-    first = 0.0
-
-    def handle(signum, frame):
-        nonlocal first
-        if seen and time.monotonic() - first < 2:
-            return
-        if seen:
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)
-        seen.append(signum)
-        first = time.monotonic()
-        log.warning("%s: stopping after this step with a checkpoint", signal.Signals(signum).name)
-
-    old = {s: signal.signal(s, handle) for s in STOP_SIGNALS}
-    try:
-        yield lambda: seen[0] if seen else None
-    finally:
-        if not seen:  # otherwise the process is about to leave, and must do so with its own exit code
-            for s, handler in old.items():
-                signal.signal(s, handler)
+"""What a user, a system that shuts down, and SLURM before a time limit send."""
 
 
 class StopSignals:
-    """Notes TERM, INT and USR2. A second one, more than two seconds later, has its usual effect."""
+    """Notes the first of ``STOP_SIGNALS`` that comes within a ``with`` block, so that work ends at a good place.
 
-    def __init__(self, on_first: Callable[[int], None] | None = None) -> None:
+    A second one has its usual effect, which is to kill, unless it comes within two seconds: launchers pass on what the
+    whole group of processes has had already. In other threads than the main one, Python lets no signal be caught.
+    """
+
+    def __init__(self, on_first: Callable[[int], None] | None = None, *, leaving: bool = False) -> None:
+        """Prepare to catch.
+
+        Args:
+            on_first: called with the first signal.
+            leaving: the process is to end after a signal. Then the handlers stay in place, as a signal that comes
+                late would else give it another exit code than its own.
+        """
         self.seen: int | None = None
-        self._first, self._on_first = 0.0, on_first
+        self._first, self._on_first, self._leaving = 0.0, on_first, leaving
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-                self._old[signum] = signal.signal(signum, self._handle)
+            self._old = {signum: signal.signal(signum, self._handle) for signum in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for signum, old in self._old.items():
-            signal.signal(signum, old)
+        if not (self._leaving and self.seen):
+            for signum, old in self._old.items():
+                signal.signal(signum, old)
 
     def _handle(self, signum: int, frame: Any) -> None:
         if self.seen is None:

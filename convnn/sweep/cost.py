@@ -1,4 +1,4 @@
-"""What a set of runs will cost, before any of them starts."""
+"""An estimate of what a set of runs will cost, before any of them starts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from convnn.errors import ConfigError
 from convnn.models.build import build_model
 from convnn.models.cost import forward_cost
 from convnn.runs.folder import read_result
+from convnn.runs.status import COMPLETE
 from convnn.text import duration
 
 
-def estimate(configs: Sequence[Config], folders: Sequence[Path]) -> str:
+def estimate_cost(configs: Sequence[Config], folders: Sequence[Path]) -> str:
     """Return the operations of training all of ``configs``, and the time at the rate of the finished runs.
 
     A training step counts as three forward passes: one forward, two backward. The forward pass is counted by
@@ -54,7 +55,7 @@ def estimate(configs: Sequence[Config], folders: Sequence[Path]) -> str:
     rates = [
         3 * r["gflops"] * r["images_per_second"]
         for r in map(read_result, folders)
-        if r and r.get("status") == "complete" and r.get("images_per_second")
+        if r and r.get("status") == COMPLETE and r.get("images_per_second")
     ]
     if rates:
         rate = statistics.median(rates)

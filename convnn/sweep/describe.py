@@ -1,11 +1,11 @@
-"""What a sweep would do, as text. Imports no torch."""
+"""What a sweep would do, as text: for ``sweep.dry_run`` and for points that cannot work. Imports no torch."""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
 
-from convnn.runs.status import FAILED
+from convnn.runs.status import COMPLETE, FAILURES, INTERRUPTED, INVALID, PARTIAL
 from convnn.sweep.options import SweepConfig
 from convnn.sweep.plan import Plan
 from convnn.sweep.state import point_state
@@ -35,7 +35,7 @@ def invalid_lines(plan: Plan) -> str:
     )
 
 
-def describe(plan: Plan, folder: Path, options: SweepConfig) -> str:
+def describe_plan(plan: Plan, folder: Path, options: SweepConfig) -> str:
     """Return what a sweep would do, one line a point: done, failed, partial, todo, invalid."""
     lines = []
     counts: Counter[str] = Counter()
@@ -44,27 +44,27 @@ def describe(plan: Plan, folder: Path, options: SweepConfig) -> str:
         lines.append("all points: " + " ".join(o for o in plan.points[0].overrides if o in shared))
     for point in plan.points:
         state = point_state(folder, point)
-        word = "done" if state.status == "complete" else "partial" if state.status == "interrupted" else state.status
+        word = {COMPLETE: "done", INTERRUPTED: PARTIAL}.get(state.status, state.status)
         counts[word] += 1
         own = " ".join(o for o in point.overrides if o not in shared)
         text = f"{word:<8} {point.name}  {own}"
-        lines.append(text + (f"  ({state.reason})" if state.reason and word in FAILED else ""))
-    counts["invalid"] = len(plan.invalid)
+        lines.append(text + (f"  ({state.reason})" if state.reason and word in FAILURES else ""))
+    counts[INVALID] = len(plan.invalid)
     if plan.invalid:
         lines.append(invalid_lines(plan))
     total = ", ".join(f"{n} {word}" for word, n in counts.items() if n)
     if plan.duplicates:
         total += f"; {plan.duplicates} duplicates merged"
-    if any(counts[s] for s in FAILED) and not options.retry_failed:
+    if any(counts[s] for s in FAILURES) and not options.retry_failed:
         total += "; failed points are left (sweep.retry_failed=false)"
     return "\n".join([*lines, f"{len(plan.points) + len(plan.invalid)} points in {folder}: {total}"])
 
 
 def cost_line(plan: Plan, folder: Path) -> str:
     """Return an estimate of what is left to compute; see ``convnn.sweep.cost``."""
-    left = [p for p in plan.points if point_state(folder, p).status != "complete"]
+    left = [p for p in plan.points if point_state(folder, p).status != COMPLETE]
     if not left:
         return "nothing is left to compute"
-    from convnn.sweep.cost import estimate
+    from convnn.sweep.cost import estimate_cost
 
-    return estimate([plan.configs[p.fingerprint] for p in left], [folder / p.folder for p in plan.points])
+    return estimate_cost([plan.configs[p.fingerprint] for p in left], [folder / p.folder for p in plan.points])

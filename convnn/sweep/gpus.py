@@ -1,4 +1,4 @@
-"""Who may use which GPU: parallel jobs on one machine take turns. Imports no torch."""
+"""Which GPU a run may use: parallel jobs on one machine take turns. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ def visible_devices() -> list[str]:
 
 
 @contextmanager
-def device_lease(device: str, jobs: int, stopped: Callable[[], bool]) -> Iterator[dict[str, str] | None]:
+def reserve_gpu(device: str, jobs: int, stopped: Callable[[], bool]) -> Iterator[dict[str, str] | None]:
     """Wait until one of the GPUs has fewer than ``jobs`` runs; yield the environment that shows a run this GPU alone.
 
-    Leases are locks on files of this machine, so that they end with the process, however it ends. Without a GPU, or
-    with ``device=cpu``, there is nothing to wait for.
+    Without a GPU, or with ``device=cpu``, there is nothing to wait for.
+
+    A reservation is a lock on a file of this machine, one file for each run that a GPU may have. Parallel jobs are
+    workers of joblib or submitit, or of other sweeps, and have no common parent that could count them; and the system
+    gives a lock back when its process ends, however it ends, where a count in a file would stay.
 
     Args:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.

@@ -12,15 +12,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from convnn.config.compose import CONF_DIR, from_hydra
+from convnn.config.compose import from_hydra
+from convnn.config.folders import CONF_DIR
 from convnn.config.identity import fingerprint
 from convnn.config.overrides import is_sweep, key_of, quoted
 from convnn.errors import ConfigError
+from convnn.runs.status import COMPLETE, FAILED, INVALID
 from convnn.runtime.files import write_json
 from convnn.sweep.options import SweepConfig
 from convnn.sweep.plan import Point, load_point, point_name
 from convnn.sweep.process import run_point
-from convnn.sweep.state import point_state, sweep_is_gone
+from convnn.sweep.state import point_state, sweep_has_ended
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="sweep")
@@ -32,11 +34,11 @@ def main(values: DictConfig) -> float | str | None:
     sweep = values.sweep
     folder = Path(sweep.dir)
     try:
-        point = load_point(folder, sweep.point[1:]) if sweep.point else _free_point(values)
+        point = load_point(folder, sweep.point[1:]) if sweep.point else _point_of_other_sweeper(values)
     except ConfigError as error:  # only where another sweeper than ours chose the point
         print(f"error: {error}", file=sys.stderr)
         return _record_invalid(folder, sweep.token, str(error))
-    more = tuple(
+    extra = tuple(
         o for o in (f"tracker.group={quoted(sweep.name)}",) if "tracker.group" not in map(key_of, point.overrides)
     )
     parallel = int(HydraConfig.get().launcher.get("n_jobs") or 1)
@@ -44,14 +46,14 @@ def main(values: DictConfig) -> float | str | None:
         folder,
         point,
         token=sweep.token,
-        more=more,
+        extra_overrides=extra,
         device=values.device if not sweep.point else _device(point),
         jobs_per_device=sweep.jobs_per_device,
         parallel=parallel,
     )
-    if sweep_is_gone(sweep.token):
+    if sweep_has_ended(sweep.token):
         os._exit(1)  # a worker without a sweep would wait for ever to hand over its result
-    return point_state(folder, point).top1 if status == "complete" else status
+    return point_state(folder, point).top1 if status == COMPLETE else status
 
 
 def _device(point: Point) -> str:
@@ -62,12 +64,12 @@ def _device(point: Point) -> str:
 def _record_invalid(folder: Path, token: str, reason: str) -> str:
     (folder / "status").mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(reason.encode()).hexdigest()[:8]
-    record = {"status": "failed", "reason": reason, "name": "invalid", "log": None, "token": token}
-    write_json(folder / "status" / f"invalid-{name}.json", record)
-    return "invalid"
+    record = {"status": FAILED, "reason": reason, "name": INVALID, "log": None, "token": token}
+    write_json(folder / "status" / f"{INVALID}-{name}.json", record)
+    return INVALID
 
 
-def _free_point(values: DictConfig) -> Point:
+def _point_of_other_sweeper(values: DictConfig) -> Point:
     """Return the point that a sweeper other than ours asked for."""
     plain = OmegaConf.to_container(values, resolve=True)
     assert isinstance(plain, dict)

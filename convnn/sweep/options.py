@@ -8,13 +8,13 @@ from typing import Any
 
 from hydra import compose
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from convnn.config.compose import hydra_context, translate
+from convnn.config.compose import COMPOSE_ERRORS, hydra_context, translate
+from convnn.config.keys import schema_node
 from convnn.config.schema import Config
 from convnn.errors import ConfigError
+from convnn.ops.settings import check_fields, choice, number
 
 
 @dataclass
@@ -31,7 +31,7 @@ class SweepConfig:
     """Named alternatives, each a list of overrides; the axes are applied to each of them."""
     axes: dict[str, Any] = field(default_factory=dict)
     """Values of each key or group: a list, or Hydra's sweep syntax in a string."""
-    on_invalid: str = "fail"
+    on_invalid: str = choice("fail", "skip")
     """``fail``: run nothing if a point cannot work; ``skip``: leave such points out."""
     retry_failed: bool = True
     """Run failed points again."""
@@ -39,7 +39,7 @@ class SweepConfig:
     """Say what would run, and stop."""
     report: bool = True
     """Write tables and plots at the end."""
-    jobs_per_device: int = 1
+    jobs_per_device: int = number(1, 1)
     """Runs that may share one GPU."""
     point: str | None = None
     """Set by sweep.py for each job: ``p`` and the fingerprint of the point."""
@@ -54,7 +54,7 @@ class SweepRun(Config):
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
-ConfigStore.instance().store(name="sweep_schema", node=SweepRun)
+ConfigStore.instance().store(name="sweep_schema", node=schema_node(SweepRun))
 
 
 def sweep_options(overrides: Sequence[str], launcher: Sequence[str] = ()) -> SweepConfig:
@@ -67,14 +67,11 @@ def sweep_options(overrides: Sequence[str], launcher: Sequence[str] = ()) -> Swe
         with hydra_context():
             values = compose("sweep", [*overrides, *launcher])
         options: SweepConfig = OmegaConf.to_object(values.sweep)  # type: ignore[assignment]
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (*COMPOSE_ERRORS, ValueError) as error:
         raise translate(error, [*overrides, *launcher], SweepRun) from error
     if not options.dir.strip():
         raise ConfigError("sweep.dir is empty; name a folder")
-    if options.on_invalid not in ("fail", "skip"):
-        raise ConfigError(f"sweep.on_invalid={options.on_invalid} is not one of fail, skip")
-    if options.jobs_per_device < 1:
-        raise ConfigError(f"sweep.jobs_per_device={options.jobs_per_device} must be at least 1")
+    check_fields(options, "sweep")
     for name, values in options.axes.items():
         if isinstance(values, list) and not values:
             raise ConfigError(f"sweep.axes.{name} is empty; give it values, or leave it out")

@@ -59,7 +59,9 @@ class Plan:
     """Points left out because another has the same configuration."""
 
 
-def expand(options: SweepConfig, given: Sequence[str]) -> tuple[list[tuple[str, list[str]]], dict[str, list[str]]]:
+def expand_points(
+    options: SweepConfig, given: Sequence[str]
+) -> tuple[list[tuple[str, list[str]]], dict[str, list[str]]]:
     """Return (label, overrides) of every point, and the values of every axis.
 
     ``given``, the command line, counts more than the points, the points more than axes and base.
@@ -103,7 +105,7 @@ def make_plan(options: SweepConfig, given: Sequence[str]) -> Plan:
     Raises:
         ConfigError: if there is nothing to run, or a point cannot work and ``on_invalid`` is ``fail``.
     """
-    points, axes = expand(options, given)
+    points, axes = expand_points(options, given)
     plan = Plan([], [], axes)
     composer = Composer()
     for label, overrides in points:
@@ -112,24 +114,24 @@ def make_plan(options: SweepConfig, given: Sequence[str]) -> Plan:
         except ConfigError as error:
             plan.invalid.append((tuple(overrides), str(error)))
             continue
-        print_ = fingerprint(config)
-        if print_ in plan.configs:
+        digest = fingerprint(config)
+        if digest in plan.configs:
             plan.duplicates += 1
             continue
-        plan.configs[print_] = config
-        plan.points.append(Point(point_name(config, label), print_, tuple(overrides), label))
+        plan.configs[digest] = config
+        plan.points.append(Point(point_name(config, label), digest, tuple(overrides), label))
     return plan
 
 
-def adopt_names(plan: Plan, folder: Path) -> None:
-    """Let points that the folder knows keep the names, and so the run folders, that they have there."""
+def keep_known_names(plan: Plan, folder: Path) -> None:
+    """Give points that the folder's plan.json knows the names, and so the run folders, that they have there."""
     names = {p["fingerprint"]: p["name"] for p in read_plan(folder).get("points", [])}
     plan.points = [replace(p, name=names.get(p.fingerprint, p.name)) for p in plan.points]
 
 
 def save_plan(plan: Plan, folder: Path, command: Sequence[str]) -> None:
     """Write plan.json; points that other commands made in the same folder stay listed."""
-    adopt_names(plan, folder)
+    keep_known_names(plan, folder)
     points = {p["fingerprint"]: p for p in read_plan(folder).get("points", [])}
     for point in plan.points:
         points[point.fingerprint] = asdict(point) | {
@@ -167,9 +169,9 @@ def read_plan(folder: Path) -> dict[str, Any]:
     return values
 
 
-def load_point(folder: Path, print_: str) -> Point:
+def load_point(folder: Path, digest: str) -> Point:
     """Return a point of plan.json by its fingerprint."""
     for p in read_plan(folder).get("points", []):
-        if p["fingerprint"] == print_:
+        if p["fingerprint"] == digest:
             return Point(p["name"], p["fingerprint"], tuple(p["overrides"]), p["label"])
-    raise ConfigError(f"{folder / 'plan.json'} has no point {print_}")
+    raise ConfigError(f"{folder / 'plan.json'} has no point {digest}")

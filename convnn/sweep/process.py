@@ -10,16 +10,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from convnn.config.overrides import quoted
-from convnn.errors import EXIT_DIVERGED
+from convnn.errors import EXIT_DIVERGED, EXIT_FAILED
+from convnn.runs.status import COMPLETE, DIVERGED, FAILED, INTERRUPTED, KILLED, RUNNING
+from convnn.runtime.distributed import usable_cores
 from convnn.runtime.files import lock, write_json
-from convnn.runtime.signals import PARENT, StopSignals
-from convnn.sweep.gpus import device_lease
+from convnn.runtime.signals import PARENT, STOP_SIGNALS, StopSignals
+from convnn.sweep.gpus import reserve_gpu
 from convnn.sweep.plan import Point
-from convnn.sweep.state import lock_file, point_state, status_file, stop_file, sweep_is_gone
+from convnn.sweep.state import lock_file, point_state, status_file, stop_file, sweep_has_ended
 
 TRAIN = ("-m", "convnn.cli.train")
 """How Python is told to train; tests put a stand-in here."""
@@ -32,7 +35,7 @@ def run_point(
     point: Point,
     *,
     token: str | None = None,
-    more: tuple[str, ...] = (),
+    extra_overrides: tuple[str, ...] = (),
     device: str = "auto",
     jobs_per_device: int = 1,
     parallel: int = 1,
@@ -46,8 +49,8 @@ def run_point(
         folder: of the sweep.
         point: what to run.
         token: of the sweep, see ``stop_file``.
-        more: overrides that are not part of the point, such as the tracker's group.
-        device: the run's ``device``, for the lease.
+        extra_overrides: those that are not part of the point, such as the tracker's group.
+        device: the run's ``device``, for the reservation of a GPU.
         jobs_per_device: runs that may share a GPU.
         parallel: jobs that share this machine's cores.
     """
@@ -57,46 +60,36 @@ def run_point(
         (folder / "logs").mkdir(exist_ok=True)
         held = lock(lock_file(folder, point), wait=1.0)
         if held is None:
-            return "running"
+            return RUNNING
         stack.enter_context(held)
-        before = point_state(folder, point, mine=True)
-        if before.status == "complete" or stop.exists() or sweep_is_gone(token):
+        before = point_state(folder, point, locked_here=True)
+        if before.status == COMPLETE or stop.exists() or sweep_has_ended(token):
             return before.status
-        signals = stack.enter_context(_own_signals())
-        record: dict[str, Any] = {
-            "status": "running",
-            "reason": None,
-            "exit_code": None,
-            "name": point.name,
-            "log": point.log,
-            "token": token,
-            "attempts": before.attempts + 1,
-            "started": _now(),
-            "finished": None,
-        }
-
-        def stopped() -> int | None:
-            """Return the signal for the run, if it is to stop: TERM, which ends it at once while it still imports."""
-            if signals.seen == signal.SIGUSR2:
-                return signal.SIGUSR2
-            return signal.SIGTERM if signals.seen or stop.exists() or sweep_is_gone(token) else None
-
-        with device_lease(device, jobs_per_device, lambda: stopped() is not None) as lease:
-            if lease is None:
+        signals = stack.enter_context(_worker_signals())
+        signal_to_send = partial(_signal_to_send, signals, stop, token)
+        record: dict[str, Any] = {"status": RUNNING, "reason": None, "exit_code": None, "name": point.name}
+        record |= {"log": point.log, "token": token, "attempts": before.attempts + 1}
+        record |= {"started": _now(), "finished": None}
+        with reserve_gpu(device, jobs_per_device, lambda: signal_to_send() is not None) as gpu:
+            if gpu is None:
                 return before.status
-            environment = os.environ | lease | _threads(parallel) | {PARENT: str(os.getpid())}
+            environment = os.environ | gpu | _threads(parallel) | {PARENT: str(os.getpid())}
             write_json(status_file(folder, point), record)
-            command = [sys.executable, *TRAIN, *point.overrides]
-            command += [*more, f"run.dir={quoted(str(folder / point.folder))}", "run.if_exists=resume"]
-            try:
-                code, output, asked = _run(command, folder / point.log, environment, stopped)
-            except OSError as error:
-                code, output, asked = 1, f"error: {error}", None
+            command = [sys.executable, *TRAIN, *point.overrides, *extra_overrides]
+            command += [f"run.dir={quoted(str(folder / point.folder))}", "run.if_exists=resume"]
+            code, output, sent = _run_command(command, folder / point.log, environment, signal_to_send)
         record |= {"exit_code": code, "finished": _now()}
-        record["status"], record["reason"] = _outcome(folder, point, code, output, asked)
+        record["status"], record["reason"] = _status_and_reason(folder, point, code, output, sent)
         write_json(status_file(folder, point), record)
     signals.pass_on()
     return record["status"]
+
+
+def _signal_to_send(signals: StopSignals, stop: Path, token: str | None) -> int | None:
+    """Return the signal for a run that is to stop, or None: TERM, which ends it at once while it still imports."""
+    if signals.seen == signal.SIGUSR2:
+        return signal.SIGUSR2
+    return signal.SIGTERM if signals.seen or stop.exists() or sweep_has_ended(token) else None
 
 
 def _now() -> str:
@@ -107,13 +100,13 @@ def _threads(parallel: int) -> dict[str, str]:
     """Share the cores among parallel jobs, unless the user has."""
     if parallel == 1 or "OMP_NUM_THREADS" in os.environ:
         return {}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     jobs = cores if parallel < 1 else parallel
     return {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
 
 
 @contextmanager
-def _own_signals() -> Iterator[StopSignals]:
+def _worker_signals() -> Iterator[StopSignals]:
     """Catch signals in a worker process. Where the sweep itself runs the point, its own handlers stay in place."""
     handler = signal.getsignal(signal.SIGTERM)
     if isinstance(getattr(handler, "__self__", None), StopSignals):
@@ -123,54 +116,63 @@ def _own_signals() -> Iterator[StopSignals]:
             yield signals
 
 
-def _run(
-    command: list[str], log: Path, environment: dict[str, str], stopped: Callable[[], int | None]
+def _run_command(
+    command: list[str], log: Path, environment: dict[str, str], signal_to_send: Callable[[], int | None]
 ) -> tuple[int, str, int | None]:
     """Run a command to its end, or until it has to stop; return exit code, end of output, and the signal sent."""
-    with log.open("a+b") as output:
-        output.write(f"$ {shlex.join(command)}\n".encode())
-        output.flush()
-        start = output.tell()
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-        sent, since = None, 0.0
-        while child.poll() is None:
-            if sent is None:
-                sent, since = stopped(), time.monotonic()
-                if sent is not None:
-                    child.send_signal(sent)
-            elif time.monotonic() - since > GRACE_SECONDS:
-                child.kill()
-            time.sleep(0.1)
-        if child.returncode < 0:  # nobody is left to end what it had started
-            with suppress(OSError):
-                os.killpg(child.pid, signal.SIGKILL)
-        output.seek(0, os.SEEK_END)
-        output.seek(max(start, output.tell() - 4000))
-        return child.returncode, output.read().decode(errors="replace"), sent
+    try:
+        with log.open("a+b") as output:
+            output.write(f"$ {shlex.join(command)}\n".encode())
+            output.flush()
+            start = output.tell()
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # so that a terminal's Ctrl-C reaches the sweep alone, which passes it on
+            )
+            sent = _wait(child, signal_to_send)
+            output.seek(0, os.SEEK_END)
+            output.seek(max(start, output.tell() - 4000))
+            return child.returncode, output.read().decode(errors="replace"), sent
+    except OSError as error:
+        return EXIT_FAILED, f"error: {error}", None
 
 
-def _outcome(folder: Path, point: Point, code: int, output: str, asked: int | None) -> tuple[str, str | None]:
-    """Return status and reason of an ended process, which was ``asked`` to stop by a signal or not."""
-    if code == 0 and point_state(folder, point, mine=True).status == "complete":
-        return "complete", None
+def _wait(child: subprocess.Popen[bytes], signal_to_send: Callable[[], int | None]) -> int | None:
+    """Wait for a process to end, pass a signal on to it, and kill it if it stays; return the signal sent, or None."""
+    sent, since = None, 0.0
+    while child.poll() is None:
+        if sent is None:
+            sent, since = signal_to_send(), time.monotonic()
+            if sent is not None:
+                child.send_signal(sent)
+        elif time.monotonic() - since > GRACE_SECONDS:
+            child.kill()
+        time.sleep(0.1)
+    if child.returncode < 0:  # nobody is left to end what it had started
+        with suppress(OSError):
+            os.killpg(child.pid, signal.SIGKILL)
+    return sent
+
+
+def _status_and_reason(folder: Path, point: Point, code: int, output: str, sent: int | None) -> tuple[str, str | None]:
+    """Return status and reason of a process that has ended; ``sent``: the signal that it was sent, if any."""
+    if code == 0 and point_state(folder, point, locked_here=True).status == COMPLETE:
+        return COMPLETE, None
     lines = [line.strip() for line in output.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
     told = [line for line in lines if line.startswith(("error:", "diverged:"))]
     last = (told or lines or ["no output"])[-1][:500]
     stopped = -code if code < 0 else code - 128  # by the signal itself, where it came before the handlers
-    if asked is not None and code != -signal.SIGKILL:
-        stopped = asked
-    if stopped in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-        return "interrupted", f"stopped by {signal.Signals(stopped).name}"
+    if sent is not None and code != -signal.SIGKILL:
+        stopped = sent
+    if stopped in STOP_SIGNALS:
+        return INTERRUPTED, f"stopped by {signal.Signals(stopped).name}"
     if code < 0:
         name = signal.Signals(-code).name
-        return "killed", f"killed by {name}" + (" (often: out of memory)" if name == "SIGKILL" else "")
+        return KILLED, f"killed by {name}" + (" (often: out of memory)" if name == "SIGKILL" else "")
     if code == EXIT_DIVERGED:
-        return "diverged", last
-    return "failed", last if code else f"exit code 0 without a complete result: {last}"
+        return DIVERGED, last
+    return FAILED, last if code else f"exit code 0 without a complete result: {last}"

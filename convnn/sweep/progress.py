@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from convnn.runs.status import FAILED
+from convnn.runs.status import COMPLETE, FAILURES, INTERRUPTED, RUNNING
 from convnn.sweep.plan import Point
 from convnn.sweep.state import PointState, point_state
 from convnn.text import duration
@@ -36,14 +36,14 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._end.set()
         self._thread.join()
-        self._look()
+        self._refresh()
         self.bar.close()
 
     def _watch(self) -> None:
         while not self._end.wait(1.0):
-            self._look()
+            self._refresh()
 
-    def _look(self) -> None:
+    def _refresh(self) -> None:
         now = {p.fingerprint: point_state(self.folder, p) for p in self.todo}
         for point in self.todo:
             key = point.fingerprint
@@ -51,15 +51,15 @@ class Progress:
             if state == old:
                 continue
             self._seen[key] = state
-            ended = state.status in ("complete", "interrupted", *FAILED)
+            ended = state.status in (COMPLETE, INTERRUPTED, *FAILURES)
             if ended and key not in self._done:
                 self._done.add(key)
                 self.bar.update()
             if ended or self.bar.disable:
                 self.bar.write(self._line(point, state))
         counts = Counter(s.status for s in now.values())
-        failed = sum(counts[s] for s in FAILED)
-        self.bar.set_postfix_str(f"running {counts['running']}, failed {failed}")
+        failed = sum(counts[s] for s in FAILURES)
+        self.bar.set_postfix_str(f"running {counts[RUNNING]}, failed {failed}")
         sys.stdout.flush()
 
     def _line(self, point: Point, state: PointState) -> str:
@@ -69,6 +69,6 @@ class Progress:
         if state.reason:
             text += f"  {state.reason}"
         left = len(self.todo) - len(self._done)
-        if self._done and left and state.status != "running":
+        if self._done and left and state.status != RUNNING:
             text += f"  (about {duration((time.monotonic() - self._start) / len(self._done) * left)} left)"
         return text

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convnn.runs.folder import read_result
-from convnn.runs.status import FAILED
+from convnn.runs.status import COMPLETE, FAILURES, INTERRUPTED, PARTIAL, RUNNING, TODO
 from convnn.runtime.files import is_locked, read_json
 from convnn.sweep.plan import Point
 
@@ -18,8 +18,7 @@ class PointState:
     """Where a point stands."""
 
     status: str
-    """``todo``, ``partial`` (begun), ``running``, ``complete``, ``failed``, ``killed``, ``diverged``,
-    ``interrupted``."""
+    """One of ``convnn.runs.status``: TODO, PARTIAL, RUNNING, INTERRUPTED, COMPLETE or one of FAILURES."""
     reason: str | None = None
     attempts: int = 0
     top1: float | None = None
@@ -36,27 +35,27 @@ def lock_file(folder: Path, point: Point) -> Path:
     return folder / "status" / f"{point.fingerprint}.lock"
 
 
-def point_state(folder: Path, point: Point, *, mine: bool = False) -> PointState:
+def point_state(folder: Path, point: Point, *, locked_here: bool = False) -> PointState:
     """Return a point's state from what lies in the sweep's folder; a complete result counts more than all else.
 
-    ``mine`` says that this process holds the point's lock, so that nobody runs it.
+    ``locked_here`` says that this process holds the point's lock, so that nobody runs it.
     """
     record = read_json(status_file(folder, point)) or {}
     attempts = record.get("attempts")
     attempts = attempts if isinstance(attempts, int) else 0
     result = read_result(folder / point.folder)
-    if result and result.get("status") == "complete" and result.get("fingerprint") == point.fingerprint:
-        return PointState("complete", None, attempts, result.get("top1_last"))
+    if result and result.get("status") == COMPLETE and result.get("fingerprint") == point.fingerprint:
+        return PointState(COMPLETE, None, attempts, result.get("top1_last"))
     status = record.get("status")
-    if status == "running" and (mine or not is_locked(lock_file(folder, point))):
-        return PointState("interrupted", "its process ended without a word", attempts)
-    if status in ("running", "interrupted", *FAILED):
+    if status == RUNNING and (locked_here or not is_locked(lock_file(folder, point))):
+        return PointState(INTERRUPTED, "its process ended without a word", attempts)
+    if status in (RUNNING, INTERRUPTED, *FAILURES):
         return PointState(status, record.get("reason"), attempts)
     begun = (folder / point.folder / "checkpoints").is_dir()
-    return PointState("partial" if begun else "todo", None, attempts)
+    return PointState(PARTIAL if begun else TODO, None, attempts)
 
 
-def sweep_is_gone(token: str | None) -> bool:
+def sweep_has_ended(token: str | None) -> bool:
     """Return whether the sweep that a token names ran on this machine and has ended, however it ended."""
     host, _, pid = (token or "").rpartition("-")
     if host != platform.node() or not pid.isdigit():

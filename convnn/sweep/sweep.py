@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import platform
-import shlex
 import shutil
 import time
 from collections import Counter
@@ -19,15 +18,16 @@ from convnn.config.overrides import is_hydra, is_sweep, key_of, merge_overrides,
 from convnn.errors import EXIT_CONFIG, EXIT_FAILED, ConfigError
 from convnn.report.build import make_report
 from convnn.report.content import Report
-from convnn.runs.status import FAILED
+from convnn.runs.status import COMPLETE, FAILURES, INTERRUPTED, PARTIAL, TODO
 from convnn.runtime.files import is_locked, lock, read_json
 from convnn.runtime.signals import StopSignals
-from convnn.sweep.describe import cost_line, describe, invalid_lines, moved_axes
+from convnn.sweep.describe import cost_line, describe_plan, invalid_lines, moved_axes
 from convnn.sweep.job import job_options, launch
 from convnn.sweep.options import SweepConfig, sweep_options
-from convnn.sweep.plan import Plan, Point, adopt_names, make_plan, save_plan
+from convnn.sweep.plan import Plan, Point, keep_known_names, make_plan, save_plan
 from convnn.sweep.progress import Progress
 from convnn.sweep.state import PointState, lock_file, point_state, stop_file
+from convnn.text import command_line
 
 _REFUSED = {
     "run.dir": "the points' folders are made by sweep.py; set sweep.dir",
@@ -41,11 +41,12 @@ _REFUSED = {
 _PLUGINS = {"joblib": ("hydra_joblib_launcher", "parallel"), "submitit": ("hydra_submitit_launcher", "slurm")}
 
 
-def run_sweep(argv: Sequence[str]) -> int:
+def run_sweep(argv: Sequence[str], command: Sequence[str] | None = None) -> int:
     """Carry out the sweep of a command line and return its exit code.
 
     Args:
         argv: command line of sweep.py.
+        command: what the user called, for the records.
 
     Raises:
         ConfigError: one line, naming the key and the way out; nothing has run then.
@@ -61,8 +62,8 @@ def run_sweep(argv: Sequence[str]) -> int:
     _check_launcher(launcher)
     options = sweep_options(own, launcher)
     if any(key_of(o) == "hydra/sweeper" for o in launcher):
-        return _foreign_sweep(options, given, launcher)
-    return carry_out(options, given, launcher, ["sweep.py", *argv])
+        return _sweep_with_other_sweeper(options, given, launcher)
+    return carry_out(options, given, launcher, command or ["sweep.py", *argv])
 
 
 def carry_out(
@@ -88,11 +89,11 @@ def carry_out(
     if not (given or options.axes or options.points):
         raise ConfigError("the sweep has no points; give it values (operator.k=1,4,9) or a grid (grid=spectrum)")
     plan = make_plan(options, given)
-    adopt_names(plan, folder)
+    keep_known_names(plan, folder)
     for axis in moved_axes(plan):
         print(f"warning: {axis} is an axis, but a schedule moves it: points that differ in it alone are equal runs")
     if options.dry_run:
-        print(describe(plan, folder, options))
+        print(describe_plan(plan, folder, options))
         print(cost_line(plan, folder))
         return EXIT_CONFIG if plan.invalid and options.on_invalid == "fail" else 0
     if plan.invalid:
@@ -122,8 +123,8 @@ def _check_launcher(launcher: Sequence[str]) -> list[str]:
     return []
 
 
-def _foreign_sweep(options: SweepConfig, given: Sequence[str], launcher: Sequence[str]) -> int:
-    """Let another sweeper choose the points one by one; each is still skipped, resumed and recorded as ever."""
+def _sweep_with_other_sweeper(options: SweepConfig, given: Sequence[str], launcher: Sequence[str]) -> int:
+    """Let another of Hydra's sweepers choose the points one by one; each is skipped, resumed and recorded as ever."""
     if options.points or options.dry_run:
         raise ConfigError("hydra/sweeper: sweep.points and sweep.dry_run need the default sweeper")
     axes = [f"{key}={sweep_text(values)}" for key, values in options.axes.items()]
@@ -137,7 +138,7 @@ def _foreign_sweep(options: SweepConfig, given: Sequence[str], launcher: Sequenc
     finally:
         stop.unlink(missing_ok=True)
     records = [r for path in Path(options.dir).glob("status/*.json") if (r := read_json(path))]
-    bad = [r for r in records if r.get("token") == token and r["status"] != "complete"]
+    bad = [r for r in records if r.get("token") == token and r["status"] != COMPLETE]
     for record in bad:
         print(f"{record['status']}: {record['name']}: {record['reason']}; log {record['log']}")
     if signals.seen is not None:
@@ -162,7 +163,7 @@ class Sweep:
     def todo(self) -> list[Point]:
         """Return the points that are to be run."""
         states = self.states()
-        skip = ("complete", *(FAILED if not self.options.retry_failed else ()))
+        skip = (COMPLETE, *(FAILURES if not self.options.retry_failed else ()))
         return [p for p in self.plan.points if states[p.fingerprint].status not in skip]
 
     def run(self, launcher: list[str]) -> int:
@@ -185,7 +186,7 @@ class Sweep:
         print(self._closing(failures=not reported))
         if signals.seen is not None:
             return 128 + signals.seen
-        return EXIT_FAILED if any(s.status != "complete" for s in self.states().values()) else 0
+        return EXIT_FAILED if any(s.status != COMPLETE for s in self.states().values()) else 0
 
     def _prepare(self) -> None:
         try:
@@ -204,7 +205,7 @@ class Sweep:
                 continue
             while signals.seen is None and is_locked(path):
                 time.sleep(0.5)
-            if point_state(self.folder, point).status in ("todo", "partial", "interrupted"):
+            if point_state(self.folder, point).status in (TODO, PARTIAL, INTERRUPTED):
                 left.append(point)
         return left
 
@@ -244,11 +245,11 @@ class Sweep:
         lines = []
         for point in self.plan.points:
             state = states[point.fingerprint]
-            if failures and state.status in FAILED:
+            if failures and state.status in FAILURES:
                 lines.append(f"{state.status}: {point.name}: {state.reason}; log {self.folder / point.log}")
         counts = Counter(s.status for s in states.values())
         summary = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
         lines.append(f"sweep {self.folder}: {summary}")
         if self.todo():
-            lines.append("the same command goes on from here: uv run " + shlex.join(self.command))
+            lines.append("the same command goes on from here: " + command_line(self.command))
         return "\n".join(lines)

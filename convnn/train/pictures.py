@@ -1,4 +1,4 @@
-"""The pictures of one run: what its layers choose on an image, and the diagnostics of its epochs."""
+"""The pictures of one run: what its layers choose on an image, and its curves over epochs."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("convnn")
 BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)
-_GRAIN = 32
+_SIDE_MULTIPLE = 32
 """Sides of images that are not square become multiples of this, or of what it shares with the model's own side."""
 
 
 @dataclass
-class Shown:
+class ShownImage:
     """An image as the model takes it, (1, C, h, w), and as it is seen, (C, h, w) from 0 to 1."""
 
     x: Tensor
     picture: Tensor
 
 
-def test_image(split: AnySplit, index: int, config: DataConfig, image_size: int) -> Shown:
+def image_of_test_set(split: AnySplit, index: int, config: DataConfig, image_size: int) -> ShownImage:
     """Return an image of the test set.
 
     Raises:
@@ -50,11 +50,11 @@ def test_image(split: AnySplit, index: int, config: DataConfig, image_size: int)
         raise ConfigError(f"index={index}: the test set has images 0 to {len(split) - 1}")
     part = split.take(torch.tensor([index % len(split)]))
     x = next(make_batches(part, 1, config, image_size).epoch())[0]
-    mean, std = _moments(config)
-    return Shown(x, (x[0].cpu() * std + mean).clamp(0, 1))
+    mean, std = _mean_and_std(config)
+    return ShownImage(x, (x[0].cpu() * std + mean).clamp(0, 1))
 
 
-def image_file(path: Path, channels: int, config: DataConfig, image_size: int, square: bool) -> Shown:
+def read_image(path: Path, channels: int, config: DataConfig, image_size: int, square: bool) -> ShownImage:
     """Return an image file, scaled so that its shorter side is the model's; ``square``: cut at the centre.
 
     Raises:
@@ -63,43 +63,31 @@ def image_file(path: Path, channels: int, config: DataConfig, image_size: int, s
     from PIL import Image, ImageOps
 
     image = open_image(os.fsencode(path), "image=").convert("L" if channels == 1 else "RGB")
-    grain = math.gcd(image_size, _GRAIN)
-    short = min(image.size)
-    w, h = (image_size if square else max(round(side * image_size / short / grain), 1) * grain for side in image.size)
+    step, scale = math.gcd(image_size, _SIDE_MULTIPLE), image_size / min(image.size)
+    w, h = (image_size if square else max(round(side * scale / step), 1) * step for side in image.size)
     image = ImageOps.fit(image, (w, h), Image.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, h, w, -1).permute(0, 3, 1, 2)
-    picture, (mean, std) = pixels[0] / 255, _moments(config)
-    return Shown(((picture - mean) / std)[None], picture)
+    picture, (mean, std) = pixels[0] / 255, _mean_and_std(config)
+    return ShownImage(((picture - mean) / std)[None], picture)
 
 
-def _moments(config: DataConfig) -> list[Tensor]:
+def _mean_and_std(config: DataConfig) -> list[Tensor]:
     return [torch.tensor(values).view(-1, 1, 1) for values in (config.mean, config.std)]
 
 
-def look(model: nn.Module, shown: Shown) -> dict[str, Neighborhood]:
-    """Return what the layers choose on an image.
-
-    Raises:
-        ConfigError: if no layer of the model chooses neighbours.
-    """
-    if not choosing_layers(model):
-        raise ConfigError("this run has no layer that chooses neighbours (swap.txt says what was replaced)")
-    return neighbors_of(model, shown.x)
-
-
-def look_at_file(model: nn.Module, path: Path, config: Config, channels: int, image_size: int) -> Shown:
+def read_image_for_model(model: nn.Module, path: Path, config: Config, channels: int, image_size: int) -> ShownImage:
     """Return an image file in its own proportions if the model takes them, else cut to a square."""
-    shown = image_file(path, channels, config.data, image_size, square=False)
+    shown = read_image(path, channels, config.data, image_size, square=False)
     try:
         with torch.random.fork_rng([]), torch.no_grad():
             model.eval()(shown.x)
     except (AssertionError, ValueError, RuntimeError):  # whatever a backbone makes of another size than its own
-        return image_file(path, channels, config.data, image_size, square=True)
+        return read_image(path, channels, config.data, image_size, square=True)
     return shown
 
 
 def draw_run(
-    model: nn.Module, shown: Shown, pixels: Sequence[Pixel] = (), layers: Sequence[str] = (), head: int = 0
+    model: nn.Module, shown: ShownImage, pixels: Sequence[Pixel] = (), layers: Sequence[str] = (), head: int = 0
 ) -> dict[str, Figure]:
     """Draw what a model's layers choose on an image.
 
@@ -112,19 +100,24 @@ def draw_run(
 
     Returns:
         Figures by name: ``neighbors``, ``blends`` for layers that have a blend, ``weights`` for layers with weights.
+
+    Raises:
+        ConfigError: if no layer of the model chooses neighbours.
     """
+    if not choosing_layers(model):
+        raise ConfigError("this run has no layer that chooses neighbours (swap.txt says what was replaced)")
     pixels = list(pixels) or default_pixels(shown.picture)
-    found = _of(look(model, shown), layers)
+    found = _only_layers(neighbors_of(model, shown.x), layers)
     figures: dict[str, Any] = {"neighbors": draw_neighbors(shown.picture, found, pixels, head=head)}
-    along = {blend: neighbors_of(model, shown.x, blend=blend) for blend in BLENDS}
-    if along[0.0]:
-        chosen = {blend: _of(answers, layers) for blend, answers in along.items()}
+    by_blend = {blend: neighbors_of(model, shown.x, blend=blend) for blend in BLENDS}
+    if by_blend[0.0]:
+        chosen = {blend: _only_layers(layers_at, layers) for blend, layers_at in by_blend.items()}
         figures["blends"] = draw_blends(shown.picture, chosen, pixels[0], head=head)
     figures["weights"] = draw_weights(shown.picture, found, pixels)
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def _of(found: dict[str, Neighborhood], layers: Sequence[str]) -> dict[str, Neighborhood]:
+def _only_layers(found: dict[str, Neighborhood], layers: Sequence[str]) -> dict[str, Neighborhood]:
     unknown = [name for name in layers if name not in found]
     if unknown:
         raise ConfigError(f"layers={unknown[0]}: this run has {', '.join(found)}")
@@ -134,11 +127,11 @@ def _of(found: dict[str, Neighborhood], layers: Sequence[str]) -> dict[str, Neig
 def draw_at_end(model: nn.Module, test: Batches, folder: Path) -> list[Path]:
     """Draw a finished run's pictures into its folder; return the PNG files. What goes wrong is a warning, no error."""
     try:
-        from convnn.figures.curves import draw_trends
+        from convnn.figures.curves import draw_curves
 
-        figures = draw_trends(folder)
+        figures = draw_curves(folder)
         if choosing_layers(model):
-            figures = draw_run(model, test_image(test.split, 0, test.config, test.image_size)) | figures
+            figures = draw_run(model, image_of_test_set(test.split, 0, test.config, test.image_size)) | figures
         return save_figures(figures, folder / "pictures")
     except Exception as error:  # a package is missing, the disk is full: the run itself is complete
         log.warning("no pictures (%s); try scripts/visualize.py run=%s", first_line(error), folder)

@@ -20,15 +20,16 @@ from convnn.data.batches import Batches
 from convnn.models.inspect import choosing_layers, neighbors_of
 from convnn.ops.neighborhood import Neighborhood
 from convnn.runs.metrics import MEASURES
+from convnn.train.state import RunState
 
 COMPARED_QUERIES = 256
 """Queries per image and head whose neighbours are kept to compare the next ones with."""
 
-_SORTED = 1 << 20
+_MAX_DISTANCES = 1 << 20
 """Distances that quantiles are taken of; more are thinned out evenly."""
 
 
-def measure(found: Neighborhood, before: Tensor | None = None) -> dict[str, float | None]:
+def neighbor_measures(found: Neighborhood, previous: Tensor | None = None) -> dict[str, float | None]:
     """Return all ``MEASURES`` of a layer's neighbours.
 
     Overlap and distances are those of grid tokens: queries on the grid, and for distances neighbours there. Hubness
@@ -37,13 +38,13 @@ def measure(found: Neighborhood, before: Tensor | None = None) -> dict[str, floa
 
     Args:
         found: the neighbours.
-        before: what ``compared`` returned for the measurement before, if there was one.
+        previous: what ``neighbors_to_compare`` returned for the measurement before, if there was one.
     """
     g, valid = found.geometry, found.valid
     count = valid.sum().double()
     of_grid = (valid & (found.queries >= g.prefix)[:, None]).sum().double()
     distance = found.distance()[found.on_grid] / max(g.height, g.width)
-    distance = distance[:: -(-len(distance) // _SORTED)] if len(distance) else distance.new_full((1,), torch.nan)
+    distance = distance[:: -(-len(distance) // _MAX_DISTANCES)] if len(distance) else distance.new_full((1,), torch.nan)
     quantiles = distance.quantile(torch.tensor([0.1, 0.5, 0.9], device=distance.device))
     chosen = torch.zeros(*found.index.shape[:2], g.num_tokens, dtype=torch.float64, device=valid.device)
     chosen.scatter_add_(2, found.index.flatten(2), valid.flatten(2).double())
@@ -59,7 +60,7 @@ def measure(found: Neighborhood, before: Tensor | None = None) -> dict[str, floa
         chosen.amax(-1).mean() / len(found.queries),
         found.is_padding.sum() / count,
         found.is_prefix.sum() / count,
-        _agreement(compared(found), before),
+        _agreement(neighbors_to_compare(found), previous),
     ]
     numbers = torch.stack([v.double() for v in values]).tolist()
     return {name: v if math.isfinite(v) else None for name, v in zip(MEASURES, numbers, strict=True)}
@@ -74,23 +75,23 @@ def _entropy(found: Neighborhood) -> Tensor:
     return share.mean()
 
 
-def compared(found: Neighborhood) -> Tensor:
+def neighbors_to_compare(found: Neighborhood) -> Tensor:
     """Return neighbours of at most ``COMPARED_QUERIES`` queries, -1 where not valid: (B, H, <= that, K) int32."""
     step = -(-found.index.shape[2] // COMPARED_QUERIES)
     return found.index.masked_fill(~found.valid, -1)[:, :, ::step].to(torch.int32)
 
 
-def _agreement(now: Tensor, before: Tensor | None) -> Tensor:
-    if before is None or before.shape[:3] != now.shape[:3]:
+def _agreement(now: Tensor, previous: Tensor | None) -> Tensor:
+    if previous is None or previous.shape[:3] != now.shape[:3]:
         return now.new_full((), torch.nan, dtype=torch.float64)
     # Where the sorted old neighbours would take a new one in, it must stand already.
-    old = before.to(now.device).sort(dim=-1).values
+    old = previous.to(now.device).sort(dim=-1).values
     place = torch.searchsorted(old, now.contiguous()).clamp(max=old.shape[-1] - 1)
     return ((old.gather(-1, place) == now) & (now >= 0)).sum() / (now >= 0).sum().double()
 
 
 class Probe:
-    """Fixed images of a split, and what each layer chose on them last."""
+    """Measures, on fixed images of a split, what each layer chooses."""
 
     def __init__(self, config: DiagnosticsConfig, batches: Batches, autocast: Callable[[], Any] = nullcontext) -> None:
         """Take ``config.images`` images, evenly spread over the split, as the model takes them."""
@@ -99,25 +100,27 @@ class Probe:
         places = torch.linspace(0, total - 1, min(config.images, total), dtype=torch.float64).round().long()
         few = replace(batches, split=batches.split.take(places), batch_size=len(places), rank=0, world_size=1)
         self.images = next(few.epoch())[0]
-        self.before: dict[str, Tensor] = {}
 
-    def measure(self, model: nn.Module) -> dict[str, dict[str, float | None]]:
-        """Return the measures of every layer that chooses neighbours, by name. The model stays as it is."""
+    def measure(self, model: nn.Module, state: RunState) -> dict[str, dict[str, float | None]]:
+        """Return the measures of every layer that chooses neighbours, by name. The model stays as it is.
+
+        ``state`` has the neighbours of the last measurement, and those of this one afterwards.
+        """
         if not choosing_layers(model):
             return {}
         with self.autocast():
             found = neighbors_of(model, self.images)
-        rows = {name: measure(neighbors, self.before.get(name)) for name, neighbors in found.items()}
-        self.before = {name: compared(neighbors).cpu() for name, neighbors in found.items()}
-        return rows
+        measures = {name: neighbor_measures(one, state.neighbors.get(name)) for name, one in found.items()}
+        state.neighbors = {name: neighbors_to_compare(one).cpu() for name, one in found.items()}
+        return measures
 
-    def add_to(self, row: dict[str, Any], model: nn.Module) -> None:
+    def add_to(self, row: dict[str, Any], model: nn.Module, state: RunState) -> None:
         """Add the measures to a row of metrics, to its ``layers`` by name, where its epoch is one to measure in."""
         if not self.config.enabled or (row["epoch"] + 1) % self.config.every:
             return
         start = time.perf_counter()
         layers = {layer["name"]: layer for layer in row["layers"]}
-        for name, measures in self.measure(model).items():
+        for name, measures in self.measure(model, state).items():
             layers.setdefault(name, {"name": name}).update(measures)
         row["layers"] = list(layers.values())
         row["diagnostics_seconds"] = round(time.perf_counter() - start, 3)

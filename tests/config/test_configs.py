@@ -9,8 +9,8 @@ from helpers import TINY, TINY_VIT, tiny, write_cifar, write_image_folder
 from convnn.config.compose import compose_config, config_groups
 from convnn.config.identity import differences, fingerprint, identity, run_name
 from convnn.errors import ConfigError
-from convnn.paper.counts import facts
-from convnn.train.trainer import run
+from convnn.paper.counts import model_cost
+from convnn.train.run import run
 
 GROUPS = config_groups()
 CONV = [o for o in GROUPS["operator"] if compose_config([f"operator={o}"]).operator.kind == "conv"]
@@ -103,7 +103,7 @@ def backbone_overrides(backbone):
 @pytest.mark.parametrize("backbone", GROUPS["backbone"])
 def test_backbone(backbone):
     """Built, swapped and run without numbers (meta device); the next test trains them."""
-    found = facts(compose_config(backbone_overrides(backbone)))
+    found = model_cost(compose_config(backbone_overrides(backbone)))
     assert found.params > 1e6 and found.gflops > 0.01
 
 

@@ -14,7 +14,7 @@ from convnn.data.batches import Batches, random_crop
 from convnn.data.datasets import load_dataset
 from convnn.data.splits import Split
 from convnn.errors import ConfigError
-from convnn.train.trainer import run
+from convnn.train.run import run
 
 
 def config(**kwargs):

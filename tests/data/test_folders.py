@@ -20,7 +20,7 @@ from convnn.data.classes import class_order
 from convnn.data.datasets import load_dataset
 from convnn.data.splits import Split, stratified
 from convnn.errors import ConfigError
-from convnn.train.trainer import run
+from convnn.train.run import run
 
 
 @pytest.fixture

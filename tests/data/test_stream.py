@@ -29,10 +29,11 @@ from convnn.data.datasets import load_dataset
 from convnn.data.splits import FileSplit, Split
 from convnn.data.stream import ByteErasing, Stream, count_workers, file_transform, make_batches, seeded
 from convnn.errors import ConfigError
+from convnn.ops.settings import check_fields
 from convnn.runs.checkpoint import load_checkpoint
 from convnn.runs.metrics import read_metrics
-from convnn.train import trainer as engine
-from convnn.train.trainer import run
+from convnn.train import trainer
+from convnn.train.run import run
 
 TIMM = {
     "scale": [0.2, 1.0],
@@ -326,7 +327,7 @@ def test_a_resumed_stream_equals_an_uninterrupted_one(root, tmp_path, monkeypatc
         stop_after(patch, 2)
         assert run(streamed(root, f"run.dir={tmp_path}/parts"))["status"] == "interrupted"
     resumed = run(streamed(root, f"run.dir={tmp_path}/parts", "run.if_exists=resume", "data.workers=0"))
-    assert resumed["status"] == whole["status"] == "complete" and engine.Batches is Batches
+    assert resumed["status"] == whole["status"] == "complete" and trainer.Batches is Batches
     lines = [[without_times(r) for r in read_metrics(tmp_path / d / "metrics.jsonl")] for d in ("whole", "parts")]
     assert lines[0] == lines[1] and len(lines[0]) == 2
     states = [load_checkpoint(tmp_path / d / "checkpoints" / "last.pt")["model"] for d in ("whole", "parts")]
@@ -386,6 +387,7 @@ def test_bad_settings_are_named(change, message):
     good = {"name": "imagenet", "target": "convnn.data.load_imagefolder", "scale": [0.1, 1.0]}
     check_stream(DataConfig(**good))
     with pytest.raises(ConfigError) as error:
+        check_fields(DataConfig(**(good | change)), "data")
         check_stream(DataConfig(**(good | change)))
     assert message in str(error.value) and "\n" not in str(error.value)
 

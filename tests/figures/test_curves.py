@@ -10,7 +10,7 @@ import time
 import pytest
 from fake_runs import grid, write_run
 
-from convnn.figures.curves import draw_trends, read_trend
+from convnn.figures.curves import draw_curves, read_layer_measures
 from convnn.report.build import make_report
 
 pytest.importorskip("pandas")
@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 
 
 def test_a_trend_holds_what_the_metrics_say(tmp_path):
-    trend = read_trend(write_run(tmp_path / "r", {"operator.blend": 0.5}, layers=4))
+    trend = read_layer_measures(write_run(tmp_path / "r", {"operator.blend": 0.5}, layers=4))
     assert trend.epochs == [1, 2, 3] and trend.layers == [f"layer{i}.conv1" for i in (1, 2, 3, 4)]
     assert trend.last("overlap") == [1 - 0.5 * i / 4 for i in (1, 2, 3, 4)]
     assert trend.values["outside"]["layer2.conv1", 3] == 0.2  # padding and prefix together
@@ -31,7 +31,7 @@ def labels_of(figure):
 
 
 def test_what_says_nothing_gets_no_panel(tmp_path):
-    figures = draw_trends(write_run(tmp_path / "r", {"operator.blend": 0.5}, layers=4))
+    figures = draw_curves(write_run(tmp_path / "r", {"operator.blend": 0.5}, layers=4))
     assert list(figures) == ["diagnostics", "training"]
     shown = labels_of(figures["diagnostics"])
     assert "convolution window" in shown and "entropy" not in shown and "blend" not in shown
@@ -46,7 +46,7 @@ def test_what_says_nothing_gets_no_panel(tmp_path):
 def test_damaged_metrics_leave_what_can_be_drawn(text, tmp_path):
     folder = write_run(tmp_path / "r")
     (folder / "metrics.jsonl").write_text(text + "\n")
-    assert read_trend(folder).epochs == [] and "diagnostics" not in draw_trends(folder)
+    assert read_layer_measures(folder).epochs == [] and "diagnostics" not in draw_curves(folder)
 
 
 def test_a_report_shows_layers_and_the_spectrum(tmp_path):

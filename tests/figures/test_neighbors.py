@@ -11,16 +11,14 @@ import torch
 from helpers import tiny
 
 from convnn import ConvNN2d, ConvNNAttention
+from convnn.cli import visualize
 from convnn.errors import ConfigError
-from convnn.train.trainer import run
+from convnn.train.run import run
 
 pytest.importorskip("matplotlib")
+
 from convnn.figures.neighbors import draw_blends, draw_neighbors, draw_weights, query_at
-from convnn.train.pictures import image_file, test_image
-
-test_image.__test__ = False
-
-import visualize  # noqa: E402
+from convnn.train.pictures import read_image
 
 
 def cells(axes):
@@ -87,11 +85,11 @@ def names(folder):
 
 @pytest.mark.slow
 def test_the_script_draws_everything_of_a_run(runs, capsys):
-    visualize.main([f"run={runs}/conv", "index=3", "queries=2,3;7,7", "layers=layer4.0.conv2.neighbors"])
+    visualize.visualize([f"run={runs}/conv", "index=3", "queries=2,3;7,7", "layers=layer4.0.conv2.neighbors"])
     every = [f"{name}.{kind}" for name in ("blends", "diagnostics", "neighbors", "training") for kind in ("png", "svg")]
     assert names(runs / "conv" / "pictures") == sorted(every)
     assert len(capsys.readouterr().out.splitlines()) == 4
-    visualize.main([f"run={runs}/vit", f"out={runs}/elsewhere", "head=1"])
+    visualize.visualize([f"run={runs}/vit", f"out={runs}/elsewhere", "head=1"])
     assert {"weights.png", "weights.svg", "neighbors.png"} <= set(names(runs / "elsewhere"))
     assert (runs / "elsewhere" / "neighbors.svg").stat().st_size < 500_000
 
@@ -102,11 +100,11 @@ def test_image_files_keep_their_proportions_where_the_model_can(runs):
 
     Image.new("RGB", (90, 40), (200, 10, 10)).save(runs / "wide.png")
     config = tiny().data
-    assert image_file(runs / "wide.png", 3, config, 8, square=False).x.shape == (1, 3, 8, 16)
-    grey = image_file(runs / "wide.png", 1, config, 8, square=True)
+    assert read_image(runs / "wide.png", 3, config, 8, square=False).x.shape == (1, 3, 8, 16)
+    grey = read_image(runs / "wide.png", 1, config, 8, square=True)
     assert grey.x.shape == (1, 1, 8, 8) and grey.picture.min() > 0
     for name in ("conv", "vit"):  # a ViT takes its own size only
-        visualize.main([f"run={runs}/{name}", f"image={runs}/wide.png", f"out={runs}/wide-{name}"])
+        visualize.visualize([f"run={runs}/{name}", f"image={runs}/wide.png", f"out={runs}/wide-{name}"])
         assert (runs / f"wide-{name}" / "neighbors.png").stat().st_size > 5_000
 
 
@@ -128,21 +126,21 @@ AFTER_LOADING = [
 @pytest.mark.parametrize("argument, message", BEFORE_LOADING)
 def test_mistakes_are_named_early(argument, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        visualize.main([word for word in (f"run={tmp_path}/no-run", argument) if word])
+        visualize.visualize([word for word in (f"run={tmp_path}/no-run", argument) if word])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("argument, message", AFTER_LOADING)
 def test_mistakes_are_named(argument, message, runs):
     with pytest.raises(ConfigError, match=message):
-        visualize.main([f"run={runs}/conv", argument, f"out={runs}/nothing"])
+        visualize.visualize([f"run={runs}/conv", argument, f"out={runs}/nothing"])
     assert not (runs / "nothing").exists()
 
 
 @pytest.mark.slow
 def test_a_run_without_neighbours_says_so(runs):
     with pytest.raises(ConfigError, match="no layer that chooses neighbours"):
-        visualize.main([f"run={runs}/plain"])
+        visualize.visualize([f"run={runs}/plain"])
 
 
 @pytest.mark.slow
@@ -227,4 +225,4 @@ def test_an_image_file_that_pillow_refuses_is_named(tmp_path, monkeypatch):
     Image.new("RGB", (40, 40)).save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ConfigError, match=r"large\.png cannot be read as an image"):
-        image_file(tmp_path / "large.png", 3, tiny().data, 8, square=True)
+        read_image(tmp_path / "large.png", 3, tiny().data, 8, square=True)

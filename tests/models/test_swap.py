@@ -7,7 +7,8 @@ from torch import nn
 
 from convnn import ConfigError, ConvNN2d, ConvNNAttention, OperatorConfig, SwapRule, swap_layers
 from convnn.config.schema import SwapConfig
-from convnn.models.swap import find_sites, neighbor_layers, site_stages
+from convnn.models.sites import find_sites, site_stages
+from convnn.models.swap import neighbor_layers
 
 ATTENTION = {
     "name": "a",

@@ -1,6 +1,7 @@
 """Weights across the spectrum and back: layers, whole timm models, and export to plain timm weights."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import timm
@@ -74,8 +75,7 @@ def test_hybrid_folds_into_one_convolution(ratio):
 def test_temperature_folds_into_the_queries():
     torch.manual_seed(0)
     attention = Attention(12, 3, qkv_bias=True).double()
-    config = copy.copy(ATTENTION)
-    config.temperature = 2.5
+    config = replace(ATTENTION, temperature=2.5)
     from convnn import ConvNNAttention
 
     layer = ConvNNAttention.from_layer(attention, config, "transfer", Site("a", 1, (3, 3)))

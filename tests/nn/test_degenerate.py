@@ -1,6 +1,7 @@
 """Corners: tokens that are all alike, empty batches, half precision, layers that must refuse or agree."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import timm
@@ -70,8 +71,8 @@ def test_where_all_features_are_alike_position_decides():
     for value, similarity in itertools.product((1.0, 0.1, 1e-4), ("cosine", "euclidean", "dot")):
         x = torch.full((1, 1, 25, 6), value)
         queries = geometry.query_index()
-        args = (x[:, :, queries], x, geometry, Selection(similarity))
-        at_half, at_zero = (select_neighbors(*args, num=9, blend=b, training=False).index for b in (0.5, 0.0))
+        args = (x[:, :, queries], x, geometry, Selection(similarity=similarity))
+        at_half, at_zero = (select_neighbors(*args, blend=b).index for b in (0.5, 0.0))
         assert torch.equal(at_half, at_zero), (value, similarity)
 
 
@@ -129,7 +130,7 @@ def test_raster_slots_put_missing_neighbours_last():
     geometry = Geometry(4, 4)
     x = torch.randn(1, 1, 16, 3)
     selection = Selection(candidates="window", num_candidates=1, slots="raster", self_first=False)
-    found = select_neighbors(x, x, geometry, selection, num=9, blend=1.0, training=False)
+    found = select_neighbors(x, x, geometry, selection)
     counts = found.valid.sum(-1)
     assert counts.min() == 4 and counts.max() == 9
     assert torch.equal(found.valid, torch.arange(9) < counts[..., None])  # all that are valid come first
@@ -243,9 +244,9 @@ def test_bad_options_of_peers_name_the_key(operator, options):
     net = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)) if operator == "acmix" else timm.create_model(
         "vit_tiny_patch16_224", img_size=32, depth=1, num_classes=2
     )  # fmt: skip
-    preset.operator.options = options
+    operator_config = replace(preset.operator, options=options)
     with pytest.raises(ConfigError, match=rf"operator.options.{next(iter(options))}"):
-        swap_layers(net, {}, preset.operator)
+        swap_layers(net, {}, operator_config)
 
 
 def test_peers_keep_what_the_layer_has_or_refuse():

@@ -178,3 +178,36 @@ def test_repr_states_the_configuration():
 def test_attention_without_positions_takes_any_sequence_length():
     module = ConvNNAttention(8, 2, 4)
     assert module(torch.randn(1, 13, 8)).shape == (1, 13, 8)
+
+
+@pytest.mark.parametrize("learned", ["no", "layer"])
+def test_blend_k_and_temperature_travel_with_the_state(learned):
+    torch.manual_seed(0)
+    a, b = (ConvNN2d(3, 4, 9, learn_blend=learned, weighting="softmax", aggregation="conv") for _ in range(2))
+    a.set_spectrum(k=5, temperature=0.3, **({} if learned == "layer" else {"blend": 0.35}))
+    b.load_state_dict(a.state_dict())
+    x = torch.randn(2, 3, 5, 6)
+    assert torch.equal(a(x), b(x)) and a.spectrum() == b.spectrum()
+    older = {name: value for name, value in a.state_dict().items() if "extra" not in name}
+    b.set_spectrum(k=7)
+    b.load_state_dict(older)  # as before there was an extra state: nothing moves
+    assert b.k == 7
+
+
+def test_an_average_of_weights_leaves_the_spectrum_alone():
+    from timm.utils import ModelEmaV3
+
+    layer = nn.Sequential(ConvNN2d(3, 4, 9, blend=0.4))
+    average = ModelEmaV3(layer, decay=0.5)
+    layer[0].set_spectrum(blend=0.8)
+    average.update(layer)
+    assert average.module[0].blend == 0.4  # of its own, until it is told
+    average.module.load_state_dict(average.module.state_dict() | {"0._extra_state": layer[0].get_extra_state()})
+    assert average.module[0].blend == 0.8
+
+
+def test_a_state_is_loaded_without_pickle(tmp_path):
+    layer, other = ConvNNAttention(8, 2, 4, blend=0.25), ConvNNAttention(8, 2, 4)
+    torch.save(layer.state_dict(), tmp_path / "state.pt")
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert other.blend == 0.25

@@ -1,6 +1,7 @@
 """Properties that no reference shows, over generated sizes and settings; and equalities by composition."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def overlap(index, geometry):
 
 def neighbors(x, geometry, selection, num, blend):
     queries = geometry.query_index()
-    return select_neighbors(x[:, :, queries], x, geometry, selection, num=num, blend=blend, training=False).index
+    return select_neighbors(x[:, :, queries], x, geometry, replace(selection, k=num), blend=blend).index
 
 
 @few
@@ -63,7 +64,7 @@ def test_overlap_with_the_window_falls_as_blend_rises(height, width, similarity,
     torch.manual_seed(seed)
     geometry = Geometry(height, width, (3, 3), padding=(1, 1))
     x = torch.randn(1, 1, geometry.num_tokens, 6)
-    selection = Selection(similarity, mix)
+    selection = Selection(similarity=similarity, mix=mix)
     blends = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
     values = [overlap(neighbors(x, geometry, selection, 9, b), geometry) for b in blends]
     assert values[0] == 1.0
@@ -83,7 +84,7 @@ def test_all_tokens_with_softmax_do_not_depend_on_blend_or_order(height, width, 
     outputs = []
     for blend, slots in ((0.0, "rank"), (0.3, "rank"), (1.0, "rank"), (1.0, "raster")):
         layer.set_spectrum(blend=blend)
-        layer.selection = Selection("dot", self_first=False, slots=slots)
+        layer.selection = replace(layer.selection, slots=slots)
         outputs.append(layer(x))
     assert all((y - outputs[0]).abs().max() < 1e-12 for y in outputs)
 
@@ -104,9 +105,9 @@ def test_the_query_itself_is_first_where_promised_and_nobody_comes_twice(
     torch.manual_seed(seed)
     geometry = Geometry(height, width, (3, 3), padding=(1, 1))
     x = torch.randn(2, 1, geometry.num_tokens, 4)
-    selection = Selection(similarity, candidates=kind, num_candidates=9 if kind == "random" else 3)
+    selection = Selection(k=k, similarity=similarity, candidates=kind, num_candidates=9 if kind == "random" else 3)
     queries = geometry.query_index()
-    found = select_neighbors(x[:, :, queries], x, geometry, selection, num=k, blend=blend, training=False)
+    found = select_neighbors(x[:, :, queries], x, geometry, selection, blend=blend)
     assert (found.index[..., 0] == queries).all()
     index = found.index.clone()
     if found.valid is not None:  # the others do not count: give each a number of its own

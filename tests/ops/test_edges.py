@@ -158,7 +158,7 @@ def test_no_block_of_neighbours_is_held(monkeypatch):
             return out
 
     monkeypatch.setattr(edges, "BLOCK", 1 << 12)
-    monkeypatch.setattr("convnn.ops.selection.CHUNK_SCORES", {"cpu": 1 << 12})
+    monkeypatch.setattr("convnn.ops.scores.CHUNK_SCORES", {"cpu": 1 << 12})
     tokens, width, k = 400, 32, 16
     for layer, x in (
         (ConvNN2d(width, width, k, padding=0), torch.randn(1, width, 20, 20)),

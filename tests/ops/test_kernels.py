@@ -17,7 +17,7 @@ from convnn.config.compose import compose_config
 from convnn.config.identity import fingerprint
 from convnn.ops.triton import dispatch as backend
 from convnn.ops.triton.dispatch import Faster
-from convnn.train.trainer import run
+from convnn.train.run import run
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = torch.cuda.is_available()

@@ -1,6 +1,7 @@
 """Guard rails of numerics: each operator's error in float32 and bfloat16, and losses of fixed short runs."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from convnn.config.compose import compose_config, config_groups
 from convnn.config.schema import SwapRule
 from convnn.models.swap import swap_layers
 from convnn.runs.folder import open_run_folder
+from convnn.train.run import run_trainer
 from convnn.train.trainer import Trainer
 
 PRESETS = {o: compose_config([f"operator={o}"]).operator for o in config_groups()["operator"]}
@@ -35,8 +37,9 @@ def layer_and_input(preset):
     import timm
 
     vit = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=3)
-    operator.num_candidates = min(operator.num_candidates, 2)  # so that windows and strides leave tokens out
-    operator.k_policy = "clamp" if operator.slots == "rank" else operator.k_policy
+    policy = "clamp" if operator.slots == "rank" else operator.k_policy
+    # Two candidates, so that windows and strides leave tokens out.
+    operator = replace(operator, num_candidates=min(operator.num_candidates, 2), k_policy=policy)
     swap_layers(vit, SwapRule(), operator)
     return randomised(vit.blocks[0].attn), torch.randn(4, 17, 24, dtype=torch.float64)
 
@@ -122,14 +125,14 @@ def losses_of(overrides, folder):
     )
     folder = open_run_folder(config)
     trainer, losses = Trainer(config, folder), []
-    may_step = trainer.guard.may_step
+    may_step = trainer.divergence.may_step
 
-    def note(loss, step):
+    def note(loss, state):
         losses.append(loss.item())
-        return may_step(loss, step)
+        return may_step(loss, state)
 
-    trainer.guard.may_step = note
-    trainer.run(lambda: None)
+    trainer.divergence.may_step = note
+    run_trainer(trainer, lambda: None)
     folder.close()
     return losses
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convnn import ConvNN2d, ConvNNAttention
-from convnn.ops import selection
+from convnn.ops import scores
 from convnn.ops.candidates import candidate_tokens
 from convnn.ops.geometry import Geometry, window_order
 from convnn.ops.selection import select_neighbors
@@ -32,9 +32,7 @@ def test_nearest_tokens_are_the_window_in_one_order_everywhere(m, size):
     geometry = Geometry(*size, kernel=(m, m), padding=(p, p))
     x = torch.zeros(1, 1, geometry.num_tokens, 1)
     queries = geometry.query_index()
-    index = select_neighbors(x[:, :, queries], x, geometry, Selection(), num=m * m, blend=0.0, training=False).index[
-        0, 0
-    ]
+    index = select_neighbors(x[:, :, queries], x, geometry, Selection(k=m * m), blend=0.0).index[0, 0]
     rows, cols = geometry.coordinates(index)
     qr, qc = geometry.coordinates(queries)
     offsets = torch.stack([rows - qr[:, None], cols - qc[:, None]], -1)
@@ -100,7 +98,7 @@ def test_chunks_change_nothing(blend, monkeypatch):
     inputs = [torch.randn(3, 3, 6, 7).double(), torch.randn(3, 16, 8).double()]
     whole = [m(x) for m, x in zip(modules, inputs, strict=True)]
     for limit in (1, 100, 700):
-        monkeypatch.setitem(selection.CHUNK_SCORES, "cpu", limit)
+        monkeypatch.setitem(scores.CHUNK_SCORES, "cpu", limit)
         for m, x, y in zip(modules, inputs, whole, strict=True):
             assert (m(x) - y).abs().max() < 1e-12
 
@@ -113,7 +111,7 @@ def test_missing_neighbours_leave_no_slot_without_a_token():
     x = torch.randn(1, 1, geometry.num_tokens, 2)
     queries = geometry.query_index()
     for _ in range(5):
-        found = select_neighbors(x[:, :, queries], x, geometry, layer.selection, num=25, blend=0.5, training=False)
+        found = select_neighbors(x[:, :, queries], x, geometry, layer.selection, blend=0.5)
         assert found.index.min() >= 0 and found.index.max() < geometry.num_tokens
         assert (~found.valid).any() and (found.valid.sum(-1) >= 9).all()
 
@@ -123,9 +121,9 @@ def test_self_is_first_where_promised():
     x = torch.randn(2, 1, geometry.num_tokens, 4)
     queries = geometry.query_index()
     for kind in ("all", "random", "grid"):
-        sel = Selection("dot", candidates=kind, num_candidates=6)
+        sel = Selection(k=4, similarity="dot", candidates=kind, num_candidates=6)
         for blend in (0.0, 0.5, 1.0):
-            index = select_neighbors(x[:, :, queries], x, geometry, sel, num=4, blend=blend, training=False).index
+            index = select_neighbors(x[:, :, queries], x, geometry, sel, blend=blend).index
             assert (index[..., 0] == queries).all()
             assert (index.sort(-1).values.diff(dim=-1) > 0).all(), "a neighbour was taken twice"
 
@@ -153,7 +151,7 @@ def test_overlap_with_the_window_falls_as_blend_rises():
     queries = geometry.query_index()
 
     def overlap(blend):
-        index = select_neighbors(x[:, :, queries], x, geometry, Selection(), num=9, blend=blend, training=False).index
+        index = select_neighbors(x[:, :, queries], x, geometry, Selection(), blend=blend).index
         rows, cols = geometry.coordinates(index[0, 0])
         qr, qc = geometry.coordinates(queries)
         return ((rows - qr[:, None]).abs().maximum((cols - qc[:, None]).abs()) <= 1).float().mean().item()
@@ -167,7 +165,7 @@ def test_window_slots_change_one_slot_per_newcomer():
     geometry = Geometry(5, 5, kernel=(3, 3), padding=(1, 1))
     queries = torch.tensor([24])  # centre of the padded 7 x 7 map
     window = [24, 16, 17, 18, 23, 25, 30, 31, 32]
-    from convnn.ops.selection import window_slots
+    from convnn.ops.slots import window_slots
 
     for leaver in window[1:]:
         neighbours = torch.tensor([[[[j for j in window if j != leaver] + [0]]]])
@@ -184,7 +182,7 @@ def test_float32_keeps_the_order_and_lower_precision_does_not():
 
     def chosen(x, autocast=False):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return select_neighbors(x, x, geometry, selection, num=9, blend=1.0, training=False).index
+            return select_neighbors(x, x, geometry, selection).index
 
     unit = torch.nn.functional.normalize(tokens, dim=-1)
     exact = (unit @ unit.mT).sort(dim=-1, descending=True, stable=True)
@@ -197,3 +195,44 @@ def test_float32_keeps_the_order_and_lower_precision_does_not():
     rounded = unit.bfloat16()
     low = (rounded @ rounded.mT).float().sort(dim=-1, descending=True, stable=True).indices[..., :9][clear]
     assert (low != want).any(-1).float().mean() > 0.1  # of the queries have other neighbours, or another order
+
+
+@pytest.mark.parametrize("kind, count", [("grid", 2), ("random", 4)])
+@pytest.mark.parametrize("blend", [0.5, 1.0])
+def test_clamp_keeps_the_query_besides_all_candidates(kind, count, blend):
+    torch.manual_seed(0)
+    geometry, x = Geometry(4, 4), torch.randn(2, 1, 16, 3)
+    selection = Selection(k=30, k_policy="clamp", candidates=kind, num_candidates=count)
+    found = select_neighbors(x, x, geometry, selection, blend=blend)
+    candidates = set(found.candidates.tolist())
+    for image in range(2):
+        for query in range(16):
+            index, valid = found.index[image, 0, query], found.valid[image, 0, query]
+            chosen = index[valid].tolist()
+            assert chosen[0] == query and len(set(chosen)) == len(chosen)
+            assert set(chosen) == candidates | {query}
+
+
+def test_clamp_with_queries_on_a_wide_ring():
+    torch.manual_seed(0)
+    geometry = Geometry(3, 3, kernel=(1, 1), padding=(1, 1))
+    x = torch.randn(1, 1, 25, 3)
+    selection = Selection(k=30, k_policy="clamp", pad_candidates=False)
+    found = select_neighbors(x[:, :, geometry.query_index()], x, geometry, selection)
+    inner = set(geometry.inner_tokens().tolist())
+    for query in range(25):
+        chosen = found.index[0, 0, query][found.valid[0, 0, query]].tolist()
+        assert chosen[0] == query and set(chosen) == inner | {query} and len(set(chosen)) == len(chosen)
+
+
+def test_clamp_of_layers_is_the_softmax_over_candidates_and_query():
+    torch.manual_seed(0)
+    layer = ConvNNAttention(
+        6, 2, 30, candidates="grid", num_candidates=2, self_first=True, k_policy="clamp", aggregation="sum"
+    ).double()
+    x = torch.randn(2, 16, 6, dtype=torch.float64)
+    q, k, v = layer.qkv(x).view(2, 16, 3, 2, 3).permute(2, 0, 3, 1, 4)
+    allowed = torch.eye(16, dtype=torch.bool)
+    allowed[:, [0, 3, 12, 15]] = True
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, allowed)
+    torch.testing.assert_close(layer(x), layer.proj(y.transpose(1, 2).reshape(2, 16, 6)), rtol=1e-10, atol=1e-10)

@@ -9,7 +9,7 @@ import pytest
 from sweeps import ROOT
 
 from convnn.errors import ConfigError
-from convnn.paper.compare import Comparison, Score, check_seeds, compare, select_rows, sweep_of
+from convnn.paper.compare import Comparison, Score, compare, parse_seeds, select_rows, sweep_of
 from convnn.paper.published import load_table
 
 TABLE = load_table("vgg11_branching")
@@ -98,7 +98,7 @@ def test_bad_commands_end_with_one_line(overrides, message, driver, tmp_path):
 
 def test_seeds():
     assert (
-        check_seeds("3,4", False) == [3, 4] and check_seeds(None, True) == [0, 1, 2] and check_seeds(None, False) == []
+        parse_seeds("3,4", False) == [3, 4] and parse_seeds(None, True) == [0, 1, 2] and parse_seeds(None, False) == []
     )
     with pytest.raises(ConfigError):
-        check_seeds("1,,2", False)
+        parse_seeds("1,,2", False)

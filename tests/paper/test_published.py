@@ -16,7 +16,7 @@ from convnn.config.composer import Composer
 from convnn.errors import ConfigError
 from convnn.nn.hybrid import HybridConvNN2d
 from convnn.ops.aggregation import in_blocks
-from convnn.paper.counts import count, facts, parameters
+from convnn.paper.counts import count_both_ways, model_cost, parameters
 from convnn.paper.published import PaperRow, load_table, read_rows, table_names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,7 +135,7 @@ def test_all_operations_are_the_published_ones(name):
 def check_operations(name, part):
     table = load_table(name)
     for row in table.rows[part]:
-        found = facts(compose(table.overrides(row)))
+        found = model_cost(compose(table.overrides(row)))
         assert found.gflops > 0.2
         if row.gflops is not None:
             assert digits_equal(found.gflops_profiler, row.gflops), (row.row, found.gflops_profiler, row.gflops)
@@ -201,8 +201,8 @@ LAYERS = {  # layer, does it work on tokens, operations of one 8x8 image worked 
 def test_honest_count_of_small_models(case):
     build, tokens, operations = LAYERS[case]
     model, image = Net(build(), tokens), torch.randn(1, 3, 8, 8)
-    assert count(model, image)[0] == AROUND + operations
-    assert count(model.to("meta"), image.to("meta"))[0] == AROUND + operations
+    assert count_both_ways(model, image)[0] == AROUND + operations
+    assert count_both_ways(model.to("meta"), image.to("meta"))[0] == AROUND + operations
 
 
 @pytest.mark.parametrize("case", LAYERS)
@@ -212,29 +212,29 @@ def test_honest_count_is_at_least_what_runs(case):
     with torch.no_grad(), in_blocks(), FlopCounterMode(display=False) as counter:
         model(image)
     missed = {"depthwise": 2, "kvt": 2, "convnn attention": 3}.get(case, 0) * 64 * 9 * 8
-    assert count(model, image)[0] == counter.get_total_flops() + missed
+    assert count_both_ways(model, image)[0] == counter.get_total_flops() + missed
 
 
 def test_profiler_count_leaves_out_what_the_authors_missed():
     image = torch.randn(1, 3, 8, 8)
     neighbors, conv = ConvNN2d(8, 4, 9), nn.Conv2d(8, 4, 3, padding=1)
     hybrid = Net(HybridConvNN2d(neighbors, conv), tokens=False)
-    assert count(hybrid, image)[1] == AROUND + 2 * 100 * 100 * 8 + 2 * 64 * 64
-    assert count(Net(ConvNN2d(8, 8, 9, candidates="random", num_candidates=20), False), image)[1] == (
+    assert count_both_ways(hybrid, image)[1] == AROUND + 2 * 100 * 100 * 8 + 2 * 64 * 64
+    assert count_both_ways(Net(ConvNN2d(8, 8, 9, candidates="random", num_candidates=20), False), image)[1] == (
         AROUND + 2 * 100 * 20 * 8
     )
     attention = Net(ConvNNAttention(8, 1, 9), tokens=True)
-    assert count(attention, image)[1] == AROUND + 8 * 64 * 64 + 2 * 64 * 64 * 8 + 64 * 9 * 8
+    assert count_both_ways(attention, image)[1] == AROUND + 8 * 64 * 64 + 2 * 64 * 64 * 8 + 64 * 9 * 8
 
 
 def test_profiler_count_is_none_where_the_rule_is_not_known():
     image = torch.randn(1, 3, 8, 8)
     for layer in (ConvNN2d(8, 8, 9, similarity="euclidean"), ConvNN2d(8, 8, 9, blend=0.5)):
-        assert count(Net(layer, False), image)[1] is None
+        assert count_both_ways(Net(layer, False), image)[1] is None
     for layer in (ConvNNAttention(8, 2, 9, aggregation="sum"), ConvNNAttention(8, 2, 9, similarity="cosine")):
-        assert count(Net(layer, True), image)[1] is None
+        assert count_both_ways(Net(layer, True), image)[1] is None
 
 
 def test_a_model_that_cannot_run_is_refused():
     with pytest.raises(ConfigError, match="exceeds"):
-        count(Net(ConvNN2d(8, 8, 200), tokens=False), torch.randn(1, 3, 8, 8))
+        count_both_ways(Net(ConvNN2d(8, 8, 200), tokens=False), torch.randn(1, 3, 8, 8))

@@ -1,23 +1,23 @@
 """Bad inputs of the users' list that lie on a disk: checkpoints, run folders, full disks; see test_bad_inputs.py."""
 
-import contextlib
 import errno
 import os
 import pickle
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import TINY, tiny
 from programs import assert_refused
+from training import stop_after
 
 from convnn.errors import EXIT_FAILED
 from convnn.runs import checkpoint
 from convnn.runs import folder as rundir
 from convnn.runs.folder import open_run_folder
+from convnn.train.run import run
 
 SMALL = [*TINY, "swap.last=1", "train.epochs=1"]
 
@@ -30,18 +30,10 @@ class Hostile:
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
     """The folder of a run that a signal ended after its first epoch."""
-    from convnn.train import trainer as engine
-
     folder = tmp_path_factory.mktemp("begun") / "r"
-    calls = iter(range(100))
-
-    @contextlib.contextmanager
-    def stop():
-        yield lambda: signal.SIGTERM if next(calls) >= 6 else None
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "stop_on_signal", stop)
-        assert engine.run(tiny("swap.last=1", "train.epochs=4", f"run.dir={folder}"))["epochs"] >= 1
+        stop_after(patch, 6)
+        assert run(tiny("swap.last=1", "train.epochs=4", f"run.dir={folder}"))["epochs"] >= 1
     return folder
 
 

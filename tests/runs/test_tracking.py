@@ -11,7 +11,7 @@ from convnn.config.schema import TrackerConfig
 from convnn.report.plots import _history
 from convnn.runs.metrics import read_metrics
 from convnn.runs.tracking import Tracker
-from convnn.train.trainer import run
+from convnn.train.run import run
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ are compiled.
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from convnn.ops.candidates import candidate_tokens
 from convnn.ops.functional import neighbor_aggregate
 from convnn.ops.geometry import Geometry
 from convnn.ops.selection import select_neighbors
-from convnn.ops.settings import Selection
+from convnn.ops.settings import Mixing, Selection
 from convnn.ops.triton import dispatch as backend
 from convnn.ops.triton import launch
 
@@ -105,21 +106,20 @@ def test_selection(case):
     if options.get("self_first", True):
         q = k[:, :, geometry.query_index()]
     share = torch.tensor(blend, device=DEVICE) if isinstance(blend, list) else blend
-    selection = Selection(**({"num_candidates": 20} | options))
-    found = select_neighbors(q, k, geometry, selection, num=num, blend=share, training=False, backend="triton")
+    selection = Selection(k=num, **({"num_candidates": 20} | options))
+    found = select_neighbors(q, k, geometry, selection, blend=share, backend="triton")
     assert torch.equal(found.index.cpu(), picked(q.cpu().double(), k.cpu().double(), geometry, selection, num, blend))
     if blend != 1 and selection.mix == "sum":
-        plain = select_neighbors(q, k, geometry, selection, num=num, blend=share, training=False, backend="torch")
+        plain = select_neighbors(q, k, geometry, selection, blend=share, backend="torch")
         for ours, theirs in ((found.low, plain.low), (found.high, plain.high)):
             assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_alike_candidates_are_chosen_by_position():
     x = torch.ones(1, 1, MAP.num_tokens, 3, device=DEVICE)
-    arguments = (x[:, :, MAP.query_index()], x, MAP, Selection())
+    arguments = (x[:, :, MAP.query_index()], x, MAP, Selection(k=5))
     blended, placed = (
-        select_neighbors(*arguments, num=5, blend=blend, training=False, backend="triton").index[..., 2:, :]
-        for blend in (0.5, 0.0)
+        select_neighbors(*arguments, blend=blend, backend="triton").index[..., 2:, :] for blend in (0.5, 0.0)
     )
     assert torch.equal(blended, placed.expand_as(blended))
 
@@ -127,9 +127,7 @@ def test_alike_candidates_are_chosen_by_position():
 def test_zeros_are_no_neighbours_of_anyone_in_particular():
     q, k = torch.zeros(1, 1, 12, 3, device=DEVICE), torch.randn(1, 1, 12, 3, device=DEVICE)
     geometry = Geometry(3, 4)
-    index = select_neighbors(
-        q, k, geometry, Selection(self_first=False), num=4, blend=1.0, training=False, backend="triton"
-    )
+    index = select_neighbors(q, k, geometry, Selection(k=4, self_first=False), backend="triton")
     assert (index.index == torch.arange(4, device=DEVICE)).all()
 
 
@@ -202,7 +200,8 @@ def test_the_operator_gives_the_same_with_kernels(aggregation, monkeypatch):
     geometry, queries = PADDED, PADDED.query_index()
     x = torch.randn(1, 2, geometry.num_tokens, 4).to(DEVICE)
     weight = {"depthwise": torch.randn(4, 5), "conv": torch.randn(4, 1, 5)}.get(aggregation)
-    selection = Selection(similarity="dot", candidates="window" if aggregation == "sum" else "all", num_candidates=1)
+    kind = "window" if aggregation == "sum" else "all"
+    selection = Selection(k=5, similarity="dot", candidates=kind, num_candidates=1)
     blend, calls, results = 0.0 if aggregation == "sum" else 1.0, [], []
     attend = launch.attend_to_neighbors
     monkeypatch.setattr(launch, "attend_to_neighbors", lambda *a, **kw: calls.append(1) or attend(*a, **kw))
@@ -210,8 +209,9 @@ def test_the_operator_gives_the_same_with_kernels(aggregation, monkeypatch):
         leaf = x.to(dtype, copy=True).requires_grad_()
         own = None if weight is None else weight.to(DEVICE, dtype)
         y = neighbor_aggregate(
-            leaf[:, :, queries], leaf, leaf * 2, geometry, selection, num=5, blend=blend, weighting="softmax",
-            temperature=0.5, aggregation=aggregation, weight=own, groups=4, backend=name,
+            leaf[:, :, queries], leaf, leaf * 2, geometry, selection,
+            Mixing(weighting="softmax", temperature=0.5, aggregation=aggregation, backend=name),
+            blend=blend, weight=own, groups=4,
         )  # fmt: skip
         y.square().sum().backward()
         results.append((y.detach(), leaf.grad))
@@ -235,22 +235,20 @@ def test_a_layer_gives_the_same_with_kernels():
 
 def test_what_is_not_served_is_refused():
     x, geometry = torch.randn(1, 1, 12, 4, device=DEVICE), Geometry(3, 4)
-    softmax = {"weighting": "softmax", "num": 3}
+    softmax = Mixing(weighting="softmax", aggregation="sum", backend="triton")
+    dot = Selection(k=3, similarity="dot")
 
-    def aggregate(x, selection=None, **options):
-        selection = selection or Selection("dot")
-        return neighbor_aggregate(x, x, x, geometry, selection, backend="triton", **(softmax | options))
+    def aggregate(x, selection=dot, mixing=softmax, **options):
+        return neighbor_aggregate(x, x, x, geometry, selection, mixing, **options)
 
     refused = {
         "float64 is not served": lambda: aggregate(x.double()),
-        "candidates=window is not served": lambda: aggregate(x, Selection("dot", candidates="window")),
-        "euclidean with": lambda: aggregate(x, Selection("euclidean")),
+        "candidates=window is not served": lambda: aggregate(x, replace(dot, candidates="window")),
+        "euclidean with": lambda: aggregate(x, replace(dot, similarity="euclidean")),
         "dropout": lambda: aggregate(x, dropout=0.1, training=True),
-        "straight_through": lambda: aggregate(x, straight_through=True),
-        "k=65 exceeds 64": lambda: backend.selects("triton", x, x, Selection(), 65),
-        "more than 1024 channels": lambda: backend.attends(
-            "triton", x, x, x.repeat(1, 1, 1, 257), None, num=3, similarity="dot", dropout=0, straight_through=False
-        ),
+        "straight_through": lambda: aggregate(x, mixing=replace(softmax, straight_through=True)),
+        "k=65 exceeds 64": lambda: backend.selects("triton", x, x, Selection(k=65)),
+        "more than 1024 channels": lambda: backend.attends(x, x, x.repeat(1, 1, 1, 257), None, dot, softmax, num=3),
     }
     for message, call in refused.items():
         with pytest.raises(ConfigError, match=rf"operator\.backend=triton: .*{message}.*; or set operator\.backend"):

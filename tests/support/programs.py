@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from convnn.config.compose import CONF_DIR
+from convnn.config.folders import CONF_DIR, CONFIG_PATH
 from convnn.errors import EXIT_CONFIG
 
 ROOT = CONF_DIR.parent
@@ -25,6 +25,8 @@ def call(tmp_path, monkeypatch, capsys):
 
     def run(program, args):
         monkeypatch.setattr(sys, "argv", [program, *args])
+        monkeypatch.setattr(sys, "path", sys.path[:])  # programs add to it, and set the variable
+        monkeypatch.setenv(CONFIG_PATH, "")
         capsys.readouterr()
         code = 0
         try:

@@ -1,12 +1,13 @@
 """Runs that are stopped and resumed."""
 
 import contextlib
+import itertools
 import signal
 
 from helpers import without_times
 
 from convnn.runs.metrics import read_metrics
-from convnn.train import trainer as engine
+from convnn.train import run as running
 
 # All that could break a resume at once.
 HARD = [
@@ -32,14 +33,18 @@ HARD = [
 
 
 def stop_after(monkeypatch, calls, signum=signal.SIGTERM):
-    """Make the engine see a signal at the given call of ``stop()``."""
+    """Make a run see a signal at the given look at ``StopSignals.seen``, and at all later ones."""
 
-    @contextlib.contextmanager
-    def fake():
-        count = iter(range(10**9))
-        yield lambda: signum if next(count) >= calls else None
+    class Signals(contextlib.nullcontext):
+        def __init__(self, *_, **__):
+            super().__init__(self)
+            self.looks = itertools.count()
 
-    monkeypatch.setattr(engine, "stop_on_signal", fake)
+        @property
+        def seen(self):
+            return signum if next(self.looks) >= calls else None
+
+    monkeypatch.setattr(running, "StopSignals", Signals)
 
 
 def rows(folder):

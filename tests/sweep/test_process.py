@@ -1,4 +1,4 @@
-"""One point of a sweep: its process, state, signals, and the GPU that it leases."""
+"""One point of a sweep: its process, state, signals, and the GPU that it reserves."""
 
 import json
 import os
@@ -11,21 +11,20 @@ from sweeps import FAKE, point_of, wait_for
 from convnn.config.compose import CONF_DIR
 from convnn.runtime.files import lock
 from convnn.runtime.signals import StopSignals
-from convnn.sweep import gpus as lease
-from convnn.sweep import process as points
+from convnn.sweep import gpus, process
 from convnn.sweep.process import run_point
-from convnn.sweep.state import PointState, lock_file, point_state, status_file
+from convnn.sweep.state import PointState, lock_file, point_state, status_file, stop_file
 
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(points, "TRAIN", (str(FAKE),))
+    monkeypatch.setattr(process, "TRAIN", (str(FAKE),))
 
 
 def test_a_point_is_run_once_and_recorded(fake, tmp_path):
     point = point_of("seed=3")
     assert point_state(tmp_path, point) == PointState("todo")
-    assert run_point(tmp_path, point, more=("tracker.group=g",)) == "complete"
+    assert run_point(tmp_path, point, extra_overrides=("tracker.group=g",)) == "complete"
     assert point_state(tmp_path, point) == PointState("complete", None, 1, 53.0)
     assert run_point(tmp_path, point) == "complete"
     assert (tmp_path / point.folder / "calls").read_text() in ("None g\n", "0 g\n")
@@ -48,9 +47,9 @@ def test_another_configurations_result_does_not_count(fake, tmp_path):
 
 
 def test_a_deaf_process_is_killed_after_its_grace(fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(points, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(process, "GRACE_SECONDS", 1.0)
     point = point_of("data.name=deaf")
-    stop = points.stop_file(tmp_path, "t")
+    stop = stop_file(tmp_path, "t")
 
     def ask():
         wait_for("points/*/ready", tmp_path)
@@ -116,30 +115,30 @@ def test_signals_of_the_sweep_are_seen_once_and_restored():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-# ------------------------------------------------------------------------------------------- device leases
+# ------------------------------------------------------------------------------------------- GPUs
 
 
 def test_no_two_jobs_share_a_gpu_unasked(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5a")
-    monkeypatch.setattr(lease.tempfile, "gettempdir", lambda: str(tmp_path))
-    with lease.device_lease("auto", 1, lambda: False) as a, lease.device_lease("cuda", 1, lambda: False) as b:
+    monkeypatch.setattr(gpus.tempfile, "gettempdir", lambda: str(tmp_path))
+    with gpus.reserve_gpu("auto", 1, lambda: False) as a, gpus.reserve_gpu("cuda", 1, lambda: False) as b:
         assert [a, b] == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "GPU-5a"}]
         polls = iter([False, False, True])
-        with lease.device_lease("auto", 1, lambda: next(polls)) as c:
+        with gpus.reserve_gpu("auto", 1, lambda: next(polls)) as c:
             assert c is None  # waited in vain until it was asked to stop
-        with lease.device_lease("auto", 2, lambda: False) as d, lease.device_lease("cpu", 1, lambda: True) as e:
+        with gpus.reserve_gpu("auto", 2, lambda: False) as d, gpus.reserve_gpu("cpu", 1, lambda: True) as e:
             assert d == {"CUDA_VISIBLE_DEVICES": "3"} and e == {}
-    with lease.device_lease("cuda:1", 1, lambda: False) as f:
+    with gpus.reserve_gpu("cuda:1", 1, lambda: False) as f:
         assert f == {}
         assert lock(tmp_path / f"convnn-devices-{os.getuid()}" / "GPU-5a.0") is None
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with lease.device_lease("auto", 1, lambda: True) as g:
+    with gpus.reserve_gpu("auto", 1, lambda: True) as g:
         assert g == {}
 
 
-def test_the_run_sees_the_leased_gpu(fake, tmp_path, monkeypatch):
+def test_the_run_sees_the_reserved_gpu(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    monkeypatch.setattr(lease.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(gpus.tempfile, "gettempdir", lambda: str(tmp_path))
     point = point_of()
     assert run_point(tmp_path, point) == "complete"
     assert (tmp_path / point.folder / "calls").read_text().startswith("7 ")

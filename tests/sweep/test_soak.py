@@ -11,7 +11,8 @@ from helpers import tiny
 from sweeps import alive, stand_in_for_train
 
 from convnn.config.compose import CONF_DIR
-from convnn.train.trainer import Trainer, run
+from convnn.train.run import run
+from convnn.train.trainer import Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")]
 MIB = 2**20

@@ -12,7 +12,7 @@ from sweeps import ROOT, alive, statuses, sweep, wait_for
 
 from convnn.config.overrides import quoted
 from convnn.errors import ConfigError
-from convnn.sweep import gpus as lease
+from convnn.sweep import gpus
 from convnn.sweep.sweep import run_sweep
 
 SUBMITIT = pytest.param("submitit_local", marks=pytest.mark.slow)
@@ -235,7 +235,7 @@ def test_odd_folder_names(driver, tmp_path):
 def test_a_point_that_waits_for_its_gpu_is_waited_for(driver, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with lease.device_lease("auto", 1, lambda: False) as held:
+    with gpus.reserve_gpu("auto", 1, lambda: False) as held:
         assert held
         both = [sweep(driver, tmp_path, "seed=1", wait=False) for _ in range(2)]
         time.sleep(4)

@@ -15,8 +15,9 @@ from training import HARD, rows, stop_after
 from convnn.errors import ConfigError
 from convnn.runs.checkpoint import load_checkpoint
 from convnn.runs.folder import open_run_folder
-from convnn.train import trainer as engine
-from convnn.train.trainer import Trainer, run
+from convnn.train import trainer as training
+from convnn.train.run import run, run_trainer
+from convnn.train.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +54,8 @@ def at_call(monkeypatch, owner, name, number, signum):
     "signum, owner, name, number",
     [
         pytest.param(signal.SIGTERM, Trainer, "_train_step", 1, id="TERM-first-epoch"),
-        pytest.param(signal.SIGINT, engine, "save_checkpoint", 1, id="INT-checkpoint-write"),
-        pytest.param(signal.SIGUSR2, engine, "evaluate", 5, id="USR2-last-evaluation"),
+        pytest.param(signal.SIGINT, training, "save_checkpoint", 1, id="INT-checkpoint-write"),
+        pytest.param(signal.SIGUSR2, training, "evaluate", 5, id="USR2-last-evaluation"),
         pytest.param(signal.SIGTERM, Trainer, "_check_sizes", 0, id="TERM-while-building"),
     ],
 )
@@ -171,7 +172,7 @@ def spikes(monkeypatch, *steps):
     original = Trainer._train_step
 
     def step(self, images, labels):
-        return original(self, images * torch.inf if self.step in steps else images, labels)
+        return original(self, images * torch.inf if self.state.step in steps else images, labels)
 
     monkeypatch.setattr(Trainer, "_train_step", step)
 
@@ -215,7 +216,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_checkpoint(tmp_p
     folder = open_run_folder(config)
     trainer = Trainer(config, folder)
     trainer.criterion = SteepLoss()
-    result = trainer.run(lambda: None)
+    result = run_trainer(trainer, lambda: None)
     folder.close()
     assert result["status"] == "diverged"
     assert result["reason"].startswith("gradient is not finite at step 0 (epoch 1, lr 0.001); there is no checkpoint")

@@ -13,8 +13,10 @@ from convnn.data.batches import Batches
 from convnn.data.datasets import load_dataset
 from convnn.runs.checkpoint import load_checkpoint
 from convnn.runs.metrics import MEASURES, read_metrics
-from convnn.train.probe import Probe, compared, measure
-from convnn.train.trainer import run
+from convnn.train.evaluate import Meter
+from convnn.train.probe import Probe, neighbor_measures, neighbors_to_compare
+from convnn.train.run import run
+from convnn.train.state import RunState
 
 
 def by_loops(found, before=None):
@@ -81,30 +83,30 @@ def layers():
 def test_measures_are_what_loops_find(case):
     layer, x = list(layers())[case]
     found, other = layer.neighborhood(x), layer.neighborhood(x + 0.3 * torch.randn_like(x))
-    expected = by_loops(found, compared(other))
-    values = measure(found, compared(other))
+    expected = by_loops(found, neighbors_to_compare(other))
+    values = neighbor_measures(found, neighbors_to_compare(other))
     assert list(values) == list(MEASURES)
     for name, value in expected.items():
         assert values[name] == (value if value is None else pytest.approx(value, abs=1e-6)), name
-    assert values["agreement"] < 1 == measure(found, compared(found))["agreement"]
-    assert measure(found)["agreement"] is None
+    assert values["agreement"] < 1 == neighbor_measures(found, neighbors_to_compare(found))["agreement"]
+    assert neighbor_measures(found)["agreement"] is None
 
 
 def test_a_convolution_is_at_one_end_and_a_hub_at_the_other():
-    conv = measure(ConvNN2d(2, 2, 9, blend=0.0).neighborhood(torch.randn(1, 2, 8, 8)))
+    conv = neighbor_measures(ConvNN2d(2, 2, 9, blend=0.0).neighborhood(torch.randn(1, 2, 8, 8)))
     assert conv["overlap"] == 1 and conv["hub_share"] == 9 / 64 and conv["entropy"] is None
     x = torch.zeros(1, 1, 8, 8)
     x[..., 3, 3] = 1  # the only token that is like any other, so that all others tie to the first ones
-    hub = measure(ConvNN2d(1, 1, 2, padding=0, kernel_size=1).neighborhood(x))
+    hub = neighbor_measures(ConvNN2d(1, 1, 2, padding=0, kernel_size=1).neighborhood(x))
     assert hub["hub_share"] > 0.9 and hub["hub_skewness"] > 5 and hub["overlap"] < 0.6
 
 
 def test_a_smaller_k_is_compared_with_what_there_was():
     layer = ConvNN2d(2, 2, 9)
     x = torch.randn(1, 2, 6, 6)
-    before = compared(layer.neighborhood(x))
+    before = neighbors_to_compare(layer.neighborhood(x))
     layer.set_spectrum(k=4)
-    assert measure(layer.neighborhood(x), before)["agreement"] == 1
+    assert neighbor_measures(layer.neighborhood(x), before)["agreement"] == 1
 
 
 # What could betray a change: random candidates drawn at evaluation, dropout, averaged weights.
@@ -141,7 +143,8 @@ def test_a_model_without_neighbours_is_not_measured():
     config = tiny("diagnostics.images=100")
     probe = Probe(config.diagnostics, Batches(load_dataset(config.data).test, 4, config.data, 8))
     assert probe.images.shape == (16, 3, 8, 8)  # all there are
-    assert probe.measure(torch.nn.Conv2d(3, 3, 3)) == {}
+    state = RunState(Meter.new(torch.device("cpu")))
+    assert probe.measure(torch.nn.Conv2d(3, 3, 3), state) == state.neighbors == {}
 
 
 @pytest.mark.parametrize("key", ["images", "every"])

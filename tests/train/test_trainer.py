@@ -1,7 +1,6 @@
 """Training: exact resume, honest averages, divergence, run folders, and the function-preserving start."""
 
 import json
-import os
 import signal
 
 import pytest
@@ -12,14 +11,15 @@ from training import HARD, rows, stop_after
 from convnn.data.batches import Batches
 from convnn.data.datasets import load_dataset
 from convnn.data.splits import Split
-from convnn.errors import CheckpointError, ConfigError
 from convnn.models.build import build_model
-from convnn.runs.checkpoint import load_checkpoint, previous_of
+from convnn.models.schedule import apply_schedule
+from convnn.models.swap import neighbor_layers
+from convnn.runs.checkpoint import load_checkpoint
 from convnn.runs.folder import open_run_folder
-from convnn.train import trainer as engine
 from convnn.train.evaluate import evaluate
 from convnn.train.restore import evaluate_run
-from convnn.train.trainer import Trainer, run
+from convnn.train.run import run, run_trainer
+from convnn.train.trainer import Trainer
 
 LEARNED = ["schedule=constant", "operator.blend=0.4", "operator.learn_blend=layer"]
 
@@ -84,10 +84,10 @@ def test_transfer_starts_from_the_unswapped_models_logits(operator):
     dataset = load_dataset(config.data)
     (model, report, _), (reference, _, _) = build_model(config, dataset), build_model(plain, dataset)
     assert len(report) > 5
-    engine.apply_schedule(model, config.schedule, 0.0)
+    apply_schedule(model, config.schedule, 0.0)
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     model, reference = model.double().eval(), reference.double().eval()
-    for layer in engine.neighbor_layers(model).values():
+    for layer in neighbor_layers(model).values():
         layer.fast = False
         assert layer.blend == 0
     assert (model(x) - reference(x)).abs().max() < 1e-10
@@ -101,7 +101,7 @@ def test_attention_transfer_with_all_tokens_keeps_the_logits():
     assert len(report) == 2
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     model, reference = model.double().eval(), reference.double().eval()
-    for layer in engine.neighbor_layers(model).values():
+    for layer in neighbor_layers(model).values():
         layer.fast = False
     assert (model(x) - reference(x)).abs().max() < 1e-10
 
@@ -111,7 +111,7 @@ def test_blend_schedule_moves_every_layer_and_rebuilds_nothing(tmp_path):
     folder = open_run_folder(config)
     trainer = Trainer(config, folder)
     before = [id(m) for m in trainer.model.modules()], [id(p) for p in trainer.model.parameters()]
-    trainer.run(lambda: None)
+    run_trainer(trainer, lambda: None)
     folder.close()
     assert before == ([id(m) for m in trainer.model.modules()], [id(p) for p in trainer.model.parameters()])
     blends = [{layer["blend"] for layer in row["layers"]} for row in rows(tmp_path / "r")]
@@ -148,89 +148,6 @@ def test_reloaded_checkpoint_scores_the_same(checkpoint, tmp_path):
     assert scores["top1"] == result["top1_last" if checkpoint == "last" else "top1_best_on_test"]
     if checkpoint == "last":
         assert scores["loss"] == rows(tmp_path / "r")[-1]["test_loss"]
-
-
-def test_run_folder_contents(tmp_path):
-    result = run(tiny("data.val_fraction=0.2", "train.batch_size=16", f"run.dir={tmp_path}/r"))
-    names = {p.name for p in (tmp_path / "r").iterdir()}
-    expected = {"config.yaml", "env.json", "train.log", "metrics.jsonl", "swap.txt", "checkpoints", "result.json"}
-    assert expected <= names
-    keys = "status fingerprint top1_last top1_best_on_test top5_last epochs seconds params gflops images_per_second"
-    assert set(keys.split()) <= result.keys() and result["peak_memory_bytes"] > 0 and "torch" in result["versions"]
-    assert result["top1_best_on_test"] is None and result["top1_at_best_val"] is not None
-    env = json.loads((tmp_path / "r" / "env.json").read_text())
-    assert env["versions"]["timm"] and "git_commit" in env and env["cores"]
-    swap = (tmp_path / "r" / "swap.txt").read_text()
-    assert "layer1.0.conv1" in swap and "ConvNN2d k=9" in swap
-
-
-def test_if_exists(tmp_path):
-    where = f"run.dir={tmp_path}/r"
-    first = run(tiny(where))
-    with pytest.raises(ConfigError, match=r"already holds a run \(complete\); set run.if_exists=resume"):
-        run(tiny(where))
-    stamp = (tmp_path / "r" / "metrics.jsonl").stat().st_mtime_ns
-    for policy in ("skip", "resume"):
-        assert run(tiny(where, f"run.if_exists={policy}")) == first
-    assert (tmp_path / "r" / "metrics.jsonl").stat().st_mtime_ns == stamp
-    for policy in ("skip", "resume"):
-        with pytest.raises(ConfigError, match=r"another configuration \(train.epochs: 2 -> 3\)"):
-            run(tiny(where, f"run.if_exists={policy}", "train.epochs=3"))
-    again = run(tiny(where, "run.if_exists=overwrite", "train.epochs=1"))
-    assert again["epochs"] == 1 and len(rows(tmp_path / "r")) == 1
-
-
-def test_foreign_folder_is_left_alone(tmp_path):
-    (tmp_path / "photo.jpg").write_text("x")
-    for policy in ("fail", "overwrite", "resume"):
-        with pytest.raises(ConfigError, match="not a run folder"):
-            run(tiny(f"run.dir={tmp_path}", f"run.if_exists={policy}"))
-    assert [p.name for p in tmp_path.iterdir()] == ["photo.jpg"]
-
-
-def test_run_folder_is_locked(tmp_path):
-    folder = open_run_folder(tiny(f"run.dir={tmp_path}/r"))
-    with pytest.raises(ConfigError, match=rf"in use by another process \(pid {os.getpid()}"):
-        run(tiny(f"run.dir={tmp_path}/r", "run.if_exists=resume"))
-    folder.close()
-
-
-def test_nothing_is_left_when_the_parts_do_not_fit(tmp_path):
-    for overrides in (
-        ["data=imagefolder", f"data.root={tmp_path}/none"],
-        ["train.batch_size=1000"],
-        ["operator.k=200"],
-        ["backbone.name=resnet81"],
-        ["swap.match=layer9.*"],
-        ["optim.name=adamx"],
-    ):
-        with pytest.raises(ConfigError):
-            run(tiny(*overrides, f"run.dir={tmp_path}/a/b/run"))
-        assert not (tmp_path / "a").exists()
-
-
-def test_too_few_candidates_name_the_layer(tmp_path):
-    with pytest.raises(ConfigError, match=r"layer 'layer\d.*k=40 exceeds the 36 candidates"):
-        run(tiny("operator.k=40", f"run.dir={tmp_path}/r"))
-
-
-def test_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, monkeypatch):
-    where = f"run.dir={tmp_path}/r"
-    with monkeypatch.context() as patch:
-        stop_after(patch, 5)
-        run(tiny(where, "train.epochs=4"))
-    last = tmp_path / "r" / "checkpoints" / "last.pt"
-    data = bytearray(last.read_bytes())
-    weight = load_checkpoint(last)["model"]["layer1.0.conv1.weight"]
-    data[data.index(weight.numpy().tobytes()) + 40] ^= 1
-    last.write_bytes(data)
-    with pytest.raises(CheckpointError, match="damaged"):
-        load_checkpoint(last)
-    resumed = run(tiny(where, "train.epochs=4", "run.if_exists=resume"))
-    whole = run(tiny(f"run.dir={tmp_path}/w", "train.epochs=4"))
-    assert resumed["top1_last"] == whole["top1_last"]
-    assert rows(tmp_path / "r") == rows(tmp_path / "w")
-    assert previous_of(last).exists()
 
 
 # Losses of ten steps in float64, where no rounding can change a neighbour.

@@ -19,7 +19,7 @@ from convnn.config.compose import compose_config
 from convnn.models.backbones import create_backbone
 from convnn.runs.checkpoint import load_checkpoint
 from convnn.runs.metrics import read_metrics
-from convnn.train.trainer import run
+from convnn.train.run import run
 
 ROOT = Path(__file__).resolve().parents[2]
 ENV = os.environ | {"PYTHONUNBUFFERED": "1"}

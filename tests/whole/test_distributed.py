@@ -19,14 +19,14 @@ from convnn.data.datasets import load_dataset
 from convnn.data.splits import Split
 from convnn.errors import ConfigError
 from convnn.models.build import build_model
-from convnn.models.cost import idle_parameters
+from convnn.models.cost import parameters_without_gradient
 from convnn.ops.subsets import random_subset, seed_subsets
 from convnn.runs.checkpoint import load_checkpoint
 from convnn.runs.metrics import read_metrics
 from convnn.runtime import distributed
 from convnn.runtime.device import seed_step
 from convnn.runtime.distributed import World
-from convnn.train.trainer import run
+from convnn.train.run import run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -178,7 +178,7 @@ def test_parameters_without_gradient_are_found(overrides, idle):
     config = tiny(*overrides, vit=True)
     dataset = load_dataset(config.data)
     model, _, size = build_model(config, dataset)
-    found = idle_parameters(model, config.schedule, 3, size)
+    found = parameters_without_gradient(model, config.schedule, 3, size)
     assert {name for name in found if not name.endswith("bias")} == idle  # the selection alone has them
     model(torch.randn(2, 3, size, size)).sum().backward()
     assert found == {name for name, p in model.named_parameters() if p.grad is None}
@@ -204,10 +204,10 @@ def test_a_wrong_start_is_one_line(env, device, gpus, message, monkeypatch):
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    with pytest.raises(ConfigError, match=message), distributed.group(device):
+    with pytest.raises(ConfigError, match=message), distributed.process_group(device):
         raise AssertionError("never reached")
     with pytest.raises(ConfigError, match=r"sweep.py is one process, but WORLD_SIZE=4"):
-        distributed.refuse("sweep.py")
+        distributed.refuse_several("sweep.py")
 
 
 def test_batch_sizes_that_cannot_be_shared(monkeypatch):
@@ -224,7 +224,7 @@ def test_batch_normalisation_is_synchronised_on_gpus_only(monkeypatch):
     def kinds(size, device, choice):
         monkeypatch.setattr(distributed, "_world", World(0, size))
         model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
-        return type(distributed.synchronised(model, torch.device(device), choice)[1])
+        return type(distributed.with_sync_batchnorm(model, torch.device(device), choice)[1])
 
     assert kinds(2, "cuda", "auto") is kinds(2, "cuda", "true") is torch.nn.SyncBatchNorm
     for plain in ((1, "cuda", "true"), (2, "cuda", "false"), (2, "cpu", "auto")):

@@ -1,1 +1,1 @@
-"""The steps that have Triton kernels: what they serve, which computes, and the kernels."""
+"""Triton kernels for two steps, selection and attention: their limits, the choice between them and torch, the code."""

@@ -1,4 +1,4 @@
-"""Plain torch or Triton kernels: which one computes, and the kernels as functions of tensors.
+"""Plain torch or Triton: which one computes a step.
 
 Triton is imported when a kernel runs, so that everything works without it. There is no kernel for selection by
 position alone, nor for other aggregations than the softmax-weighted sum: those are plain with every backend.
@@ -12,7 +12,7 @@ import fnmatch
 import importlib.util
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from convnn.errors import ConfigError
 from convnn.ops.triton.limits import MAX_CHANNELS, attention_limit, selection_limit
 
 if TYPE_CHECKING:
-    from convnn.ops.settings import Selection
+    from convnn.ops.settings import Mixing, Selection
 
 SELECTION, ATTENTION = "selection", "attention"
 """The two steps that have kernels."""
@@ -51,10 +51,10 @@ FASTER: tuple[Faster, ...] = ()
 
 
 def engaged(backend: str, device: torch.device) -> bool:
-    """Return whether kernels come into question at all.
+    """Return whether a kernel may be used at all.
 
-    They do not in a traced graph (torch.compile fuses the plain path itself), on the meta device, and under a dispatch
-    mode such as the FLOP counter, which sees no operations of a kernel.
+    Not in a traced graph (torch.compile fuses the plain path itself), on the meta device, or under a dispatch mode such
+    as the FLOP counter, which sees no operations of a kernel.
     """
     if backend == "torch" or torch.compiler.is_compiling() or device.type == "meta" or is_in_torch_dispatch_mode():
         return False
@@ -97,7 +97,7 @@ def measured_faster(step: str, device: torch.device, tokens: int, num: int) -> b
 
 
 def missing(device: torch.device) -> str | None:
-    """Return what kernels on this device lack and how to get it, or None."""
+    """Return what is missing to run kernels on this device and how to get it, or None."""
     if not _installed():
         return "triton is not installed; install it (pip install triton)"
     if device.type != "cuda" and not interpreted():
@@ -117,42 +117,51 @@ def interpreted() -> bool:
     return type(kernels.topk_kernel).__name__ == "InterpretedFunction"
 
 
-def selects(backend: str, q: Tensor, k: Tensor, selection: Selection, num: int) -> bool:
+def selects(backend: str, q: Tensor, k: Tensor, selection: Selection) -> bool:
     """Return whether the kernel selects by features of (B, H, Q, D) and (B, H, N, D); see ``use_kernel``."""
     if not engaged(backend, q.device):
         return False
-    limit = selection_limit({"candidates": selection.candidates, "k": num}) or _foreign_dtype(q, k)
-    return use_kernel(backend, SELECTION, q.device, limit, tokens=k.shape[2], num=num)
+    limit = selection_limit(selection) or _foreign_dtype(q, k)
+    return use_kernel(backend, SELECTION, q.device, limit, tokens=k.shape[2], num=selection.k)
 
 
 def attends(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, *, num: int, similarity: str, **off: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    selection: Selection,
+    mixing: Mixing,
+    *,
+    num: int,
+    dropout: float = 0.0,
 ) -> bool:
     """Return whether the kernel attends to ``num`` neighbours of each query; see ``use_kernel``.
 
     Args:
-        backend: ``auto``, ``torch`` or ``triton``.
         q: (B, H, Q, D).
         k: (B, H, N, D).
         v: (B, H, N, C).
         weight: (C, at least K) or None.
+        selection: its similarity is that of the softmax.
+        mixing: with ``weighting=softmax``.
         num: K.
-        similarity: of the softmax.
-        **off: ``dropout`` and ``straight_through``, which are not served.
+        dropout: of the neighbours' weights; not served.
     """
-    if not engaged(backend, q.device):
+    if not engaged(mixing.backend, q.device):
         return False
-    settings = {"similarity": similarity, "k": num, "straight_through": off["straight_through"], "learn_blend": "no"}
-    limit = attention_limit(settings)
+    limit = attention_limit(selection, mixing, num)
     tensors = [q, k, v] if weight is None else [q, k, v, weight]
-    if limit is None and off["dropout"] > 0:
+    if limit is None and dropout > 0:
         limit = "dropout of the neighbours' weights is not served; set backbone.drop_rate=0"
     if limit is None and max(q.shape[-1], v.shape[-1]) > MAX_CHANNELS:
         limit = f"more than {MAX_CHANNELS} channels per head are not served"
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if limit is None and trained and torch.are_deterministic_algorithms_enabled():
         limit = "its gradient is summed in no fixed order; set train.deterministic=false"
-    return use_kernel(backend, ATTENTION, q.device, limit or _foreign_dtype(*tensors), tokens=k.shape[2], num=num)
+    return use_kernel(
+        mixing.backend, ATTENTION, q.device, limit or _foreign_dtype(*tensors), tokens=k.shape[2], num=num
+    )
 
 
 def _foreign_dtype(*tensors: Tensor) -> str | None:

@@ -186,6 +186,7 @@ def attend_kernel(
     query = query.to(tl.float32)
     keys, values = k + batch * k_b + head * k_h + d[None, :], v + batch * v_b + head * v_h + c[None, :]
     first = batch * i_b + head * i_h + row * i_n
+    # Softmax in one pass, as in flash attention: sums so far are rescaled whenever a larger score turns up.
     most = tl.full((BQ,), float("-inf"), tl.float32)
     total = tl.zeros((BQ,), tl.float32)
     sums = tl.zeros((BQ, BC), tl.float32)

@@ -1,6 +1,7 @@
-"""The kernels as functions of tensors.
+"""Calling the kernels with tensors: sizes, strides, precision, and the gradient of attention.
 
-Shapes: B batch, H heads, Q queries, N tokens, M candidates, K neighbours, D channels per head, C channels of values."""
+Shapes: B batch, H heads, Q queries, N tokens, M candidates, K neighbours, D channels per head, C channels of values.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from convnn.ops.geometry import Geometry
-from convnn.ops.similarity import ALIKE, deviation, pair_similarity, score_terms, unit, with_positions
+from convnn.ops.neighbors import Neighbors
+from convnn.ops.scores import Terms, prepare, whole_range
+from convnn.ops.similarity import ALIKE, score_terms, unit
 from convnn.ops.triton.dispatch import interpreted
 
 if TYPE_CHECKING:
@@ -38,83 +41,65 @@ def best_tokens(
     geometry: Geometry,
     selection: Selection,
     *,
-    num: int,
     blend: float | Tensor,
     ranged: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the ``num`` best candidates of the given queries in rank order, by features or features and position.
+) -> Neighbors:
+    """Return what ``convnn.ops.selection.rank`` returns for a blend above 0, from the kernel.
 
     Scores are float32 sums of products of the inputs in their own precision, in which those products are exact for 16
     bits; norms and means are float32. So the order is that of float32, as in the plain path.
-
-    Args:
-        q: (B, H, Q, D).
-        k: (B, H, N, D), of the same precision or another.
-        queries: token of each query, (Q,) int64.
-        candidates: in rising order, (M,) int64, or None for all tokens.
-        geometry: where they are.
-        selection: how they are chosen.
-        num: K.
-        blend: above 0; a number, or a tensor (H,).
-        ranged: return the range of the similarities too.
-
-    Returns:
-        (B, H, Q, K) int64, and if ``ranged`` the least and largest similarity, (B, H, Q, 1) float32, as
-        ``convnn.ops.selection.Neighbors`` has them.
     """
     from convnn.ops.triton.kernels import topk_kernel
 
-    device, kind = q.device, selection.similarity
     b, h, count, _ = q.shape
-    mixed = isinstance(blend, Tensor) or blend < 1
-    share = torch.as_tensor(blend, dtype=torch.float32, device=device).detach().expand(h).repeat(b)
-    q, k = q.flatten(0, 1), k.flatten(0, 1)
-    if mixed and selection.mix == "concat":
-        q, k, mixed = q.float(), k.float(), False
-        positions, scale, own_share = geometry.positions(device), deviation(k), share[:, None, None]
-        q, k = (with_positions(x, p, own_share, scale) for x, p in ((q, positions[queries]), (k, positions)))
-    raw_q, raw_k = q, k
-    bias = None
-    if kind == "euclidean":
-        q, k, bias = score_terms(q.float(), k.float(), kind)
-    dtype = torch.promote_types(q.dtype, k.dtype)
-    q, k = q.to(dtype).contiguous(), k.to(dtype).contiguous()
-    inverse_q, inverse_k = (_inverse_norm(x) for x in (q, k)) if kind == "cosine" else (None, None)
-    floor = q.new_zeros(b * h, count, dtype=torch.float32)
-    if ranged and kind == "euclidean":
-        floor = ALIKE**2 * raw_q.float().square().sum(-1)
-    steps: list[Tensor | None] = [None, None]
-    if mixed:
-        axes = [torch.arange(side, device=device) for side in geometry.padded_shape]
-        tables = [geometry.steps(axis, line[:, None], line).contiguous() for axis, line in enumerate(axes)]
-        # Squared here: in the kernel a product and a sum may round once, and swapped offsets would no longer tie.
-        steps = [t.square() if selection.distance == "euclidean" else t for t in tables]
-    index = torch.empty(b * h, count, num, dtype=torch.int64, device=device)
-    low, high = (q.new_empty(b * h, count, dtype=torch.float32) for _ in range(2)) if ranged else (None, None)
+    terms = prepare(q, k, queries, candidates, geometry, selection, blend=blend, ranged=ranged)
+    operands = _operands(terms, selection.similarity)
+    device = q.device
+    index = torch.empty(b * h, count, selection.k, dtype=torch.int64, device=device)
+    low, high = (terms.floor.new_empty(b * h, count) for _ in range(2)) if ranged else (None, None)
     available = geometry.num_tokens if candidates is None else len(candidates)
     own_first = int(selection.self_first)
-    rows, columns = geometry.padded_shape
+    channels, (rows, columns) = operands[0].shape[2], geometry.padded_shape
+    share = torch.as_tensor(terms.share, dtype=torch.float32, device=device).flatten().expand(b * h).contiguous()
     bq, bm = _block(count, 16, 32), _block(available, 16, 64)
     with on_device(device):
         topk_kernel[(-(-count // bq) * b * h,)](
-            q, k, inverse_q, inverse_k, bias, queries, candidates, share, floor, *steps, index, low, high,
-            count, k.shape[1], available, q.shape[2], num, geometry.prefix, columns, rows, geometry.extent, ALIKE,
-            BQ=bq, BM=bm, BD=_block(q.shape[2], 16, 32), BK=_block(num - own_first or 1),
-            COSINE=kind == "cosine", BIASED=bias is not None, LISTED=candidates is not None, SELF=own_first,
-            RANGED=ranged, MIXED=mixed, EUCLIDEAN=selection.distance == "euclidean",
-            WIDEN=dtype == torch.bfloat16 and interpreted(),
+            *operands, queries, candidates, share, terms.floor, *_steps(terms, geometry, selection.distance),
+            index, low, high, count, k.shape[2], available, channels, selection.k, geometry.prefix,
+            columns, rows, geometry.extent, ALIKE,
+            BQ=bq, BM=bm, BD=_block(channels, 16, 32), BK=_block(selection.k - own_first or 1),
+            COSINE=operands[2] is not None, BIASED=operands[4] is not None, LISTED=candidates is not None,
+            SELF=own_first, RANGED=ranged, MIXED=terms.mixed, EUCLIDEAN=selection.distance == "euclidean",
+            WIDEN=operands[0].dtype == torch.bfloat16 and interpreted(),
         )  # fmt: skip
     if low is not None and high is not None:
-        if kind == "dot":
-            low, high = (t / math.sqrt(q.shape[2]) for t in (low, high))
-        elif kind == "euclidean":  # score_terms leaves out the query's own square
-            low, high = (t - (q / 2).square().sum(-1) for t in (low, high))
+        if selection.similarity == "dot":  # the kernel multiplies the features as they are
+            low, high = (t / math.sqrt(channels) for t in (low, high))
         low, high = low[..., None], high[..., None]
-        if selection.self_first and candidates is not None:  # the query's own token need not be a candidate
-            own = pair_similarity(raw_q.float(), raw_k[:, queries, None].float(), kind)
-            low, high = torch.minimum(low, own), torch.maximum(high, own)
+        low, high = whole_range(low, high, operands[0], terms.own, selection.similarity)
         low, high = low.unflatten(0, (b, h)), high.unflatten(0, (b, h))
-    return index.unflatten(0, (b, h)), low, high
+    return Neighbors(index.unflatten(0, (b, h)), None, low, high)
+
+
+def _operands(terms: Terms, similarity: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return queries and keys as the kernel multiplies them, their inverse norms and the bias of the keys."""
+    q, k, bias = terms.q, terms.k, None
+    if similarity == "euclidean":
+        q, k, bias = score_terms(q.float(), k.float(), similarity)
+    dtype = torch.promote_types(q.dtype, k.dtype)
+    q, k = q.to(dtype).contiguous(), k.to(dtype).contiguous()
+    inverse_q, inverse_k = (_inverse_norm(x) for x in (q, k)) if similarity == "cosine" else (None, None)
+    return q, k, inverse_q, inverse_k, bias
+
+
+def _steps(terms: Terms, geometry: Geometry, distance: str) -> list[Tensor | None]:
+    """Return the distances between rows and between columns of the grid, where position is mixed in."""
+    if not terms.mixed:
+        return [None, None]
+    axes = [torch.arange(side, device=terms.q.device) for side in geometry.padded_shape]
+    tables = [geometry.steps(axis, line[:, None], line).contiguous() for axis, line in enumerate(axes)]
+    # Squared here: in the kernel a product and a sum may round once, and swapped offsets would no longer tie.
+    return [t.square() if distance == "euclidean" else t for t in tables]
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
@@ -207,7 +192,7 @@ class _NeighborAttention(torch.autograd.Function):
         sizes, strides, blocks = _layout(q, k, v, index, weight)
         dq, dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (q, k, v))
         programs = -(-count // blocks["BQ"]) * b * h
-        parts = min(programs, 64)  # so that fewer programs wait for one another
+        parts = min(programs, 64)  # copies of dw that programs add to atomically, so that fewer wait for one another
         dw = None if weight is None else lse.new_zeros(parts, *sizes[1:])
         with on_device(q.device):
             attend_backward_kernel[(programs,)](

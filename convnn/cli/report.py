@@ -1,0 +1,52 @@
+"""Turn the runs below some folders into tables, pictures and one HTML page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from convnn.cli.program import run_program, script_options
+from convnn.errors import ConfigError
+
+USAGE = """
+usage: uv run scripts/report.py DIR [DIR ...] [out=FOLDER] [metric=top1_last]
+       convnn-report DIR ...     the same where convnn is installed
+
+Finds the run folders and sweep folders below each DIR, prints a summary over seeds, and writes results.csv (a row a
+run), summary.csv, table.md, pictures (PNG and SVG) and index.html, which holds all of it. Failed, diverged and
+unfinished runs are listed and never count in a mean; a configuration found twice counts once.
+  DIR     a run folder, a sweep folder, or any folder above them
+  out     default report/ in the first DIR
+  metric  what is plotted: top1_last (test accuracy of the last epoch, default), top5_last, top1_best_on_test (chosen
+          on the test set), top1_at_best_val, val_top1_best
+Exit codes: 0 written, 1 the disk refused, 2 wrong arguments or no runs.
+"""
+
+
+@dataclass
+class Options:
+    """Arguments of this script besides the folders."""
+
+    out: str | None = None
+    metric: str = "top1_last"
+
+
+def report(argv: list[str]) -> None:
+    """Report and print."""
+    folders = [Path(arg) for arg in argv if not arg.startswith("-") and ("=" not in arg or Path(arg).is_dir())]
+    options: Options = script_options(Options, [arg for arg in argv if Path(arg) not in folders], USAGE)
+    if not folders:
+        raise ConfigError("name a folder that holds runs; see --help")
+    from convnn.report.build import make_report
+
+    out = Path(options.out) if options.out else folders[0] / "report"
+    print(make_report(folders, out, options.metric).text())
+
+
+def main() -> None:
+    """Run the program."""
+    run_program(report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Draw which neighbours the layers of a run choose, and its diagnostics."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from convnn.cli.program import RunOptions, chosen_run, run_program, script_options
+from convnn.errors import ConfigError
+
+USAGE = """
+usage: uv run scripts/visualize.py run=DIR [index=N | image=FILE] [queries=ROW,COLUMN;...] [layers=NAME,...] [out=DIR]
+       convnn-visualize run=DIR ...     the same where convnn is installed
+
+Draws, as PNG and SVG:
+  neighbors    the tokens that chosen pixels mix: a row for each query, a column for each swapped layer
+  blends       the same for the first query along the blend axis, from convolution (0) to attention (1)
+  weights      what share of the weights each token gets, for layers that weigh their neighbours
+  diagnostics  what every layer chose at every epoch of the run: a heat map for each measure
+  training     accuracy and loss over the epochs
+
+  run         run folder, as train.py printed it
+  index       image of the test set, default 0
+  image       any image file instead, in its own proportions where the model takes them
+  queries     pixels of the image as the model takes it, such as 'queries=16,16;4,20'; default: three
+  layers      names from swap.txt; default: all, of many six
+  head        of layers that have several, from 0; default 0
+  checkpoint  last (default) or best
+  out         default pictures/ in the run folder
+  data_root   where the data is now, if it moved
+"""
+
+
+@dataclass
+class Options(RunOptions):
+    """Arguments of this script."""
+
+    index: int = 0
+    image: str | None = None
+    queries: str | None = None
+    layers: str | None = None
+    head: int = 0
+    out: str | None = None
+
+
+def pixels_of(text: str | None) -> list[tuple[int, int]]:
+    """Return the pixels of ``ROW,COLUMN;ROW,COLUMN``."""
+    if text is None:
+        return []
+    if not re.fullmatch(r"\d+,\d+(;\d+,\d+)*", text):
+        raise ConfigError(f"queries={text} must be ROW,COLUMN or several of them with semicolons, in quotes")
+    return [(int(row), int(column)) for row, column in (pair.split(",") for pair in text.split(";"))]
+
+
+def visualize(argv: list[str]) -> None:
+    """Draw and list the files."""
+    options: Options = script_options(Options, argv, USAGE)
+    pixels = pixels_of(options.queries)
+    if options.head < 0:
+        raise ConfigError(f"head={options.head} must be at least 0")
+    folder, config = chosen_run(options)
+    from convnn.report.tables import import_pandas
+
+    import_pandas()  # whose extra brings matplotlib too
+    from convnn.data.datasets import load_dataset
+    from convnn.figures.curves import draw_curves
+    from convnn.train.pictures import draw_run, image_of_test_set, read_image_for_model, save_figures
+    from convnn.train.restore import load_run
+
+    dataset = load_dataset(config.data)
+    model, side, _ = load_run(config, folder, options.checkpoint, dataset)
+    channels = dataset.test.shape[0]
+    if options.image:
+        shown = read_image_for_model(model, Path(options.image), config, channels, side)
+    else:
+        shown = image_of_test_set(dataset.test, options.index, config.data, side)
+    layers = options.layers.split(",") if options.layers else []
+    try:
+        figures = draw_run(model, shown, pixels, layers, options.head) | draw_curves(folder)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    for path in save_figures(figures, Path(options.out) if options.out else folder / "pictures"):
+        print(path)
+
+
+def main() -> None:
+    """Run the program."""
+    run_program(visualize)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Which layers of a model a rule claims.
+
+A rule narrows step by step: the kind of layer, its name, its kernel, its stage, and then its place among what is left.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+
+from timm.layers.attention import Attention
+from torch import nn
+
+from convnn.config.schema import CONV, SwapRule
+from convnn.errors import ConfigError
+
+_HEADS = ("pre_logits", "head", "head_dist", "fc", "classifier")
+
+
+def find_sites(model: nn.Module, kind: str) -> dict[str, nn.Module]:
+    """Return the layers of a kind that may be replaced, in forward order: all but the classifier head's."""
+    wanted = nn.Conv2d if kind == CONV else Attention
+    inside = tuple(f"{name}." for name, m in model.named_modules() if name and is_operator(m))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, wanted) and name.split(".")[0] not in _HEADS and not name.startswith(inside)
+    }
+
+
+def is_operator(module: nn.Module) -> bool:
+    """Return whether a module took the place of a layer, or can."""
+    return hasattr(type(module), "from_layer")
+
+
+def site_stages(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """Return the stage of each named module: how many entries of timm's ``feature_info`` end before it."""
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    info = getattr(model, "feature_info", None) or []
+    ends = []
+    for entry in info:
+        end = str(entry["module"])
+        inside = [i for name, i in order.items() if name == end or name.startswith(end + ".")]
+        if inside:
+            ends.append(max(inside))
+    return {name: sum(end < order[name] for end in ends) for name in names}
+
+
+def select_sites(model: nn.Module, rule: SwapRule, kind: str, label: str) -> dict[str, nn.Module]:
+    """Return the layers that a rule claims.
+
+    Raises:
+        ConfigError: if it claims none, or a depth lies outside the model.
+    """
+    sites = find_sites(model, kind)
+    if not sites:
+        raise ConfigError(f"{label}: {type(model).__name__} has no {kind} layer that could be replaced")
+    names = [n for n in sites if fnmatch.fnmatch(n, rule.match or "")]
+    if not names:
+        raise ConfigError(f"{label}.match={rule.match} matches none of the {kind} layers: {_some(sites)}")
+    names = [n for n in names if not any(fnmatch.fnmatch(n, glob) for glob in rule.exclude)]
+    if kind == CONV:
+        names = [n for n in names if min(_kernel(sites[n])) >= rule.min_kernel]
+    if rule.stages is not None:
+        stages = site_stages(model, sites)
+        absent = sorted(set(rule.stages) - set(stages.values()))
+        if absent:
+            known = ", ".join(map(str, sorted(set(stages.values()))))
+            raise ConfigError(f"{label}.stages={rule.stages}: no {kind} layer in stage {absent[0]}; stages: {known}")
+        names = [n for n in names if stages[n] in rule.stages]
+    total = len(names)
+    if rule.depths is not None:
+        for depth in rule.depths:
+            if not -total <= depth < total:
+                raise ConfigError(f"{label}.depths={rule.depths}: {depth} is out of range, {total} layers match")
+        wanted = {depth % total for depth in rule.depths}
+        names = [n for i, n in enumerate(names) if i in wanted]
+    for key in ("first", "last"):
+        count = getattr(rule, key)
+        if count is not None:
+            if count > total:
+                raise ConfigError(f"{label}.{key}={count} is out of range, {total} layers match")
+            names = names[:count] if key == "first" else names[-count:]
+    if rule.every is not None:
+        names = names[:: rule.every]
+    if rule.fraction is not None:
+        low, high = (round(f * total) for f in rule.fraction)
+        names = names[low:high]
+    if not names:
+        raise ConfigError(f"{label}: nothing is left of the {len(sites)} {kind} layers: {_some(sites)}")
+    return {n: sites[n] for n in names}
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+
+
+def _kernel(module: nn.Module) -> tuple[int, int]:
+    assert isinstance(module, nn.Conv2d)
+    return module.kernel_size[0], module.kernel_size[1]

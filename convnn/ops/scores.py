@@ -1,0 +1,210 @@
+"""What candidates are compared by: features, position or a blend of both. Which are kept is ``selection``'s matter.
+
+The terms of a score are prepared once, for the plain path here and for the Triton kernel alike; the plain path then
+computes scores in blocks that fit a core's cache.
+
+Shapes: B batch, H heads, Q queries, N tokens, M candidates, D channels per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convnn.ops.candidates import out_of_reach
+from convnn.ops.geometry import Geometry
+from convnn.ops.precision import product
+from convnn.ops.settings import Selection
+from convnn.ops.similarity import ALIKE, deviation, own_similarity, score_terms, span, with_positions
+
+# Scores held at once; more go through in chunks. On a CPU a chunk should stay in the cache (measured: 4 times faster
+# than all at once for 4096 x 1156 scores), on a GPU it should only bound memory (64 Mi scores: 256 MiB in float32).
+CHUNK_SCORES = {"cpu": 1 << 18}
+CHUNK_SCORES_ELSEWHERE = 1 << 26
+
+
+def at_end(blend: float | Tensor, end: int) -> bool:
+    """Return whether a blend stands at an end of the spectrum; a learned one (a tensor) never does."""
+    return isinstance(blend, float) and blend == end
+
+
+def precise(x: Tensor) -> Tensor:
+    """Return float64 as it is and all else in float32, in which neighbours are ranked."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What scores are made of, before any query meets a candidate."""
+
+    q: Tensor
+    """Queries, (B H, Q, D); with ``mix=concat`` coordinates stand behind the features."""
+    k: Tensor
+    """Keys of all tokens, (B H, N, D)."""
+    share: float | Tensor
+    """The blend: a number, or (B H, 1, 1)."""
+    mixed: bool
+    """Position is still to be added to the scores of ``q`` and ``k`` (``mix=sum`` between the ends)."""
+    floor: Tensor
+    """Differences of similarity below this are rounding errors of the features, (B H, Q, 1)."""
+    own: Tensor | None
+    """Similarity of each query to its own token where that need not be a candidate, (B H, Q, 1)."""
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    queries: Tensor,
+    candidates: Tensor | None,
+    geometry: Geometry,
+    selection: Selection,
+    *,
+    blend: float | Tensor,
+    ranged: bool,
+) -> Terms:
+    """Return the terms of (B, H, Q, D) queries that sit on the tokens ``queries``, and (B, H, N, D) keys.
+
+    ``ranged`` asks for what the range of the similarities needs, see ``convnn.ops.similarity.span``.
+    """
+    b, h = q.shape[:2]
+    q, k = q.flatten(0, 1), k.flatten(0, 1)
+    dtype = precise(q[:0]).dtype
+    mixed = not (at_end(blend, 0) or at_end(blend, 1))
+    share = blend.to(dtype).expand(h).repeat(b)[:, None, None] if isinstance(blend, Tensor) else blend
+    own, floor = None, q.new_zeros(b * h, len(queries), 1, dtype=dtype)
+    if ranged and selection.similarity == "euclidean":
+        floor = ALIKE**2 * precise(q).square().sum(-1, keepdim=True)
+    if ranged and selection.self_first and candidates is not None:
+        own = own_similarity(precise(q), precise(k[:, queries]), selection.similarity)
+    if mixed and selection.mix == "concat":
+        q, k, mixed = precise(q), precise(k), False
+        positions, scale = geometry.positions(q.device), deviation(k)
+        q, k = with_positions(q, positions[queries], share, scale), with_positions(k, positions, share, scale)
+    return Terms(q, k, share, mixed, floor, own)
+
+
+def whole_range(low: Tensor, high: Tensor, doubled: Tensor, own: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    """Return the range of similarities from that of scores, which leave out each query's own square.
+
+    Args:
+        low: least score of each query, (B H, Q, 1).
+        high: largest score.
+        doubled: the queries as ``score_terms`` returns them; twice the queries where the distance is Euclidean.
+        own: see ``Terms``; the query's own token is a neighbour even where it is no candidate.
+        kind: of similarity.
+    """
+    if kind == "euclidean":
+        own_square = (doubled / 2).square().sum(-1, keepdim=True)
+        low, high = low - own_square, high - own_square
+    return (low, high) if own is None else (torch.minimum(low, own), torch.maximum(high, own))
+
+
+@dataclass(frozen=True)
+class Block:
+    """The scores of some queries of some images and heads for all candidates."""
+
+    items: slice
+    """Of the B H images and heads."""
+    part: slice
+    """Of the Q queries."""
+    score: Tensor
+    """(items, part, M); -inf where a candidate may not be ranked."""
+    taken: Tensor | None
+    """Which candidates may not be ranked: those out of reach, and the query itself where it has its place, (part, M)
+    bool; None: at most the query itself."""
+
+
+class Scores:
+    """The scores of queries for all candidates, in blocks; afterwards the range of the similarities."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        queries: Tensor,
+        candidates: Tensor | None,
+        geometry: Geometry,
+        selection: Selection,
+        *,
+        blend: float | Tensor,
+        ranged: bool,
+    ) -> None:
+        """Prepare; the arguments are those of ``prepare``, float32 or float64."""
+        self.geometry, self.selection, self.queries = geometry, selection, queries
+        self.all = candidates is None
+        """Every token is a candidate, so that column and token are the same."""
+        self.tokens = torch.arange(geometry.num_tokens, device=q.device) if candidates is None else candidates
+        self.by_position = at_end(blend, 0)
+        b, h = (1, 1) if self.by_position else q.shape[:2]
+        self.batch, self.heads = b, h
+        self.terms = prepare(q, k, queries, candidates, geometry, selection, blend=blend, ranged=ranged)
+        if not self.by_position:
+            keys = self.terms.k if candidates is None else self.terms.k[:, candidates]
+            self.q, keys, self.bias = score_terms(self.terms.q, keys, selection.similarity)
+            self.keys = keys.mT
+        shape, dtype = (b * h, len(queries), 1), q.dtype
+        self.low: Tensor | None = q.new_empty(shape, dtype=dtype) if ranged else None
+        self.high: Tensor | None = q.new_empty(shape, dtype=dtype) if ranged else None
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield all scores, queries in the outer loop: what depends on positions alone is computed once for each."""
+        items, queries, tokens = self.batch * self.heads, self.queries, self.tokens
+        limit = CHUNK_SCORES.get(queries.device.type, CHUNK_SCORES_ELSEWHERE)
+        step = min(len(queries), max(1, limit // len(tokens)))
+        item_step = max(1, limit // (len(tokens) * step))
+        for first in range(0, len(queries), step):
+            part = slice(first, first + step)
+            own = queries[part]
+            outside = out_of_reach(self.geometry, self.selection, own, tokens)
+            taken = outside
+            if self.selection.self_first and not (self.all and outside is None):
+                itself = own[:, None] == tokens
+                taken = itself if outside is None else outside | itself
+            distance = self._distance(own) if self.by_position or self.terms.mixed else None
+            for start in range(0, items, item_step):
+                here = slice(start, start + item_step)
+                score = self._score(here, part, distance, outside)
+                if taken is not None:
+                    score = score.masked_fill_(taken, -torch.inf)
+                elif self.selection.self_first:
+                    score = score.scatter_(-1, own[:, None].expand(*score.shape[:-1], 1), -torch.inf)
+                yield Block(here, part, score, taken)
+
+    def _distance(self, own: Tensor) -> Tensor:
+        """Return the distance from queries on the tokens ``own`` to every candidate, (Q, M); as a share if blended."""
+        distance = self.geometry.distance(own[:, None], self.tokens, self.selection.distance)
+        distance = distance.masked_fill(self.tokens < self.geometry.prefix, torch.inf)
+        return distance if self.by_position else distance.to(self.q.dtype) / self.geometry.extent
+
+    def _score(self, items: slice, part: slice, distance: Tensor | None, outside: Tensor | None) -> Tensor:
+        if self.by_position:
+            assert distance is not None
+            return -distance[None]
+        score = product(self.q[items, part], self.keys[items])
+        if self.bias is not None:
+            score = score + self.bias[items]
+        if self.low is None or self.high is None:
+            return score
+        self.low[items, part] = _within(score, outside, torch.inf).amin(-1, keepdim=True)
+        self.high[items, part] = _within(score, outside, -torch.inf).amax(-1, keepdim=True)
+        if self.terms.mixed and distance is not None:
+            share = self.terms.share[items] if isinstance(self.terms.share, Tensor) else self.terms.share
+            least, largest = span(self.low[items, part], self.high[items, part], self.terms.floor[items, part])
+            # As blend_scores does, in place: the block is the largest thing here.
+            score.sub_(least).div_(largest - least).mul_(share).sub_((1 - share) * distance)
+        return score
+
+    def similarity_range(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return least and largest similarity of each query, (B, H, Q, 1), once all blocks were made; or None twice."""
+        if self.low is None or self.high is None:
+            return None, None
+        low, high = span(self.low, self.high, self.terms.floor)
+        low, high = whole_range(low, high, self.q, self.terms.own, self.selection.similarity)
+        return low.unflatten(0, (self.batch, self.heads)), high.unflatten(0, (self.batch, self.heads))
+
+
+def _within(score: Tensor, outside: Tensor | None, fill: float) -> Tensor:
+    return score if outside is None else score.masked_fill(outside, fill)

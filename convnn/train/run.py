@@ -1,0 +1,143 @@
+"""One run in its folder: open it, train or go on training, track, draw, and write result.json."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from convnn.config.schema import Config
+from convnn.errors import EXIT_DIVERGED, EXIT_FAILED, ConfigError, DivergedError
+from convnn.models.schedule import describe_schedule
+from convnn.models.swap import neighbor_layers
+from convnn.ops.subsets import seed_subsets
+from convnn.runs.environment import record_environment
+from convnn.runs.folder import RunFolder, open_run_folder
+from convnn.runs.status import COMPLETE, DIVERGED, INTERRUPTED
+from convnn.runs.tracking import Tracker
+from convnn.runtime import distributed
+from convnn.runtime.device import device_name, explain_out_of_memory, pick_device, set_determinism
+from convnn.runtime.signals import StopSignals
+from convnn.train.pictures import draw_at_end
+from convnn.train.result import result_of
+from convnn.train.trainer import Trainer
+
+log = logging.getLogger("convnn")
+Result = dict[str, Any]
+
+
+def run(config: Config) -> Result:
+    """Carry out a run in its folder and return the content of its result.json.
+
+    Raises:
+        ConfigError: if the configuration cannot work here.
+        CheckpointError: if a run to be resumed has no usable checkpoint.
+    """
+    with distributed.process_group(config.device):
+        pick_device(config.device)
+        folder = open_run_folder(config)
+        try:
+            if folder.done is not None:
+                log.info("%s is complete (top-1 %.2f); nothing to do", folder.path, folder.done["top1_last"])
+                return folder.done
+            return _run_in(folder, config)
+        finally:
+            folder.close()
+
+
+def _run_in(folder: RunFolder, config: Config) -> Result:
+    set_determinism(config.train.deterministic)
+    with StopSignals(_say_that_it_stops, leaving=True) as signals, explain_out_of_memory(config.train.batch_size):
+        try:
+            trainer = Trainer(config, folder)
+        except Exception:
+            folder.discard()
+            raise
+        result = run_trainer(trainer, distributed.agreed_stop(lambda: signals.seen))
+    if result["status"] == COMPLETE:
+        log.info(
+            "top-1 %.2f%% (last epoch), best on %s %.2f%%, %d parameters, %s",
+            result["top1_last"],
+            "validation" if result["top1_best_on_test"] is None else "test",
+            result["val_top1_best"] or result["top1_best_on_test"],
+            result["params"],
+            folder.path,
+        )
+    return result
+
+
+def _say_that_it_stops(signum: int) -> None:
+    log.warning("%s: stopping after this step with a checkpoint", signal.Signals(signum).name)
+
+
+def run_trainer(trainer: Trainer, stop: Callable[[], int | None]) -> Result:
+    """Train from the newest checkpoint of the trainer's folder, if it has one; write result.json and return it.
+
+    Args:
+        trainer: newly built.
+        stop: names the signal that asks the run to stop; alike on all processes, see ``distributed.agreed_stop``.
+    """
+    config, folder = trainer.config, trainer.folder
+    distributed.fail_together(lambda: folder.begin(config))
+    resumed = folder.resume and distributed.fail_together(trainer.resume)
+    changes: list[str] = []
+    if folder.writes:
+        changes = record_environment(folder.path, device_name(trainer.device), trainer.state.step)
+        (folder.path / "swap.txt").write_text(str(trainer.report))
+    _announce(trainer, resumed)
+    tracker = Tracker(config.tracker, folder.path, asdict(config), trainer.state.rows)
+    ending = partial(
+        result_of,
+        config,
+        trainer.state,
+        model=trainer.model,
+        gflops=trainer.gflops,
+        layers_replaced=len(trainer.report),
+        classes=trainer.num_classes,
+        device=trainer.device,
+        environment_changes=changes,
+    )
+    exit_code, result = EXIT_FAILED, {}
+    try:
+        signum = trainer.fit(stop, tracker.log)
+        if signum is None and tracker.takes_images and config.diagnostics.pictures:
+            tracker.log_images(draw_at_end(trainer.eval_model, trainer.batches["test"], folder.path))
+        result = ending(COMPLETE if signum is None else INTERRUPTED)
+        if signum is not None:
+            result["signal"] = signal.Signals(signum).name
+        exit_code = 0 if signum is None else 128 + signum
+    except DivergedError as error:
+        result = ending(DIVERGED) | {"reason": str(error)}
+        exit_code = EXIT_DIVERGED
+        log.error("diverged: %s", error)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        size = config.train.batch_size
+        raise ConfigError(f"train.batch_size={size}: batch normalisation needs more than one value") from error
+    finally:
+        if result:
+            result["exit_code"] = exit_code
+            folder.write_json("result.json", result)
+        tracker.finish(result, exit_code)
+        seed_subsets(None)
+    return result
+
+
+def _announce(trainer: Trainer, resumed: bool) -> None:
+    """Log what is about to be trained, and from where."""
+    config = trainer.config
+    log.info("run folder %s", trainer.folder.path)
+    log.info("%s on %s, %s", config.backbone.name, trainer.device, config.data.name)
+    for line in str(trainer.report).splitlines():
+        log.info("%s", line)
+    schedule = describe_schedule(config.schedule)
+    if schedule:
+        log.info("%s", schedule)
+        if not neighbor_layers(trainer.model):
+            log.warning("the schedule moves nothing: no replaced layer lies on the spectrum")
+    if resumed:
+        log.info("resumed at epoch %d, step %d", trainer.state.epoch + 1, trainer.state.step)

@@ -1,0 +1,50 @@
+"""Fingerprints never change: they name run folders and tell a sweep what is done.
+
+Those below were computed by the first layout of the package.
+"""
+
+import pytest
+
+from convnn.config.compose import compose_config
+from convnn.config.identity import fingerprint
+
+VIT = ["backbone=vit_tiny", "swap=all_attention"]
+PINNED = {
+    "experiment=quickstart": "ce79e6585b1fe2b7",
+    "operator=acmix": "3ee1fb9fd69a9e3f",
+    "operator=conv2d": "4beb32cda1a34a0d",
+    "operator=convit": "9ac1df3831d61f07",
+    "operator=convnn": "9a08866e4ab9cf29",
+    "operator=convnn_attention": "a0819eb3dc5f32a3",
+    "operator=convnn_coordinates": "0ff74f4cde83305f",
+    "operator=convnn_learned": "61d977af1f6a3140",
+    "operator=depthwise_conv2d": "ce81a44efa43b3c5",
+    "operator=hybrid": "2ee682ccb6a59e51",
+    "operator=hybrid_attention": "1b5cef36ae387736",
+    "operator=kvt": "77fa6d9ee238eade",
+    "operator=local_window": "75be1f88a9f05ffb",
+    "operator=mhsa": "fa1309ae50ad6f95",
+    "operator=neighborhood": "35b47870c2794878",
+    "operator=spectrum": "1b76bc2250ae6e27",
+    "operator=strided_sparse": "534bd76862fe26cc",
+    "operator=vision_graph": "ca2e753a05ba7e7d",
+    "schedule=shrink_k": "4fccf4a89e91035e",
+    "data=imagenet": "b087730ca50c02b2",
+    "optim=paper": "663b3db2851a259a",
+    "train=paper": "565bb3cbcf53072a",
+    "+swap.operator.k=4 +swap.rules.a.match=layer1.* +swap.rules.a.operator.k=1": "b774117fddac2d60",
+}
+
+
+@pytest.mark.parametrize("overrides", PINNED)
+def test_fingerprints_are_those_of_the_first_layout(overrides):
+    given = overrides.split()
+    if given[0].startswith("operator=") and compose_config(given).operator.kind == "attention":
+        given += VIT
+    assert fingerprint(compose_config(given)) == PINNED[overrides]
+
+
+def test_a_rules_own_operator_keeps_its_first_name():
+    rule = ["+swap.rules.a.match=layer1.*", "+swap.rules.a.operator.target="]
+    first = fingerprint(compose_config([rule[0], rule[1] + "convnn.layers.ConvNN2d"]))
+    assert fingerprint(compose_config([rule[0], rule[1] + "convnn.ConvNN2d"])) == first

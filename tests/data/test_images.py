@@ -15,7 +15,7 @@ from convnn.data.datasets import load_dataset
 from convnn.data.images import image_size, image_suffixes, in_threads, open_image
 from convnn.data.stream import make_batches
 from convnn.errors import ConfigError
-from convnn.train.pictures import image_file
+from convnn.train.pictures import read_image
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -236,7 +236,7 @@ def test_memory_streams_and_pictures_show_the_same(tmp_path):
     batches = [torch.cat([x for x, _ in make_batches(split, 4, config, 8).epoch()]) for split in (memory, stream)]
     assert torch.equal(*batches) and len(batches[0]) == 10
     for i, path in enumerate(stream.paths):
-        shown = image_file(tmp_path / os.fsdecode(path), 3, config, 8, square=True)
+        shown = read_image(tmp_path / os.fsdecode(path), 3, config, 8, square=True)
         assert torch.equal(shown.x[0], batches[0][i]), path
     config.crop_pct = 1.0  # timm's evaluation: the centre of the upright image
     (x, _) = next(make_batches(load_dataset(config).test, 10, config, 8).epoch())
@@ -245,11 +245,11 @@ def test_memory_streams_and_pictures_show_the_same(tmp_path):
 
 def test_a_picture_for_one_channel_is_the_grey_of_the_reader(tmp_path):
     Image.fromarray(RAMP.astype(np.uint16) * 257).save(tmp_path / "x.png")
-    shown = image_file(tmp_path / "x.png", 1, tiny().data, 16, square=True)
+    shown = read_image(tmp_path / "x.png", 1, tiny().data, 16, square=True)
     assert torch.equal((shown.picture[0] * 255).round().byte(), torch.from_numpy(RAMP))
     (tmp_path / "x.png").write_bytes(b"no image")
     with pytest.raises(ConfigError, match=r"image=.*x\.png cannot be read as an image"):
-        image_file(tmp_path / "x.png", 1, tiny().data, 16, square=True)
+        read_image(tmp_path / "x.png", 1, tiny().data, 16, square=True)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff", "gif", "webp", "jp2", "tga", "avif"])

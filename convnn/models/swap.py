@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from timm.layers.attention import Attention
 from torch import nn
+from torch.nn.utils import parametrize
 
 from convnn.config.checks import check_operator, check_rule
 from convnn.config.keys import own_operator, typed, typed_rule
@@ -122,8 +123,9 @@ def swap_layers(
         build = getattr(resolve_target(target, "operator.target"), "from_layer", None)
         if not callable(build):
             raise ConfigError(f"operator.target={target} is no operator: it has no from_layer")
+        check_replaceable(name, claim.layer)
         new = build(claim.layer, claim.operator, init, _site(model, name))
-        new_layers[name] = new.train(claim.layer.training)
+        new_layers[name] = like(claim.layer, new.train(claim.layer.training), name)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     rows = []
     for name in sorted(new_layers, key=order.__getitem__):
@@ -132,6 +134,53 @@ def swap_layers(
         counts = count_parameters(old), count_parameters(new)
         rows.append(Replacement(name, _describe(old), _describe(new), *counts, on_meta(old)))
     return SwapReport(tuple(rows))
+
+
+def check_replaceable(name: str, layer: nn.Module) -> None:
+    """Raise ConfigError for a layer with something attached to it that its replacement would lose."""
+    for module in layer.modules():
+        hooks = [kind for kind in _HOOKS if getattr(module, kind, None)]
+        # The old weight_norm and spectral_norm recompute the weight in a hook before each forward pass.
+        norm = next(
+            (h for h in module._forward_pre_hooks.values() if type(h).__module__.startswith("torch.nn.utils")), None
+        )
+        if norm is not None:
+            remove = "remove_" + type(norm).__name__.replace("Norm", "_norm").lower()
+            raise ConfigError(f"'{name}' is normalised by a hook of torch.nn.utils; call torch.nn.utils.{remove} first")
+        if parametrize.is_parametrized(module):
+            kept = "torch.nn.utils.parametrize.remove_parametrizations"
+            raise ConfigError(f"'{name}' has a parametrized {next(iter(module.parametrizations))}; call {kept} first")  # type: ignore[arg-type]
+        if hooks:
+            what = hooks[0].strip("_").replace("_", " ")
+            raise ConfigError(
+                f"'{name}' has {what}, which its replacement would lose; register them after the swap, or exclude it "
+                "(swap.exclude)"
+            )
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def like(old: nn.Module, new: nn.Module, name: str) -> nn.Module:
+    """Return the replacement, frozen if the layer was.
+
+    Raises:
+        ConfigError: if some of the layer's parameters are frozen and some are not, and the replacement has others.
+    """
+    frozen = {n: not p.requires_grad for n, p in old.named_parameters()}
+    if not any(frozen.values()):
+        return new
+    if all(frozen.values()):
+        return new.requires_grad_(False)
+    own = dict(new.named_parameters())
+    if own.keys() - frozen.keys() or any(f for n, f in frozen.items() if n not in own):
+        names = ", ".join(n for n, f in frozen.items() if f)
+        raise ConfigError(
+            f"'{name}' has frozen parameters ({names}) beside others; freeze those of its replacement after the swap"
+        )
+    for parameter, f in frozen.items():
+        own[parameter].requires_grad_(not f)
+    return new
 
 
 @dataclass(frozen=True)

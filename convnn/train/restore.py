@@ -15,7 +15,7 @@ from convnn.data.stream import make_batches
 from convnn.models.build import build_model
 from convnn.models.swap import neighbor_layers
 from convnn.runs.checkpoint import load_checkpoint, load_model_state
-from convnn.runtime.device import make_autocast, pick_device
+from convnn.runtime.device import make_autocast, pick_device, set_determinism
 from convnn.train.evaluate import evaluate
 
 
@@ -43,10 +43,13 @@ def load_run(config: Config, folder: Path, checkpoint: str, dataset: Dataset) ->
 def evaluate_run(config: Config, folder: Path, checkpoint: str) -> dict[str, Any]:
     """Evaluate ``checkpoints/<checkpoint>.pt`` of a run on its test set, on the device that ``config`` names.
 
+    Precision and determinism are those of the run.
+
     Raises:
         CheckpointError: if the checkpoint is missing, damaged or does not fit.
     """
     device = pick_device(config.device)
+    set_determinism(config.train.deterministic)
     dataset = load_dataset(config.data)
     model, image_size, state = load_run(config, folder, checkpoint, dataset)
     train = config.train

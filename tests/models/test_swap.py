@@ -152,3 +152,49 @@ def test_every_neighbor_layer_gets_a_gradient_in_real_backbones():
         for key, p in net.named_parameters():
             assert p.grad is not None, key
         assert any(isinstance(m, (ConvNN2d, ConvNNAttention)) for m in net.modules())
+
+
+def test_frozen_layers_stay_frozen():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
+    net[0].requires_grad_(False)
+    net[1].weight.requires_grad_(False)  # its bias learns
+    swap_layers(net, {}, {"k": 5})
+    assert not any(p.requires_grad for p in net[0].parameters())
+    assert {n: p.requires_grad for n, p in net[1].named_parameters()} == {"weight": False, "bias": True}
+
+
+def test_a_partly_frozen_layer_with_other_parameters_is_refused():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1))
+    net[0].bias.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"'0' has frozen parameters \(bias\) beside others"):
+        swap_layers(net, {}, {"k": 5, "aggregation": "separable"})
+    assert isinstance(net[0], nn.Conv2d)
+
+
+ATTACHED = {
+    "forward hooks": lambda layer: layer.register_forward_hook(lambda *_: None),
+    "forward pre hooks": lambda layer: layer.register_forward_pre_hook(lambda *_: None),
+    "backward hooks": lambda layer: layer.register_full_backward_hook(lambda *_: None),
+    r"parametrized weight; call .*remove_parametrizations": nn.utils.parametrizations.weight_norm,
+    r"parametrized weight; call .*remove_parametrizations first": nn.utils.parametrizations.spectral_norm,
+    r"hook of torch.nn.utils; call torch.nn.utils.remove_weight_norm": nn.utils.weight_norm,
+    r"hook of torch.nn.utils; call torch.nn.utils.remove_spectral_norm": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("message", ATTACHED)
+@pytest.mark.parametrize("init", ["fresh", "transfer"])
+def test_what_a_swap_would_lose_is_refused_before_anything_changes(message, init):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
+    ATTACHED[message](net[1])
+    with pytest.raises(ConfigError, match=rf"'1' .*{message}"):
+        swap_layers(net, {}, {"k": 9}, init)
+    assert all(isinstance(layer, nn.Conv2d) for layer in net)
+
+
+def test_hooks_inside_attention_are_found_too():
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=16, depth=1, embed_dim=24, num_heads=3)
+    vit.blocks[0].attn.qkv.register_forward_hook(lambda *_: None)
+    with pytest.raises(ConfigError, match=r"'blocks.0.attn' has forward hooks"):
+        swap_layers(vit, {"kind": "attention"}, ATTENTION | {"k": 3})

@@ -19,6 +19,7 @@ from convnn.ops.geometry import Geometry
 from convnn.ops.precision import product
 from convnn.ops.settings import Selection
 from convnn.ops.similarity import ALIKE, deviation, own_similarity, score_terms, span, with_positions
+from convnn.ops.topk import runs_at_once
 
 # Scores held at once; more go through in chunks. On a CPU a chunk should stay in the cache (measured: 4 times faster
 # than all at once for 4096 x 1156 scores), on a GPU it should only bound memory (64 Mi scores: 256 MiB in float32).
@@ -106,8 +107,6 @@ def whole_range(low: Tensor, high: Tensor, doubled: Tensor, own: Tensor | None, 
 class Block:
     """The scores of some queries of some images and heads for all candidates."""
 
-    items: slice
-    """Of the B H images and heads."""
     part: slice
     """Of the Q queries."""
     score: Tensor
@@ -115,10 +114,13 @@ class Block:
     taken: Tensor | None
     """Which candidates may not be ranked: those out of reach, and the query itself where it has its place, (part, M)
     bool; None: at most the query itself."""
+    low: Tensor | None = None
+    """Least and largest score of each query, (items, part, 1), where the range was asked for."""
+    high: Tensor | None = None
 
 
 class Scores:
-    """The scores of queries for all candidates, in blocks; afterwards the range of the similarities."""
+    """The scores of queries for all candidates, in blocks, and the range of the similarities."""
 
     def __init__(
         self,
@@ -145,17 +147,21 @@ class Scores:
             keys = self.terms.k if candidates is None else self.terms.k[:, candidates]
             self.q, keys, self.bias = score_terms(self.terms.q, keys, selection.similarity)
             self.keys = keys.mT
-        shape, dtype = (b * h, len(queries), 1), q.dtype
-        self.low: Tensor | None = q.new_empty(shape, dtype=dtype) if ranged else None
-        self.high: Tensor | None = q.new_empty(shape, dtype=dtype) if ranged else None
+        self.ranged = ranged
 
-    def blocks(self) -> Iterator[Block]:
-        """Yield all scores, queries in the outer loop: what depends on positions alone is computed once for each."""
+    def blocks(self) -> Iterator[list[Block]]:
+        """Yield all scores: for each part of the queries its blocks, one for each part of the images and heads.
+
+        What depends on positions alone is computed once for each part of the queries. Graphs that are compiled, traced
+        or transformed get one block of everything: loops over sizes would fix the size of the batch.
+        """
         items, queries, tokens = self.batch * self.heads, self.queries, self.tokens
-        limit = CHUNK_SCORES.get(queries.device.type, CHUNK_SCORES_ELSEWHERE)
-        step = min(len(queries), max(1, limit // len(tokens)))
-        item_step = max(1, limit // (len(tokens) * step))
-        for first in range(0, len(queries), step):
+        step, item_step = len(queries), items
+        if runs_at_once():
+            limit = CHUNK_SCORES.get(queries.device.type, CHUNK_SCORES_ELSEWHERE)
+            step = min(len(queries), max(1, limit // len(tokens)))
+            item_step = max(1, limit // (len(tokens) * step))
+        for first in range(0, len(queries), step) if step else ():
             part = slice(first, first + step)
             own = queries[part]
             outside = out_of_reach(self.geometry, self.selection, own, tokens)
@@ -164,14 +170,25 @@ class Scores:
                 itself = own[:, None] == tokens
                 taken = itself if outside is None else outside | itself
             distance = self._distance(own) if self.by_position or self.terms.mixed else None
-            for start in range(0, items, item_step):
-                here = slice(start, start + item_step)
-                score = self._score(here, part, distance, outside)
-                if taken is not None:
-                    score = score.masked_fill_(taken, -torch.inf)
-                elif self.selection.self_first:
-                    score = score.scatter_(-1, own[:, None].expand(*score.shape[:-1], 1), -torch.inf)
-                yield Block(here, part, score, taken)
+            starts = range(0, items, item_step) if runs_at_once() and items else (0,)
+            pieces = (slice(start, start + item_step) for start in starts)
+            yield [self._block(here, part, own, distance, outside, taken) for here in pieces]
+
+    def _block(
+        self,
+        items: slice,
+        part: slice,
+        own: Tensor,
+        distance: Tensor | None,
+        outside: Tensor | None,
+        taken: Tensor | None,
+    ) -> Block:
+        score, low, high = self._score(items, part, distance, outside)
+        if taken is not None:
+            score = score.masked_fill_(taken, -torch.inf)
+        elif self.selection.self_first:
+            score = score.scatter_(-1, own[:, None].expand(*score.shape[:-1], 1), -torch.inf)
+        return Block(part, score, taken, low, high)
 
     def _distance(self, own: Tensor) -> Tensor:
         """Return the distance from queries on the tokens ``own`` to every candidate, (Q, M); as a share if blended."""
@@ -179,31 +196,31 @@ class Scores:
         distance = distance.masked_fill(self.tokens < self.geometry.prefix, torch.inf)
         return distance if self.by_position else distance.to(self.q.dtype) / self.geometry.extent
 
-    def _score(self, items: slice, part: slice, distance: Tensor | None, outside: Tensor | None) -> Tensor:
+    def _score(
+        self, items: slice, part: slice, distance: Tensor | None, outside: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the scores of a block, and their range if it was asked for."""
         if self.by_position:
             assert distance is not None
-            return -distance[None]
+            return -distance[None], None, None
         score = product(self.q[items, part], self.keys[items])
         if self.bias is not None:
             score = score + self.bias[items]
-        if self.low is None or self.high is None:
-            return score
-        self.low[items, part] = _within(score, outside, torch.inf).amin(-1, keepdim=True)
-        self.high[items, part] = _within(score, outside, -torch.inf).amax(-1, keepdim=True)
+        if not self.ranged:
+            return score, None, None
+        low = _within(score, outside, torch.inf).amin(-1, keepdim=True)
+        high = _within(score, outside, -torch.inf).amax(-1, keepdim=True)
         if self.terms.mixed and distance is not None:
             share = self.terms.share[items] if isinstance(self.terms.share, Tensor) else self.terms.share
-            least, largest = span(self.low[items, part], self.high[items, part], self.terms.floor[items, part])
+            least, largest = span(low, high, self.terms.floor[items, part])
             # As blend_scores does, in place: the block is the largest thing here.
             score.sub_(least).div_(largest - least).mul_(share).sub_((1 - share) * distance)
-        return score
+        return score, low, high
 
-    def similarity_range(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return least and largest similarity of each query, (B, H, Q, 1), once all blocks were made; or None twice."""
-        if self.low is None or self.high is None:
-            return None, None
-        low, high = span(self.low, self.high, self.terms.floor)
-        low, high = whole_range(low, high, self.q, self.terms.own, self.selection.similarity)
-        return low.unflatten(0, (self.batch, self.heads)), high.unflatten(0, (self.batch, self.heads))
+    def similarity_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return least and largest similarity of each query from those of the scores of all blocks, (B H, Q, 1)."""
+        low, high = span(low, high, self.terms.floor)
+        return whole_range(low, high, self.q, self.terms.own, self.selection.similarity)
 
 
 def _within(score: Tensor, outside: Tensor | None, fill: float) -> Tensor:

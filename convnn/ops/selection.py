@@ -15,7 +15,7 @@ from torch import Tensor
 from convnn.ops.candidates import RELATIVE, candidate_tokens, most_candidates
 from convnn.ops.geometry import Geometry
 from convnn.ops.neighbors import Neighbors, join
-from convnn.ops.scores import Scores, at_end, precise
+from convnn.ops.scores import Block, Scores, at_end, precise
 from convnn.ops.settings import Selection
 from convnn.ops.slots import in_slots
 from convnn.ops.topk import stable_topk
@@ -115,19 +115,41 @@ def rank(
     The arguments are those of ``convnn.ops.scores.prepare``. Index shape: (B or 1, H or 1, Q, K).
     """
     scores = Scores(q, k, queries, candidates, geometry, selection, blend=blend, ranged=ranged)
-    first = int(selection.self_first)  # slots that are not ranked: the query itself
-    shape = scores.batch * scores.heads, len(queries), selection.k
-    best = torch.empty(shape, dtype=torch.int64, device=q.device)
     # Where a query can have fewer than k neighbours, the last slots hold fillers that do not count.
     short = selection.candidates in RELATIVE or selection.k > len(scores.tokens)
-    valid = torch.ones_like(best, dtype=torch.bool) if short else None
-    for block in scores.blocks():
-        ranked = stable_topk(block.score, selection.k - first)
-        best[block.items, block.part, :first] = queries[block.part, None]
-        best[block.items, block.part, first:] = scores.tokens[ranked]
-        if valid is not None and block.taken is not None:
-            # Prefix tokens can have a score of -inf too, but come before the tokens that were taken out.
-            valid[block.items, block.part, first:] = ~block.taken.expand_as(block.score).gather(-1, ranked)
+    parts = [[_ranked(scores, block, short) for block in blocks] for blocks in scores.blocks()]
     size = scores.batch, scores.heads
-    low, high = scores.similarity_range()
-    return Neighbors(best.unflatten(0, size), None if valid is None else valid.unflatten(0, size), low, high)
+    if not parts:  # no query
+        return Neighbors(torch.empty(*size, 0, selection.k, dtype=torch.int64, device=q.device))
+    index, valid, low, high = (_assembled(parts, i) for i in range(4))
+    if low is not None and high is not None:
+        low, high = scores.similarity_range(low, high)
+    found = (None if t is None else t.unflatten(0, size) for t in (index, valid, low, high))
+    return Neighbors(*found)  # type: ignore[arg-type]
+
+
+Piece = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _ranked(scores: Scores, block: Block, short: bool) -> Piece:
+    """Return the best candidates of a block, (items, part, K), which of them are valid, and the range of the scores."""
+    first = int(scores.selection.self_first)  # slots that are not ranked: the query itself
+    ranked = stable_topk(block.score, scores.selection.k - first)
+    index, valid = scores.tokens[ranked], None
+    if short:
+        # Prefix tokens can have a score of -inf too, but come before the tokens that were taken out.
+        taken = torch.zeros_like(block.score, dtype=torch.bool) if block.taken is None else block.taken
+        valid = ~taken.expand_as(block.score).gather(-1, ranked)
+    if first:
+        own = scores.queries[block.part, None].expand(*index.shape[:-1], 1)
+        index = torch.cat([own, index], dim=-1)
+        valid = None if valid is None else torch.cat([torch.ones_like(own, dtype=torch.bool), valid], dim=-1)
+    return index, valid, block.low, block.high
+
+
+def _assembled(parts: list[list[Piece]], i: int) -> Tensor | None:
+    """Put the i-th tensors of all pieces together; None where they are none."""
+    if parts[0][0][i] is None:
+        return None
+    rows = [torch.cat([piece[i] for piece in row]) if len(row) > 1 else row[0][i] for row in parts]  # type: ignore[misc]
+    return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]  # type: ignore[arg-type]

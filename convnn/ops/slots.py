@@ -50,7 +50,8 @@ def window_slots(index: Tensor, queries: Tensor, geometry: Geometry, valid: Tens
         tap = tap * m + step
     order = window_order(geometry.kernel).argsort().to(index.device)
     slot = order[tap.where(inside, 0)]
-    inside = inside & (slot < k) & (True if valid is None else valid)
+    inside = inside & (slot < k)
+    inside = inside if valid is None else inside & valid
     taken = torch.zeros_like(index).scatter_add_(-1, slot.where(inside, 0), inside.long())
     free = taken.argsort(dim=-1, stable=True)  # free slots first, in order
     outsiders = inside.long().argsort(dim=-1, stable=True)  # positions in the ranking, outsiders first

@@ -18,7 +18,7 @@ from convnn.config.targets import resolve_target
 from convnn.errors import ConfigError
 from convnn.models.flops import Cost, count_operations, on_meta
 from convnn.models.sites import is_operator, select_sites
-from convnn.nn.base import NeighborLayer, Site
+from convnn.nn.base import NeighborLayer, Site, TokenGrid
 from convnn.ops.settings import check_choice
 from convnn.text import aligned
 
@@ -117,15 +117,18 @@ def swap_layers(
         init = rules.init if isinstance(rules, SwapConfig) else "fresh"
     check_choice("swap.init", init, ("fresh", "transfer"))
     claims = _claims(model, rules, operator)
-    new_layers = {}
+    new_layers: dict[str, nn.Module] = {}
+    grids: dict[nn.Module, TokenGrid] = {}
     for name, claim in claims.items():
         target = claim.operator.target
         build = getattr(resolve_target(target, "operator.target"), "from_layer", None)
         if not callable(build):
             raise ConfigError(f"operator.target={target} is no operator: it has no from_layer")
         check_replaceable(name, claim.layer)
-        new = build(claim.layer, claim.operator, init, _site(model, name))
+        new = build(claim.layer, claim.operator, init, _site(model, name, grids))
         new_layers[name] = like(claim.layer, new.train(claim.layer.training), name)
+    for patch_embed, grid in grids.items():
+        patch_embed.register_forward_hook(grid.note)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     rows = []
     for name in sorted(new_layers, key=order.__getitem__):
@@ -223,10 +226,30 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
             model.set_submodule(name, new)
 
 
-def _site(model: nn.Module, name: str) -> Site:
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    prefix = getattr(model, "num_prefix_tokens", 0)
-    return Site(name, prefix, (int(grid[0]), int(grid[1])) if grid else None)
+def _site(model: nn.Module, name: str, grids: dict[nn.Module, TokenGrid]) -> Site:
+    """Return what surrounds a layer: the nearest module around it that has a patch embedding tells of the tokens."""
+    parents = [name.rpartition(".")[0]]
+    while parents[-1]:
+        parents.append(parents[-1].rpartition(".")[0])
+    for parent in map(model.get_submodule, parents):
+        patch_embed = getattr(parent, "patch_embed", None)
+        if isinstance(patch_embed, nn.Module):
+            grid = getattr(patch_embed, "grid_size", None)
+            size = (int(grid[0]), int(grid[1])) if grid else None
+            return Site(name, getattr(parent, "num_prefix_tokens", 0), size, _token_grid(patch_embed, grids))
+    return Site(name, getattr(model, "num_prefix_tokens", 0))
+
+
+def _token_grid(patch_embed: nn.Module, grids: dict[nn.Module, TokenGrid]) -> TokenGrid | None:
+    """Return what notes the grid of each image that a patch embedding gets; None if it cannot tell.
+
+    ``grids`` has those of this swap, which are hooked in once everything is built; those of a swap before are there.
+    """
+    if not hasattr(patch_embed, "dynamic_feat_size"):
+        return None
+    earlier = (getattr(hook, "__self__", None) for hook in patch_embed._forward_hooks.values())
+    known = next((grid for grid in earlier if isinstance(grid, TokenGrid)), None)
+    return known or grids.setdefault(patch_embed, TokenGrid())
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -286,6 +309,10 @@ def export_layers(model: nn.Module) -> list[str]:
             raise ConfigError(f"'{name}' cannot be exported: {error}") from error
     for name, layer in plain.items():
         _replace(model, model.get_submodule(name), layer)
+    for module in model.modules():  # nobody asks for the grid any more
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), TokenGrid):
+                del module._forward_hooks[key]
     return names
 
 

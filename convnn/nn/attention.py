@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from convnn.config.schema import ATTENTION, OperatorConfig
 from convnn.errors import ConfigError
-from convnn.nn.base import NeighborLayer, Site, layer_settings
+from convnn.nn.base import NeighborLayer, Site, TokenGrid, layer_settings
 from convnn.ops.functional import neighbor_aggregate
 from convnn.ops.geometry import Geometry, Pair
 from convnn.ops.neighborhood import Neighborhood, find_neighborhood
@@ -33,22 +33,36 @@ def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
         raise ValueError("attn_mask and is_causal are not supported: neighbours are chosen among all tokens")
 
 
-def grid_of(num_tokens: int, num_prefix_tokens: int, grid_size: Pair | None) -> Pair:
-    """Return rows and columns of the grid in a sequence: ``grid_size`` if it fits, else a square.
+def grid_of(num_tokens: int, num_prefix_tokens: int, grid_size: Pair | None, seen: TokenGrid | None = None) -> Pair:
+    """Return rows and columns of the grid in a sequence.
+
+    Args:
+        num_tokens: N, with the prefix.
+        num_prefix_tokens: tokens before the grid.
+        grid_size: as the layer was built with; None: a square.
+        seen: what the model's patch embedding noted of the present image, which counts more.
 
     Raises:
-        ValueError: if neither fits.
+        ValueError: if the tokens are not of that grid.
     """
-    grid = num_tokens - num_prefix_tokens
-    height, width = grid_size or (0, 0)
-    if height * width != grid:
-        height = width = math.isqrt(max(grid, 0))
-    if height * width != grid or grid < 1:
+    grid, known = num_tokens - num_prefix_tokens, seen.size if seen is not None else None
+    if known is not None:
+        if known[0] * known[1] != grid:
+            raise ValueError(
+                f"{num_tokens} tokens less {num_prefix_tokens} prefix tokens are not the {known[0]}x{known[1]} grid of "
+                "the image's patches, so their positions are not known; set patch_drop_rate=0, or use settings without "
+                "positions (blend=1 with candidates=all or random)"
+            )
+        return known
+    if grid_size is None:
+        side = math.isqrt(max(grid, 0))
+        grid_size = side, side
+    if grid_size[0] * grid_size[1] != grid or grid < 1:
         raise ValueError(
             f"{num_tokens} tokens less {num_prefix_tokens} prefix tokens are neither grid_size={grid_size} nor a "
             "square; pass grid_size and num_prefix_tokens"
         )
-    return height, width
+    return grid_size
 
 
 DEFAULTS = {"similarity": "dot", "self_first": False, "weighting": "softmax", "aggregation": "depthwise"}
@@ -115,6 +129,8 @@ class ConvNNAttention(NeighborLayer):
             raise ValueError(f"num_heads={num_heads} must divide dim={dim}")
         self.dim, self.num_heads, self.head_dim = dim, num_heads, head_dim or dim // num_heads
         self.num_prefix_tokens, self.grid_size, self.fast = num_prefix_tokens, grid_size, fast
+        self.token_grid: TokenGrid | None = None
+        """Where a swap has put the layer behind a patch embedding: what that saw last."""
         self.border, self.layout = self.settings.border, self.settings.layout
         self.aggregation = aggregation = self.settings.aggregation
 
@@ -156,7 +172,7 @@ class ConvNNAttention(NeighborLayer):
         """
         if self.layout == "sequence":
             return Geometry(1, num_tokens)
-        height, width = grid_of(num_tokens, self.num_prefix_tokens, self.grid_size)
+        height, width = grid_of(num_tokens, self.num_prefix_tokens, self.grid_size, self.token_grid)
         radius = math.isqrt(self.k_max) // 2
         if self.border == "zeros":
             side, ring = (2 * radius + 1,) * 2, (radius,) * 2
@@ -168,7 +184,7 @@ class ConvNNAttention(NeighborLayer):
         """Return where the tokens of a sequence of this length lie, as far as this layer cares."""
         # Without positions or a grid of candidates a plain sequence of any length will do.
         whole = self.selection.candidates in ("all", "random") and self.border != "zeros"
-        if self.layout == "grid" and self.blend_logit is None and self.blend == 1 and whole and self.grid_size is None:
+        if self.layout == "grid" and self.blend_logit is None and self.blend == 1 and whole:
             return Geometry(1, num_tokens - self.num_prefix_tokens, prefix=self.num_prefix_tokens)
         return self.geometry(num_tokens)
 
@@ -197,7 +213,7 @@ class ConvNNAttention(NeighborLayer):
         seen = geometry
         if not any(geometry.padding) and geometry.height == 1:  # laid out on a line, as far as the selection cares
             try:
-                size = grid_of(x.shape[1], self.num_prefix_tokens, self.grid_size)
+                size = grid_of(x.shape[1], self.num_prefix_tokens, self.grid_size, self.token_grid)
                 seen = Geometry(*size, prefix=self.num_prefix_tokens)
             except ValueError:
                 pass
@@ -331,6 +347,7 @@ class ConvNNAttention(NeighborLayer):
             **layer_settings(config),
         )
         new.q_norm, new.k_norm = copy_norm(layer.q_norm, init), copy_norm(layer.k_norm, init)
+        new.token_grid = site.token_grid
         new.reset_slots(preserve=init == "transfer")
         init_linear(new.qkv, layer.qkv, init)
         init_linear(new.proj, layer.proj, init)

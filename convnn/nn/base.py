@@ -18,6 +18,23 @@ from convnn.ops.neighborhood import Neighborhood, same_draws
 from convnn.ops.settings import Mixing, Selection, check_choice, choices_of, part
 
 
+class TokenGrid:
+    """The grid of patches that a model makes of its present image, noted by its patch embedding at each call.
+
+    A number of tokens does not tell their layout: 36 patches are 6 x 6 or 4 x 9. One instance serves all layers behind
+    a patch embedding; a deep copy of the model has its own.
+    """
+
+    def __init__(self) -> None:
+        self.size: Pair | None = None
+        """Rows and columns; None before the first call."""
+
+    def note(self, patch_embed: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Note the grid of an image (B, C, h, w); a forward hook of timm's ``PatchEmbed``."""
+        rows, columns = patch_embed.dynamic_feat_size(tuple(inputs[0].shape[-2:]))  # type: ignore[operator]
+        self.size = int(rows), int(columns)
+
+
 @dataclass(frozen=True)
 class Site:
     """What a layer's surroundings tell about it: its name, and for attention the tokens' layout."""
@@ -25,6 +42,7 @@ class Site:
     name: str = ""
     num_prefix_tokens: int = 0
     grid_size: Pair | None = None
+    token_grid: TokenGrid | None = None
 
 
 def pair(value: int | tuple[int, ...]) -> Pair:

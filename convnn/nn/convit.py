@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from convnn.config.schema import OperatorConfig
 from convnn.errors import ConfigError
 from convnn.nn.attention import check_attention, grid_of, refuse_mask
-from convnn.nn.base import Site, options, refuse_transfer
+from convnn.nn.base import Site, TokenGrid, options, refuse_transfer
 from convnn.ops.geometry import Geometry, Pair
 from convnn.ops.neighborhood import Neighborhood
 
@@ -60,6 +60,7 @@ class GatedPositionalAttention(nn.Module):
             raise ValueError(f"num_heads={num_heads} must divide dim={dim}")
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.num_prefix_tokens, self.grid_size = num_prefix_tokens, grid_size
+        self.token_grid: TokenGrid | None = None
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.pos_proj = nn.Linear(3, num_heads)
         self.gating = nn.Parameter(torch.ones(num_heads))
@@ -97,7 +98,7 @@ class GatedPositionalAttention(nn.Module):
         """Return attention weights (B, H, N, N) and values (B, H, N, D)."""
         b, n, _ = x.shape
         p = self.num_prefix_tokens
-        height, width = grid_of(n, p, self.grid_size)
+        height, width = grid_of(n, p, self.grid_size, self.token_grid)
         q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # (B, H, N, D)
         content = (q @ k.mT / math.sqrt(self.head_dim)).softmax(dim=-1)
         position = self.pos_proj(self.relative_positions(height, width)).permute(2, 0, 1).softmax(dim=-1)  # (H, ...)
@@ -109,7 +110,7 @@ class GatedPositionalAttention(nn.Module):
     def neighborhood(self, x: Tensor) -> Neighborhood:
         """Return all tokens as neighbours, largest weight first; the window is that of the convolutional start."""
         weights, index = self._weights(x)[0].sort(dim=-1, descending=True, stable=True)
-        grid = grid_of(x.shape[1], self.num_prefix_tokens, self.grid_size)
+        grid = grid_of(x.shape[1], self.num_prefix_tokens, self.grid_size, self.token_grid)
         geometry = Geometry(*grid, prefix=self.num_prefix_tokens)
         side = math.isqrt(self.num_heads)
         return Neighborhood(index, torch.ones_like(index, dtype=torch.bool), weights, geometry, (side, side))
@@ -135,4 +136,5 @@ class GatedPositionalAttention(nn.Module):
             num_prefix_tokens=site.num_prefix_tokens,
             grid_size=site.grid_size,
         )
+        new.token_grid = site.token_grid
         return new.to(layer.qkv.weight.device, layer.qkv.weight.dtype)

@@ -49,6 +49,7 @@ def test_damaged_metrics_leave_what_can_be_drawn(text, tmp_path):
     assert read_layer_measures(folder).epochs == [] and "diagnostics" not in draw_curves(folder)
 
 
+@pytest.mark.slow
 def test_a_report_shows_layers_and_the_spectrum(tmp_path):
     report = make_report([grid(tmp_path / "runs", (0.0, 1.0), ks=(9,), seeds=(0,), layers=3)], tmp_path / "report")
     names = [picture.name for picture in report.pictures]

@@ -45,6 +45,7 @@ def test_a_whole_run_is_compared(driver, tmp_path):
     assert sorted(p.read_text() for p in tmp_path.glob("r/points/*/calls")) == first and len(first) == 2
 
 
+@pytest.mark.slow
 def test_a_shortened_run_is_named_and_not_compared(driver, tmp_path):
     code, text = reproduce(driver, tmp_path, "train.epochs=2", "data=imagefolder", "data.root=x")
     assert code == 0, text

@@ -207,6 +207,7 @@ def test_dry_run_tells_and_does_nothing(driver, tmp_path, capsys):
     assert len(before) == 2
 
 
+@pytest.mark.slow
 def test_another_sweeper_uses_the_same_machinery(driver, tmp_path):
     for _ in range(2):
         code, text = sweep(driver, tmp_path, "seed=0,1", "hydra/sweeper=basic")
@@ -216,6 +217,7 @@ def test_another_sweeper_uses_the_same_machinery(driver, tmp_path):
     assert code == 1 and "a fault of the test" in text and "optim.lr=-1.0 must lie" in text
 
 
+@pytest.mark.slow
 def test_a_known_configuration_keeps_its_folder_under_any_name(driver, tmp_path):
     assert sweep(driver, tmp_path, "seed=1,2")[0] == 0
     code, text = sweep(driver, tmp_path, "seed=1,2", "run.name='../../a b'")
@@ -225,6 +227,7 @@ def test_a_known_configuration_keeps_its_folder_under_any_name(driver, tmp_path)
     assert len(list((tmp_path / "sweep" / "points").iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_odd_folder_names(driver, tmp_path):
     for name in ("com,ma", "it's", "[x]=y#", " lead", "back\\slash"):
         place = tmp_path / "odd" / name

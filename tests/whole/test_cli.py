@@ -152,6 +152,7 @@ def test_a_signal_that_arrives_twice_at_once_still_leaves_a_checkpoint(tmp_path)
     assert json.loads((tmp_path / "r" / "result.json").read_text())["status"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_multirun_of_train(tmp_path):
     done = call(
         "train.py",

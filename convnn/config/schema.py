@@ -253,10 +253,21 @@ class OptimConfig:
     decay_norm_and_bias: bool = False
     """Apply weight decay to biases and normalisation weights too."""
     sched: str = "cosine"
-    """``constant`` or a name of timm's scheduler factory (cosine, step, poly, ...), updated every step."""
+    """``constant``, ``cosine``, ``tanh``, ``poly``, ``step`` or ``multistep``; updated every step."""
     warmup_epochs: int = number(0, 0)
+    """Of a linear rise from ``warmup_lr``, part of the schedule's length; in a run that ``train.max_steps`` ends before
+    it is over, it keeps its share of ``train.epochs``."""
     warmup_lr: float = number(1e-6, 0)
     min_lr: float = number(0.0, 0)
+    """Where cosine, tanh and poly end."""
+    decay_epochs: int | None = later(number(None, 1))
+    """Of ``step``: epochs between two decays."""
+    milestones: list[int] = later(field(default_factory=list))  # noqa: RUF009
+    """Of ``multistep``: epochs after which it decays, such as [10, 15]."""
+    decay_rate: float = later(number(0.1, 0, 1))
+    """Of ``step`` and ``multistep``: factor of each decay."""
+    power: float | None = later(number(None, 0, above=True))
+    """Of ``poly``: the rate is ``(1 - time) ** power`` of its peak; 1 is a straight line."""
     clip_grad: float | None = number(None, 0, above=True)
     """Largest norm of the whole gradient; null: no clipping."""
 
@@ -267,8 +278,7 @@ class TrainConfig:
 
     epochs: int = number(20, 1)
     max_steps: int | None = number(None, 1)
-    """Stop after this many optimizer steps in all; null: no limit. Schedules of blend, k and temperature end there, the
-    learning rate's with the epoch in which it falls."""
+    """Stop after this many optimizer steps in all; null: no limit. All schedules end there."""
     batch_size: int = number(128, 1)
     """Images per step, over all processes together."""
     eval_batch_size: int | None = number(None, 1)

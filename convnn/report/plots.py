@@ -34,9 +34,9 @@ from convnn.report.content import Picture
 from convnn.report.spectrum import draw_layers, draw_spectrum
 from convnn.report.tables import METRICS, complete_groups, describe, main_keys, short_name
 from convnn.report.view import BLEND, MAX_CELLS, MAX_DOTS, MAX_LINES, MAX_PANELS, K, Row, View, group_rows
-from convnn.runs.metrics import read_metrics
+from convnn.runs.metrics import is_number, read_metrics
 from convnn.runs.status import COMPLETE
-from convnn.text import Score, is_missing, show, sort_key
+from convnn.text import Score, show, sort_key
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,12 +62,13 @@ def draw_all(
         ]
         operations = accuracy_against_cost(view, "gflops", "forward pass of one image (GFLOPs)")
         seconds = accuracy_against_cost(view, "seconds", "measured training time (s)")
+        spectrum = draw_spectrum(frame, summary, folders)
         drawn += [
             ("heatmap", "Accuracy over blend and k", accuracy_heat_map(view)),
             ("configurations", "Accuracy by configuration", accuracy_by_configuration(view)),
             ("gflops", "Accuracy against computation", operations),
             ("seconds", "Accuracy against training time", seconds and _with_devices(seconds, frame)),
-            ("spectrum", "Accuracy, loss and cost along the spectrum", draw_spectrum(frame, summary, folders)),
+            ("spectrum", "Accuracy, loss and cost along the spectrum", spectrum and _with_devices(spectrum, frame)),
             ("curves", "Training curves", training_curves(frame, summary, folders)),
             *draw_layers(frame, summary, folders),
         ]
@@ -85,7 +86,7 @@ def _save(name: str, title: str, figure: Figure, caption: str, out: Path) -> Pic
 
 def accuracy_over_number(view: View, x: str) -> tuple[Figure, str] | None:
     """Draw accuracy over a numeric key; None if there are fewer than two points."""
-    rows = [row for row in view.rows if not is_missing(row[x])]
+    rows = view.rows_at(x)
     if len({row[x] for row in rows}) < 2:
         return None
     line = view.line_key(x)
@@ -115,6 +116,11 @@ def accuracy_over_number(view: View, x: str) -> tuple[Figure, str] | None:
         ordered = {show(value): handles[show(value)] for value in style if show(value) in handles}
         add_legend(figure, ordered, plain_text(short_name(line)))
     caption = view.caption("band" if joined else "bar")
+    if not joined and view.keys != [x]:
+        caption += f" The points differ in more than {short_name(x)}, so that no line joins them."
+    moving = sum(isinstance(row[x], str) for row in view.rows)
+    if moving:
+        caption += f" Left out: {moving} without one fixed {short_name(x)}."
     if len(values) > len(style):
         caption += f" {len(style)} of {len(values)} values of {short_name(line or '')}."
     if len(panels) > 1:
@@ -141,7 +147,7 @@ def accuracy_heat_map(view: View) -> tuple[Figure, str] | None:
     """Draw accuracy over blend and k; None unless both vary."""
     if BLEND not in view.numbers or K not in view.numbers:
         return None
-    rows = [row for row in view.rows if not is_missing(row[BLEND]) and not is_missing(row[K])]
+    rows = [row for row in view.rows_at(BLEND) if is_number(row[K])]
     rest = [key for key in view.keys if key not in (BLEND, K)]
     blends, ks = ([value for (value,) in group_rows(rows, [key])] for key in (BLEND, K))
     if not (2 <= len(blends) <= MAX_CELLS and 2 <= len(ks) <= MAX_CELLS):
@@ -226,11 +232,11 @@ def accuracy_against_cost(view: View, cost: str, label: str) -> tuple[Figure, st
     names = [describe(dict(zip(others, given, strict=True))) for given in groups]
     style = line_styles(names)
     figure, (axes,) = new_figure(1)
-    norm = colour_scale([row[colour] for row in rows if not is_missing(row[colour])]) if colour else None
+    norm = colour_scale([row[colour] for row in rows if is_number(row[colour])]) if colour else None
     for name, points in zip(names, groups.values(), strict=True):
         look: dict[str, Any] = {"color": style[name]["color"]}
         if colour:
-            shades = [math.nan if is_missing(row[colour]) else float(row[colour]) for row in points]
+            shades = [float(row[colour]) if is_number(row[colour]) else math.nan for row in points]
             look = {"c": shades, "cmap": COLOUR_MAP, "norm": norm, "plotnonfinite": True}
         xs, ys = [row[cost] for row in points], [view.mean(row) for row in points]
         axes.errorbar(xs, ys, [view.std(row) for row in points], fmt="none", ecolor="#999999", elinewidth=1)

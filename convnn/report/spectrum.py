@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from convnn.figures.curves import draw_layer_heat_maps, draw_over_depth, draw_over_number, read_layer_measures
 from convnn.figures.style import COLOURS, evenly_spread, plain_text
 from convnn.report.tables import complete_groups, describe, is_numeric, main_keys, short_name
-from convnn.report.view import BLEND, MAX_LINES, RATIO, K
+from convnn.report.view import BLEND, MAX_LINES, RATIO
 from convnn.runs.metrics import is_number, read_metrics
-from convnn.text import Score, is_missing
+from convnn.text import Score, is_missing, show
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,33 +48,45 @@ def draw_layers(
 
 
 def draw_spectrum(frame: pd.DataFrame, summary: pd.DataFrame, folders: Sequence[Path]) -> tuple[Figure, str] | None:
-    """Draw accuracy, loss and cost over blend or branch ratio, the mean of all other keys but k; None without one."""
+    """Draw accuracy, loss and cost over blend or branch ratio, a line for each value of all other keys.
+
+    None where no two runs differ in the blend or the ratio alone. A blend that moves is none of its values.
+    """
     keys = main_keys(summary)
     x = next((key for key in (BLEND, RATIO) if key in keys and is_numeric(summary, key)), None)
     if x is None:
         return None
-    line = K if K in keys else None
-    cells: dict[Any, dict[float, list[int]]] = {}
-    for values, rows in complete_groups(frame):
-        if not is_missing(values[x]):
-            own = None if line is None or is_missing(values[line]) else values[line]
-            cells.setdefault(own, {}).setdefault(float(values[x]), []).extend(rows)
     columns = {"accuracy": list(frame["top1_last"]), "loss": [_last_loss(folder) for folder in folders]}
     columns |= {name: list(frame[name]) for name in ("gflops", "seconds")}
 
     def mean(values: list[Any], rows: list[int]) -> float:
         return Score.of([float(values[i]) for i in rows if not is_missing(values[i])]).mean
 
-    points = {
-        "all runs" if own is None else f"k = {own:g}" if isinstance(own, (int, float)) else str(own): [
-            {"x": at} | {name: mean(column, rows) for name, column in columns.items()} for at, rows in places.items()
-        ]
-        for own, places in cells.items()
-    }
-    figure = draw_over_number(dict(list(points.items())[:MAX_LINES]), short_name(x))
+    lines: dict[tuple[Any, ...], list[dict[str, float]]] = {}
+    labels: dict[tuple[Any, ...], str] = {}
+    moving = 0
+    for values, rows in complete_groups(frame):
+        if is_number(values[x]):
+            others = {key: value for key, value in values.items() if key != x}
+            given = tuple(show(value) for value in others.values())
+            label = plain_text(describe({key: others[key] for key in keys if key != x}), 60)
+            if given not in labels:  # cut short, two may look alike
+                labels[given] = f"{label} ({len(labels) + 1})" if label in labels.values() else label
+            point = {"x": float(values[x])} | {name: mean(column, rows) for name, column in columns.items()}
+            lines.setdefault(given, []).append(point)
+        moving += isinstance(values[x], str)
+    joined = {labels[given]: line for given, line in lines.items() if len({point["x"] for point in line}) > 1}
+    figure = draw_over_number(dict(list(joined.items())[:MAX_LINES]), short_name(x))
     if figure is None:
         return None
-    return figure, "Mean over all complete runs of each value; loss and accuracy of the last epoch on the test set."
+    caption = "Mean over the seeds of each configuration; loss and accuracy of the last epoch on the test set."
+    if len(joined) > MAX_LINES:
+        caption += f" {MAX_LINES} of {len(joined)} lines."
+    if len(joined) < len(lines):
+        caption += f" Left out: {len(lines) - len(joined)} that no run with another {short_name(x)} equals in all else."
+    if moving:
+        caption += f" Left out: {moving} without one fixed {short_name(x)}."
+    return figure, caption
 
 
 def _last_loss(folder: Path) -> float:

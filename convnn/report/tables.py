@@ -7,12 +7,14 @@ only where a table is made.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convnn.errors import ConfigError
 from convnn.report.results import FoundRuns, Run, find_results, integer_of, text_of, tidy
+from convnn.runs.metrics import is_number
 from convnn.runs.status import COMPLETE, DAMAGED, UNUSABLE
 from convnn.text import Score, is_missing, show, sort_key
 
@@ -102,7 +104,48 @@ def _differing_keys(runs: Sequence[Run]) -> list[str]:
         values = {run.keys.get(key) for run in whole} | {run.keys[key] for run in partial if key in run.keys}
         if len(values) > 1:
             keys.append(key)
+    for moving in [key for key in keys if key in MOVABLE]:  # a column says so even where it is the same for all runs
+        keys += sorted({key for run in runs for key in _movers(run.keys, moving)} - set(keys))
     return sorted(keys, key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST))
+
+
+MOVABLE = ("operator.blend", "operator.k", "operator.temperature")
+"""Keys whose value is not what a run computed with where a schedule, a learned blend or a swap rule moves it."""
+
+_SWAPS = re.compile(r"swap\.(match$|rules\.)")
+
+
+def _movers(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return what moves ``key``, of values by dotted key: a schedule, a learned blend, values of rules."""
+    name = key.removeprefix("operator.")
+    found = {}
+    for other, value in values.items():
+        own = other.startswith("swap.") and other.endswith(f".{key}")
+        learned = name == "blend" and other.endswith("operator.learn_blend") and value != "no"
+        scheduled = other == f"schedule.{name}.shape" and value != "constant"
+        if (own or learned or scheduled) and not is_missing(value):
+            found[other] = value
+    return found
+
+
+def name_moving(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration's values with the number of a key that something moves replaced by a text that says so.
+
+    So no picture draws a scheduled or learned blend at the number that its configuration happens to have.
+    """
+    named = dict(values)
+    plain = "swap.match" in values and all(is_missing(v) for key, v in values.items() if _SWAPS.match(key))
+    for key in MOVABLE:
+        movers = _movers(values, key) if is_number(values.get(key)) else {}
+        if plain and key in values:
+            named[key] = "no layer replaced"
+        elif any(other.endswith(".shape") for other in movers):
+            named[key] = f"{next(v for other, v in movers.items() if other.endswith('.shape'))} schedule"
+        elif any(other.endswith(".learn_blend") for other in movers):
+            named[key] = f"learned from {show(values[key])}"
+        elif movers:
+            named[key] = f"{show(values[key])} and others"
+    return named
 
 
 def varying_keys(frame: pd.DataFrame) -> list[str]:
@@ -126,10 +169,13 @@ def grouped(frame: pd.DataFrame) -> list[tuple[tuple[Any, ...], list[int]]]:
 
 
 def complete_groups(frame: pd.DataFrame) -> list[tuple[dict[str, Any], list[int]]]:
-    """Return the varying keys of the configurations that have complete runs, and the rows of these runs, sorted."""
+    """Return the varying keys of the configurations that have complete runs, and the rows of these runs, sorted.
+
+    A value that something moves is named, see ``name_moving``.
+    """
     keys, status = varying_keys(frame), list(frame["status"])
     groups = [
-        (dict(zip(keys, values, strict=True)), [i for i in positions if status[i] == COMPLETE])
+        (name_moving(dict(zip(keys, values, strict=True))), [i for i in positions if status[i] == COMPLETE])
         for values, positions in grouped(frame)
     ]
     return [(values, rows) for values, rows in groups if rows]
@@ -172,8 +218,12 @@ def score_of(row: Mapping[str, Any], metric: str) -> Score:
 
 
 def is_numeric(frame: pd.DataFrame, key: str) -> bool:
-    """Return whether a key has numbers alone, two or more."""
-    values = values_of(frame, key)
+    """Return whether a key has numbers alone, two or more; those that something moves do not count."""
+    if key in MOVABLE:
+        named = [name_moving(row)[key] for row in frame.to_dict("records")]
+        values: list[Any] = list({value for value in named if is_number(value)})
+    else:
+        values = values_of(frame, key)
     return len(values) > 1 and all(type(value) in (int, float) and math.isfinite(value) for value in values)
 
 

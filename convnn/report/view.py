@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from convnn.report.tables import is_numeric, main_keys, values_of
+from convnn.report.tables import is_numeric, main_keys, name_moving, values_of
+from convnn.runs.metrics import is_number
 from convnn.text import is_missing, sort_key
 
 if TYPE_CHECKING:
@@ -25,7 +26,11 @@ class View:
         self.numbers = [key for key in self.keys if is_numeric(summary, key)]
         self.numbers.sort(key=lambda key: -len(values_of(summary, key)))
         scored = summary[summary[f"{metric}_mean"].notna()] if f"{metric}_mean" in summary else summary[:0]
-        self.rows: list[Row] = scored.to_dict("records")
+        self.rows: list[Row] = [name_moving(row) for row in scored.to_dict("records")]
+
+    def rows_at(self, key: str) -> list[Row]:
+        """Return the rows that have a number at a key, one that nothing moves."""
+        return [row for row in self.rows if is_number(row[key])]
 
     def x_keys(self) -> list[str]:
         """Return the keys to draw accuracy over."""

@@ -123,7 +123,7 @@ class Trainer:
     def _build_training(self) -> None:
         optim, train = self.config.optim, self.config.train
         self.optimizer = make_optimizer(self.model, optim)
-        self.scheduler = make_scheduler(self.optimizer, optim, self.epochs, self.steps_per_epoch)
+        self.scheduler = make_scheduler(self.optimizer, optim, train.epochs, self.steps_per_epoch, self.total_steps)
         self.mixup = None
         self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
         if train.mixup or train.cutmix:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import platform
-import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from convnn.config.identity import differences, fingerprint, identity, run_name
 from convnn.config.load import load_config
 from convnn.config.schema import Config
 from convnn.errors import ConfigError
+from convnn.runs.contents import MARKER, check_removable, is_run_folder, remove_earlier
 from convnn.runs.status import COMPLETE, UNFINISHED
 from convnn.runtime import distributed
 from convnn.runtime.files import (
@@ -30,9 +30,7 @@ from convnn.runtime.files import (
 )
 
 log = logging.getLogger("convnn")
-_FILES = ("env.json", "train.log", "metrics.jsonl", "swap.txt", "result.json", "wandb_id")
-_FOLDERS = ("checkpoints", "wandb", "pictures")
-"""What a run leaves in its folder, and ``run.if_exists=overwrite`` removes; any other file there is the user's."""
+_MARKED = {"folder": "run"}
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -51,6 +49,8 @@ class RunFolder:
     """The result, if that run is complete and nothing is left to do."""
     writes: bool = True
     """False in all but the first of several processes: what they are asked to write, they do not."""
+    replaces: bool = False
+    """What an earlier run left goes when this one begins."""
     _created: int = 0
     """Parent folders that had to be made."""
     _lock: TextIO | None = field(default=None, repr=False)
@@ -77,26 +77,39 @@ class RunFolder:
         if not self.writes:
             return
         try:
+            if self.replaces:
+                self._replace_earlier()
+            elif not (self.path / MARKER).exists():
+                write_json(self.path / MARKER, _MARKED)
             if not self.resume:
-                for name in _FOLDERS:
-                    shutil.rmtree(self.path / name, ignore_errors=True)
-                for name in _FILES:
-                    (self.path / name).unlink(missing_ok=True)
                 write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+            if self.replaces:
+                write_json(self.path / MARKER, _MARKED)
             for folder in (self.path, self.checkpoints):
                 remove_leftovers(folder)
             self._handler = _LogFile(self.path / "train.log")
         except OSError as error:
             self.discard()
-            raise ConfigError(f"run.dir={self.path} cannot be written: {error.strerror}") from error
+            file = f": {error.filename}" if error.filename else ""
+            raise ConfigError(f"run.dir={self.path} cannot be written{file}: {error.strerror}") from error
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self._handler)
+
+    def _replace_earlier(self) -> None:
+        """Remove the earlier run; after a kill or an error meanwhile, what is left of it is not resumed."""
+        check_removable(self.path)
+        write_json(self.path / MARKER, _MARKED | {"overwriting": True})
+        left = remove_earlier(self.path)
+        if left:
+            names = ", ".join(left[:10]) + (f" and {len(left) - 10} more" if len(left) > 10 else "")
+            log.warning("run.dir=%s: left what no run wrote: %s", self.path, names)
 
     def discard(self) -> None:
         """Remove a folder in which nothing was begun."""
         if self.resume or not self.writes or (self.path / "config.yaml").exists():
             return
-        (self.path / ".lock").unlink(missing_ok=True)
+        for name in (".lock", MARKER):
+            (self.path / name).unlink(missing_ok=True)
         for folder in (self.path, *self.path.parents[: self._created]):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -144,9 +157,10 @@ def _open(config: Config) -> RunFolder:
     path = _path(config)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run.dir={path} is a file")
-    used = path.is_dir() and any(f.name not in (".lock", "train.log") and not is_leftover(f) for f in path.iterdir())
+    begun = (".lock", "train.log", MARKER)
+    used = path.is_dir() and any(f.name not in begun and not is_leftover(f) for f in path.iterdir())
     policy = config.run.if_exists
-    if used and not (path / "config.yaml").exists():
+    if used and not is_run_folder(path):
         raise ConfigError(f"run.dir={path} is not empty and not a run folder; choose another run.dir")
     if used and policy == "fail":
         result = read_result(path)
@@ -162,7 +176,9 @@ def _open(config: Config) -> RunFolder:
         folder.discard()
         raise ConfigError(f"run.dir={path} cannot be written: {error.strerror}") from error
     try:
-        if used and policy != "overwrite":
+        marker = read_json(path / MARKER) or {}
+        folder.replaces = used and (policy == "overwrite" or "overwriting" in marker)
+        if used and not folder.replaces:
             changed = differences(identity(load_config(path)), identity(config))
             if changed:
                 raise ConfigError(

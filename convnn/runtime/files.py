@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -71,12 +72,12 @@ def _sync_folder(folder: Path) -> None:
 
 def is_leftover(path: Path) -> bool:
     """Return whether a file is a temporary one of ``write_atomically``, whose process may have been killed."""
-    return path.name.startswith(".") and path.name.endswith(".tmp")
+    return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of a folder; call it under a lock."""
-    for path in folder.glob(".*.tmp"):
+    for path in filter(is_leftover, folder.glob(".*.tmp")):
         path.unlink(missing_ok=True)
 
 

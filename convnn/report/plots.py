@@ -75,9 +75,10 @@ def _save(name: str, title: str, figure: Figure, caption: str, out: Path) -> Pic
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
     figure.suptitle(title, fontsize=17)
     paths = [out / f"{name}.png", out / f"{name}.svg"]
-    for path, options in zip(paths, ({"dpi": 150}, {"metadata": {"Date": None}}), strict=True):
-        with naming(path):
-            figure.savefig(path, **options)
+    with naming(paths[0]):
+        figure.savefig(paths[0], dpi=150)
+    with naming(paths[1]):
+        figure.savefig(paths[1], metadata={"Date": None})
     return Picture(name, title, caption, *paths)
 
 

@@ -16,7 +16,7 @@ Finds the run folders and sweep folders below each DIR, prints a summary over se
 run), summary.csv, table.md, pictures (PNG and SVG) and index.html, which holds all of it. Failed, diverged and
 unfinished runs are listed and never count in a mean; a configuration found twice counts once.
   DIR     a run folder, a sweep folder, or any folder above them
-  out     default report/ in the first DIR
+  out     default report/ in the first DIR; files there that no report wrote stay, and are never replaced
   metric  what is plotted: top1_last (test accuracy of the last epoch, default), top5_last, top1_best_on_test (chosen
           on the test set), top1_at_best_val, val_top1_best
 Exit codes: 0 written, 1 the disk refused, 2 wrong arguments or no runs.

@@ -6,14 +6,16 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from convnn.errors import ConfigError
 from convnn.report.content import MAX_RUNS, Picture, Report, Table
 from convnn.report.pages import html_page, markdown
-from convnn.report.plots import PICTURES, draw_all
+from convnn.report.plots import draw_all
 from convnn.report.results import FoundRuns, find_results, tidy
 from convnn.report.tables import METRICS, import_pandas, runs_frame, summarize
+from convnn.report.writing import naming, written_aside
 from convnn.text import show
 
 
@@ -22,11 +24,13 @@ def make_report(folders: Sequence[Path], out: Path, metric: str = "top1_last") -
 
     Args:
         folders: searched for run folders and sweep folders at any depth.
-        out: made if missing; files of an earlier report there are replaced.
+        out: made if missing; files of an earlier report there are replaced, all others stay.
         metric: what is plotted and stands first in the tables, a key of ``convnn.report.tables.METRICS``.
 
     Raises:
-        ConfigError: if there is nothing to report, the metric is unknown, or pandas or matplotlib is missing.
+        ConfigError: if there is nothing to report, the metric is unknown, pandas or matplotlib is missing, or a file
+            in ``out`` that no report wrote stands in the way.
+        OSError: if the disk refuses, naming the file; an earlier report is then as it was.
     """
     if metric not in METRICS:
         raise ConfigError(f"metric={metric} is not one of {', '.join(METRICS)}")
@@ -36,15 +40,16 @@ def make_report(folders: Sequence[Path], out: Path, metric: str = "top1_last") -
     summary = summarize(runs)
     commands, environments = _commands(found), _environments(found)
     report = Report(runs, summary, metric, out, found.invalid, commands, environments, found.duplicates)
-    out.mkdir(parents=True, exist_ok=True)
-    runs.to_csv(out / "results.csv", index=False)
-    summary.to_csv(out / "summary.csv", index=False)
-    for old in (path for pattern in PICTURES for path in out.glob(pattern)):
-        old.unlink()
-    report.pictures = draw_all(runs, summary, metric, [run.folder for run in found.runs], out)
-    report.pictures += run_pictures(found, out)
-    (out / "table.md").write_text(markdown(report), encoding="utf-8")
-    (out / "index.html").write_text(html_page(report), encoding="utf-8")
+    with written_aside(out) as aside:
+        for name, frame in (("results.csv", runs), ("summary.csv", summary)):
+            with naming(aside / name):
+                frame.to_csv(aside / name, index=False)
+        report.pictures = draw_all(runs, summary, metric, [run.folder for run in found.runs], aside)
+        report.pictures += run_pictures(found, aside)
+        for name, text in (("table.md", markdown(report)), ("index.html", html_page(report))):
+            with naming(aside / name):
+                (aside / name).write_text(text, encoding="utf-8")
+    report.pictures = [replace(p, png=out / p.png.name, svg=out / p.svg.name) for p in report.pictures]
     return report
 
 
@@ -63,7 +68,9 @@ def run_pictures(found: FoundRuns, out: Path) -> list[Picture]:
             if all(file.is_file() for file in files):
                 copies = [out / f"run{i + 1}_{file.name}" for file in files]
                 for file, copy in zip(files, copies, strict=True):
-                    copy.write_bytes(file.read_bytes())
+                    content = file.read_bytes()
+                    with naming(copy):
+                        copy.write_bytes(content)
                 caption = f"Drawn by scripts/visualize.py for {tidy(folder.name)}."
                 pictures.append(Picture(copies[0].stem, title, caption, *copies))
     return pictures

@@ -34,6 +34,7 @@ from convnn.report.content import Picture
 from convnn.report.spectrum import draw_layers, draw_spectrum
 from convnn.report.tables import METRICS, complete_groups, describe, main_keys, short_name
 from convnn.report.view import BLEND, MAX_CELLS, MAX_DOTS, MAX_LINES, MAX_PANELS, K, Row, View, group_rows
+from convnn.report.writing import naming
 from convnn.runs.metrics import is_number, read_metrics
 from convnn.runs.status import COMPLETE
 from convnn.text import Score, show, sort_key
@@ -42,10 +43,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_NAMES = ("over_*", "heatmap", "configurations", "gflops", "seconds", "curves", "spectrum", "layers_*")
-PICTURES = [f"{name}.{kind}" for name in (*_NAMES, "run?_*") for kind in ("png", "svg")]
-"""Glob patterns of all pictures that a report may write."""
 
 
 def draw_all(
@@ -79,8 +76,10 @@ def _save(name: str, title: str, figure: Figure, caption: str, out: Path) -> Pic
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
     figure.suptitle(title, fontsize=17)
     paths = [out / f"{name}.png", out / f"{name}.svg"]
-    figure.savefig(paths[0], dpi=150)
-    figure.savefig(paths[1], metadata={"Date": None})
+    with naming(paths[0]):
+        figure.savefig(paths[0], dpi=150)
+    with naming(paths[1]):
+        figure.savefig(paths[1], metadata={"Date": None})
     return Picture(name, title, caption, *paths)
 
 

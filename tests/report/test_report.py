@@ -219,10 +219,11 @@ def test_pictures_for_a_grid(tmp_path):
 
 def test_no_pictures_where_nothing_varies_and_old_ones_go(tmp_path):
     write_run(tmp_path / "r", epochs=1)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "heatmap.png").touch()
+    make_report([grid(tmp_path / "runs", ks=(4, 9), seeds=(0,))], tmp_path / "out")
+    assert (tmp_path / "out" / "heatmap.png").exists()
     assert make_report([tmp_path / "r"], tmp_path / "out").pictures == []
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
+        ".convnn-report",
         "index.html",
         "results.csv",
         "summary.csv",

@@ -130,8 +130,6 @@ def _draw_panels(
         title: of the figure.
     """
     import matplotlib as mpl
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     photo = _to_pixels(image)
@@ -141,13 +139,7 @@ def _draw_panels(
     height = panel * max(0.6, min(h / w, 1.6)) + 0.4
     together = len({at for _, at, _ in rows}) == 1  # one query in all rows, shown once
     top = max(one.index.shape[-1] for _, _, layers in rows for one in layers.values())
-    if head is None:
-        shares = [_token_weights(layers[name], item, query_at(layers[name], at, (h, w)))
-                  for _, at, layers in rows for name in names]  # fmt: skip
-        norm = Normalize(0, max(float(share.max()) for share in shares))
-    else:
-        norm = Normalize(1, max(top, 2))
-    shades = ScalarMappable(norm, COLOUR_MAP if head is None else f"{COLOUR_MAP}_r")
+    shades = _shades(names, rows, item, (h, w), None if head is None else max(top, 2))
     with mpl.rc_context(RC_PARAMS | {"axes.grid": False, "font.size": 12}):
         figure = Figure(figsize=(panel * (len(names) + 1) + 2.6, height * len(rows) + 1.7))
         panels = figure.subplots(len(rows), len(names) + 1, squeeze=False)
@@ -176,6 +168,24 @@ def _draw_panels(
             title += f" (head {head + 1})"
         figure.suptitle(title, fontsize=16)
     return figure
+
+
+def _shades(
+    names: Sequence[str],
+    rows: Sequence[tuple[str, Pixel, NeighborsByLayer]],
+    item: int,
+    size: Pixel,
+    ranks: int | None,
+) -> Any:
+    """Return the colours of tokens: by rank up to ``ranks``, or by their share of a query's weight if that is None."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    if ranks is not None:
+        return ScalarMappable(Normalize(1, ranks), f"{COLOUR_MAP}_r")
+    shares = (_token_weights(layers[name], item, query_at(layers[name], at, size))
+              for _, at, layers in rows for name in names)  # fmt: skip
+    return ScalarMappable(Normalize(0, max(float(share.max()) for share in shares)), COLOUR_MAP)
 
 
 def _to_pixels(image: Tensor) -> Any:

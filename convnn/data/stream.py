@@ -10,7 +10,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -200,7 +200,8 @@ class Stream(Batches):
         finally:
             stop = getattr(batches, "_shutdown_workers", None)  # dropping the iterator is not enough in a traceback
             if stop is not None:
-                stop()
+                with suppress(RuntimeError):  # the news that a worker was killed may come as late as here
+                    stop()
 
     def _augment(self, images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
         return images if self._timm else super()._augment(images, shifts, flips)

@@ -6,6 +6,9 @@ meets all of them alike.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import itertools
 import math
 import multiprocessing
@@ -334,7 +337,10 @@ def peak_memory(case: Case, device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    # A forked child starts with this process's memory; the peak counter starts anew.
+    # A forked child starts with this process's memory, and what is free there would not be counted again.
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # a C library without it
+        ctypes.CDLL(None).malloc_trim(0)
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_peak_in_child, args=(case, sender))

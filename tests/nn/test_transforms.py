@@ -31,7 +31,7 @@ def cases():
     yield pytest.param(net, torch.randn(3, 3, 6, 5), id="hybrid network")
 
 
-@pytest.mark.parametrize("layer, x", cases())
+@pytest.mark.parametrize("layer, x", list(cases()))
 def test_export_with_a_dynamic_batch(layer, x):
     program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
     for other in (x[:1], torch.cat([x, x.flip(0), x[:1]])):
@@ -39,14 +39,14 @@ def test_export_with_a_dynamic_batch(layer, x):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("layer, x", cases())
+@pytest.mark.parametrize("layer, x", list(cases()))
 def test_a_trace_serves_other_batches(layer, x):
     traced = torch.jit.trace(layer, x)
     for other in (x[:1], torch.cat([x, x.flip(0), x[:1]])):
         torch.testing.assert_close(traced(other), layer(other), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("layer, x", cases())
+@pytest.mark.parametrize("layer, x", list(cases()))
 def test_gradients_of_each_sample(layer, x):
     parameters = dict(layer.named_parameters())
 

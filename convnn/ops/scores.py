@@ -38,6 +38,26 @@ def precise(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Search:
+    """Queries that look for their neighbours, and where they look."""
+
+    q: Tensor
+    """Queries, (B, H, Q, D)."""
+    k: Tensor
+    """Keys of all tokens, (B, H, N, D)."""
+    queries: Tensor
+    """The token that each query sits on, (Q,)."""
+    candidates: Tensor | None
+    """Tokens that may be chosen, (M,); None: every token."""
+    geometry: Geometry
+    selection: Selection
+    blend: float | Tensor
+    """A number, or (H,)."""
+    ranged: bool
+    """Find what the range of the similarities needs too, see ``convnn.ops.similarity.span``."""
+
+
+@dataclass(frozen=True)
 class Terms:
     """What scores are made of, before any query meets a candidate."""
 
@@ -55,35 +75,23 @@ class Terms:
     """Similarity of each query to its own token where that need not be a candidate, (B H, Q, 1)."""
 
 
-def prepare(
-    q: Tensor,
-    k: Tensor,
-    queries: Tensor,
-    candidates: Tensor | None,
-    geometry: Geometry,
-    selection: Selection,
-    *,
-    blend: float | Tensor,
-    ranged: bool,
-) -> Terms:
-    """Return the terms of (B, H, Q, D) queries that sit on the tokens ``queries``, and (B, H, N, D) keys.
-
-    ``ranged`` asks for what the range of the similarities needs, see ``convnn.ops.similarity.span``.
-    """
+def prepare(search: Search) -> Terms:
+    """Return what the scores of ``search`` are made of."""
+    q, k, blend, selection = search.q, search.k, search.blend, search.selection
     b, h = q.shape[:2]
     q, k = q.flatten(0, 1), k.flatten(0, 1)
     dtype = precise(q[:0]).dtype
     mixed = not (at_end(blend, 0) or at_end(blend, 1))
     share = blend.to(dtype).expand(h).repeat(b)[:, None, None] if isinstance(blend, Tensor) else blend
-    own, floor = None, q.new_zeros(b * h, len(queries), 1, dtype=dtype)
-    if ranged and selection.similarity == "euclidean":
+    own, floor = None, q.new_zeros(b * h, len(search.queries), 1, dtype=dtype)
+    if search.ranged and selection.similarity == "euclidean":
         floor = ALIKE**2 * precise(q).square().sum(-1, keepdim=True)
-    if ranged and selection.self_first and candidates is not None:
-        own = own_similarity(precise(q), precise(k[:, queries]), selection.similarity)
+    if search.ranged and selection.self_first and search.candidates is not None:
+        own = own_similarity(precise(q), precise(k[:, search.queries]), selection.similarity)
     if mixed and selection.mix == "concat":
         q, k, mixed = precise(q), precise(k), False
-        positions, scale = geometry.positions(q.device), deviation(k)
-        q, k = with_positions(q, positions[queries], share, scale), with_positions(k, positions, share, scale)
+        positions, scale = search.geometry.positions(q.device), deviation(k)
+        q, k = with_positions(q, positions[search.queries], share, scale), with_positions(k, positions, share, scale)
     return Terms(q, k, share, mixed, floor, own)
 
 
@@ -122,32 +130,20 @@ class Block:
 class Scores:
     """The scores of queries for all candidates, in blocks, and the range of the similarities."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        queries: Tensor,
-        candidates: Tensor | None,
-        geometry: Geometry,
-        selection: Selection,
-        *,
-        blend: float | Tensor,
-        ranged: bool,
-    ) -> None:
-        """Prepare; the arguments are those of ``prepare``, float32 or float64."""
-        self.geometry, self.selection, self.queries = geometry, selection, queries
+    def __init__(self, search: Search) -> None:
+        """Prepare; queries and keys are float32 or float64."""
+        self.geometry, self.selection, self.queries = search.geometry, search.selection, search.queries
+        self.ranged, self.by_position = search.ranged, at_end(search.blend, 0)
+        candidates = search.candidates
         self.all = candidates is None
         """Every token is a candidate, so that column and token are the same."""
-        self.tokens = torch.arange(geometry.num_tokens, device=q.device) if candidates is None else candidates
-        self.by_position = at_end(blend, 0)
-        b, h = (1, 1) if self.by_position else q.shape[:2]
-        self.batch, self.heads = b, h
-        self.terms = prepare(q, k, queries, candidates, geometry, selection, blend=blend, ranged=ranged)
+        self.tokens = torch.arange(search.k.shape[2], device=search.q.device) if candidates is None else candidates
+        self.batch, self.heads = (1, 1) if self.by_position else search.q.shape[:2]
+        self.terms = prepare(search)
         if not self.by_position:
-            keys = self.terms.k if candidates is None else self.terms.k[:, candidates]
-            self.q, keys, self.bias = score_terms(self.terms.q, keys, selection.similarity)
+            keys = self.terms.k if self.all else self.terms.k[:, self.tokens]
+            self.q, keys, self.bias = score_terms(self.terms.q, keys, self.selection.similarity)
             self.keys = keys.mT
-        self.ranged = ranged
 
     def blocks(self) -> Iterator[list[Block]]:
         """Yield all scores: for each part of the queries its blocks, one for each part of the images and heads.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from convnn.ops.candidates import RELATIVE, candidate_tokens, most_candidates
 from convnn.ops.geometry import Geometry
 from convnn.ops.neighbors import Neighbors, join
-from convnn.ops.scores import Block, Scores, at_end, precise
+from convnn.ops.scores import Block, Scores, Search, at_end, precise
 from convnn.ops.settings import Selection
 from convnn.ops.slots import in_slots
 from convnn.ops.topk import stable_topk
@@ -62,7 +61,7 @@ def select_neighbors(
     # The meta device, on which costs are counted, has no autocast.
     plain = nullcontext() if q.device.type == "meta" else torch.autocast(q.device.type, enabled=False)
     with torch.no_grad(), plain:
-        best: Any = rank
+        best = rank
         fits = candidates is None or selection.k <= len(candidates)
         if not by_position and fits and dispatch.selects(backend, q, k, selection):
             best = launch.best_tokens
@@ -71,8 +70,8 @@ def select_neighbors(
         found = []
         for part, share in ((slice(0, split), 1.0), (slice(split, None), blend)):
             if len(queries[part]):
-                own = q[:, :, part], k, queries[part]
-                found.append(best(*own, candidates, geometry, selection, blend=share, ranged=ranged))
+                search = Search(q[:, :, part], k, queries[part], candidates, geometry, selection, share, ranged)
+                found.append(best(search))
         chosen = found[0] if len(found) == 1 else join(*found)
         index, valid = in_slots(chosen.index, chosen.valid, selection.slots, queries, geometry)
         return Neighbors(index, valid, chosen.low, chosen.high, candidates)
@@ -99,28 +98,18 @@ def possible_k(geometry: Geometry, selection: Selection, candidates: Tensor | No
     return min(selection.k, most + beside)
 
 
-def rank(
-    q: Tensor,
-    k: Tensor,
-    queries: Tensor,
-    candidates: Tensor | None,
-    geometry: Geometry,
-    selection: Selection,
-    *,
-    blend: float | Tensor,
-    ranged: bool,
-) -> Neighbors:
-    """Return the k best candidates of the given queries, best first; ``ranged``: and the range of the similarities.
+def rank(search: Search) -> Neighbors:
+    """Return the k best candidates of the queries, best first, and the range of the similarities if it is asked for.
 
-    The arguments are those of ``convnn.ops.scores.prepare``. Index shape: (B or 1, H or 1, Q, K).
+    Index shape: (B or 1, H or 1, Q, K).
     """
-    scores = Scores(q, k, queries, candidates, geometry, selection, blend=blend, ranged=ranged)
+    scores, k = Scores(search), search.selection.k
     # Where a query can have fewer than k neighbours, the last slots hold fillers that do not count.
-    short = selection.candidates in RELATIVE or selection.k > len(scores.tokens)
+    short = search.selection.candidates in RELATIVE or k > len(scores.tokens)
     parts = [[_ranked(scores, block, short) for block in blocks] for blocks in scores.blocks()]
     size = scores.batch, scores.heads
     if not parts:  # no query
-        return Neighbors(torch.empty(*size, 0, selection.k, dtype=torch.int64, device=q.device))
+        return Neighbors(torch.empty(*size, 0, k, dtype=torch.int64, device=search.q.device))
     index, valid, low, high = (_assembled(parts, i) for i in range(4))
     if low is not None and high is not None:
         low, high = scores.similarity_range(low, high)

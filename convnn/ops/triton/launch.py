@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from convnn.ops.geometry import Geometry
 from convnn.ops.neighbors import Neighbors
-from convnn.ops.scores import Terms, prepare, whole_range
+from convnn.ops.scores import Search, Terms, prepare, whole_range
 from convnn.ops.similarity import ALIKE, score_terms, unit
 from convnn.ops.triton.dispatch import interpreted
-
-if TYPE_CHECKING:
-    from convnn.ops.settings import Selection
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -33,17 +30,7 @@ def _block(size: int, low: int = 1, high: int = 1 << 30) -> int:
     return min(max(1 << (size - 1).bit_length(), low), high)
 
 
-def best_tokens(
-    q: Tensor,
-    k: Tensor,
-    queries: Tensor,
-    candidates: Tensor | None,
-    geometry: Geometry,
-    selection: Selection,
-    *,
-    blend: float | Tensor,
-    ranged: bool,
-) -> Neighbors:
+def best_tokens(search: Search) -> Neighbors:
     """Return what ``convnn.ops.selection.rank`` returns for a blend above 0, from the kernel.
 
     Scores are float32 sums of products of the inputs in their own precision, in which those products are exact for 16
@@ -51,25 +38,26 @@ def best_tokens(
     """
     from convnn.ops.triton.kernels import topk_kernel
 
-    b, h, count, _ = q.shape
-    terms = prepare(q, k, queries, candidates, geometry, selection, blend=blend, ranged=ranged)
+    geometry, selection, candidates = search.geometry, search.selection, search.candidates
+    b, h, count, _ = search.q.shape
+    terms = prepare(search)
     operands = _operands(terms, selection.similarity)
-    device = q.device
+    device = search.q.device
     index = torch.empty(b * h, count, selection.k, dtype=torch.int64, device=device)
-    low, high = (terms.floor.new_empty(b * h, count) for _ in range(2)) if ranged else (None, None)
-    available = geometry.num_tokens if candidates is None else len(candidates)
+    low, high = (terms.floor.new_empty(b * h, count) for _ in range(2)) if search.ranged else (None, None)
+    available = search.k.shape[2] if candidates is None else len(candidates)
     own_first = int(selection.self_first)
     channels, (rows, columns) = operands[0].shape[2], geometry.padded_shape
     share = torch.as_tensor(terms.share, dtype=torch.float32, device=device).flatten().expand(b * h).contiguous()
     bq, bm = _block(count, 16, 32), _block(available, 16, 64)
     with on_device(device):
         topk_kernel[(-(-count // bq) * b * h,)](
-            *operands, queries, candidates, share, terms.floor, *_steps(terms, geometry, selection.distance),
-            index, low, high, count, k.shape[2], available, channels, selection.k, geometry.prefix,
+            *operands, search.queries, candidates, share, terms.floor, *_steps(terms, geometry, selection.distance),
+            index, low, high, count, search.k.shape[2], available, channels, selection.k, geometry.prefix,
             columns, rows, geometry.extent, ALIKE,
             BQ=bq, BM=bm, BD=_block(channels, 16, 32), BK=_block(selection.k - own_first or 1),
             COSINE=operands[2] is not None, BIASED=operands[4] is not None, LISTED=candidates is not None,
-            SELF=own_first, RANGED=ranged, MIXED=terms.mixed, EUCLIDEAN=selection.distance == "euclidean",
+            SELF=own_first, RANGED=search.ranged, MIXED=terms.mixed, EUCLIDEAN=selection.distance == "euclidean",
             WIDEN=operands[0].dtype == torch.bfloat16 and interpreted(),
         )  # fmt: skip
     if low is not None and high is not None:

@@ -293,7 +293,8 @@ class TrainConfig:
     amp: str = choice("auto", "bf16", "off")
     """``auto`` (bf16 on CUDA, float32 elsewhere), ``bf16`` or ``off``."""
     channels_last: bool = False
-    """Memory format of images and convolution weights. On a CPU, torch crashed with it in networks of 4 channels."""
+    """Memory format of images and convolution weights. On a CPU without AVX-512, torch 2.15 crashes with it in
+    1x1 convolutions that have a stride and fewer than 8 channels."""
     compile: bool = False
     """Train through ``torch.compile``."""
     sync_batchnorm: str = choice("auto", "true", "false")

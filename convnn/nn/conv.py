@@ -213,7 +213,9 @@ class ConvNN2d(NeighborLayer):
                 y = linear(y)
         if self.bias is not None:
             y = y + self.bias
-        return y.squeeze(1).transpose(1, 2).unflatten(2, geometry.out_shape)
+        y = y.squeeze(1).transpose(1, 2).unflatten(2, geometry.out_shape)
+        # As convolutions do, in the memory format of the input; the aggregation's is channels-last.
+        return y.contiguous() if x.is_contiguous() else y
 
     def extra_repr(self) -> str:
         """State the configuration in one line."""

@@ -33,6 +33,13 @@ def test_output_shape_is_conv2ds():
         assert module(x).shape == expected
 
 
+@pytest.mark.parametrize("blend", [0.0, 0.5, 1.0])
+def test_output_has_the_memory_format_of_the_input(blend):
+    module, x = ConvNN2d(4, 8, 5, padding=1, blend=blend, bias=False), torch.randn(2, 4, 6, 6)
+    assert module(x).is_contiguous()
+    assert module(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_set_spectrum_keeps_parameters_and_state_dict():
     module = ConvNN2d(3, 4, 9, blend=0.0)
     keys, ids = module.state_dict().keys(), [id(p) for p in module.parameters()]

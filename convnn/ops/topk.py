@@ -19,14 +19,44 @@ def runs_at_once() -> bool:
 def stable_topk(score: Tensor, k: int) -> Tensor:
     """Return the indices of the k largest of the last axis, larger first, ties to the lower index.
 
-    ``torch.topk`` leaves ties open and breaks them differently on each device. So where the k + 1 largest differ, as
-    they mostly do, it is right; else for float32 the score and the index are packed into one int64 whose order is the
-    wanted one, so that no two keys are equal. Only a CPU looks first: elsewhere the look would wait for the device.
+    ``torch.topk`` leaves ties open and breaks them differently on each device. On a CPU its choice is put right where
+    the values show ties, at a cost that grows with the rows that have them. Elsewhere, where looking would wait for the
+    device, and in graphs the score and the index are packed into one key, so that no two keys are equal.
     """
     if score.device.type == "cpu" and k < score.shape[-1] and runs_at_once():
-        values, indices = score.topk(k + 1, dim=-1)
+        values, index = score.topk(k + 1, dim=-1)
+
         if bool((values[..., 1:] < values[..., :-1]).all()):
-            return indices[..., :k]
+            return index[..., :k]
+        if not values[..., 0].isnan().any():  # which comes first
+            rows = (t.reshape(-1, t.shape[-1]) for t in (score, values, index))
+            return _repaired(*rows).view(*score.shape[:-1], k)
+    return _packed_topk(score, k)
+
+
+def _repaired(score: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    """Put ties right: score (R, M), its k + 1 largest values and their index, both (R, k + 1) -> index (R, k)."""
+    k = values.shape[-1] - 1
+    ties, index = values[:, 1:] == values[:, :-1], index[:, :k]
+    at_border = ties[:, -1].nonzero().squeeze(-1)
+    if 2 * len(at_border) > len(score):
+        return _packed_topk(score, k)
+    if len(at_border):  # others, left out, are as good as the last that were taken
+        last = values[at_border, k:]
+        column = torch.arange(score.shape[-1], dtype=torch.float32)
+        first = torch.where(score[at_border] == last, -column, -torch.inf).topk(k, dim=-1).indices
+        slot = torch.arange(k) - (values[at_border, :k] > last).sum(-1, keepdim=True)
+        index[at_border] = index[at_border].where(slot < 0, first.gather(-1, slot.clamp(min=0)))
+    tied = ties[:, :-1].any(-1).nonzero().squeeze(-1)
+    if len(tied):
+        columns = index[tied].sort(dim=-1).values
+        order = score[tied].gather(-1, columns).sort(dim=-1, descending=True, stable=True).indices
+        index[tied] = columns.gather(-1, order)
+    return index
+
+
+def _packed_topk(score: Tensor, k: int) -> Tensor:
+    """Return ``stable_topk`` by one key per score."""
     if score.dtype != torch.float32 or torch.jit.is_tracing():  # whose graphs have no view of other bits
         return score.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     # The bits of a float, read as an integer, order positive numbers as they are and negative ones backwards: turning

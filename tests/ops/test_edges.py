@@ -1,5 +1,7 @@
 """Aggregation along edges against the gathered block, and what it may not hold in memory."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -133,14 +135,17 @@ def test_a_traced_layer_computes_the_same():
 
 
 def test_topk_with_and_without_ties():
-    """The look for ties changes nothing: against a stable sort."""
+    """Ties in few rows, in many and in all of them, within the k and at their border: against a stable sort."""
     torch.manual_seed(0)
-    for levels in (3, 1000):
-        score = torch.randint(levels, (50, 40)).float()
-        score[3, 5] = -0.0
+    for levels, tied in itertools.product((1, 3, 30, 1000), (1, 10, 50)):
+        score = torch.randn(2, 25, 40).flatten(0, 1)
+        score[:tied] = torch.randint(levels, (tied, 40)).float()
+        score[0, 5] = -0.0
+        score[:3, 20:] = -torch.inf
+        score = score.view(2, 25, 40)
         want = score.sort(dim=-1, descending=True, stable=True).indices
         for k in (1, 7, 39, 40):
-            assert torch.equal(stable_topk(score, k), want[:, :k])
+            assert torch.equal(stable_topk(score, k), want[..., :k])
 
 
 def test_no_block_of_neighbours_is_held(monkeypatch):

@@ -30,8 +30,11 @@ DATA = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100", "ImageNet-1K": "imagenet
 RANDOM = "candidates drawn anew at evaluation too, as published"
 REPEAT = "at ratio 0 the three kinds of similarity are one configuration: repeats with the same seed"
 GRID_2D = "grid spans the map evenly; the authors' was sheared on padded maps"
-GRID_1D = "grid of tokens on one line, CLS included, as published; rounded to the nearest token, the authors' down"
-OWN_FIRST = "own token first with its own score; the authors gave it the score 1"
+GRID_1D = "grid of tokens on one line, CLS included, as published"
+OWN_AGAIN = "own token first, and once more among the candidates with the score -0.1, as published"
+OWN_ONE = "own token weighed by the score 1, as published"
+ROTARY = "no rotary positions, no zero keys beside the sequence"
+DROPS = "the authors' dropout stays on at evaluation"
 FUSED = "published convolution baseline: with the 1x1 convolution of the hybrid"
 
 
@@ -54,13 +57,15 @@ def _dataset(line: Line) -> list[str]:
 def _sampling(line: Line, layout: list[str]) -> tuple[list[str], str, list[str]]:
     """Return the overrides of a run's candidates, their part of the row's name, and notes."""
     count = line["num_samples"]
-    if line["sampling"] == "random":
-        own = ["operator.candidates=random", f"operator.num_candidates={count}", "operator.eval_candidates=resample"]
-        return own + layout, f"random{count}", [RANDOM]
-    if line["sampling"] == "spatial":
-        own = ["operator.candidates=grid", f"operator.num_candidates={count}", *layout]
-        return own, f"grid{count}", [GRID_1D if layout else GRID_2D]
-    return [], "all", []
+    if line["sampling"] not in ("random", "spatial"):
+        return [], "all", []
+    kind = "random" if line["sampling"] == "random" else "grid"
+    own = [f"operator.candidates={kind}", f"operator.num_candidates={count}", "operator.self_again=-0.1", *layout]
+    if kind == "random":
+        return [*own, "operator.eval_candidates=resample"], f"random{count}", [RANDOM, OWN_AGAIN]
+    if layout:
+        return [*own, "operator.grid_rounding=floor"], f"grid{count}", [GRID_1D, OWN_AGAIN]
+    return own, f"grid{count}", [GRID_2D, OWN_AGAIN]
 
 
 def _hybrid(line: Line) -> tuple[list[str], str, list[str]]:
@@ -131,24 +136,19 @@ def vit(line: Line) -> tuple[str, list[str], list[str]]:
         return f"kvt-k{k}", ["operator=kvt", f"operator.k={k}"], []
     if layer == "LocalAttention":
         own = ["operator=local_window", "operator.num_candidates=128", "operator.head_dim=64", *sequence]
-        note = "head 64 wide whatever the model's width, as published; without the rotary positions and the zero keys "
-        return "local", own, [note + "of the authors' library"]
+        return "local", own, ["head 64 wide whatever the model's width, as published", ROTARY]
     if layer == "SparseAttention-local":
         own = ["operator=local_window", "operator.num_candidates=24", *sequence]
-        return (
-            "sparse-local",
-            own,
-            ["24 tokens to either side on one line; the authors' dropout stays on at evaluation"],
-        )
+        return "sparse-local", own, ["24 tokens to either side on one line", DROPS]
     if layer == "SparseAttention-strided":
         own = ["operator=mhsa", "operator.candidates=stride", "operator.num_candidates=14", *sequence]
-        note = "every 14th token on one line, which is one column of patches; CLS sees the last column alone; "
-        return "sparse-strided", own, [note + "the authors' dropout stays on at evaluation"]
+        note = "every 14th token on one line, which is one column of patches; CLS sees the last column alone"
+        return "sparse-strided", own, [note, DROPS]
     sampled, name, notes = _sampling(line, sequence)
     if sampled:
-        sampled.append("operator.self_first=true")
-        notes.append(OWN_FIRST)
-    own = ["operator=convnn_attention", f"operator.k={k}", *sampled]
+        sampled += ["operator.self_first=true", "operator.self_score=1"]
+        notes.append(OWN_ONE)
+    own = ["operator=convnn_attention", f"operator.k={k}", "operator.dropout_on=output", *sampled]
     kind = {"standard": "conv", "depthwise-separable": "separable"}.get(line["conv_type"])
     if kind:
         own.append(f"operator.aggregation={kind}")
@@ -255,8 +255,17 @@ def _row(line: Line, describe: Describe, path: Path) -> PaperRow:
         epochs=int(line["epochs"]),
         seed=int(line["seed"]),
         source=line["source"],
+        function=_function(name, line, notes),
         note="; ".join(notes),
     )
+
+
+def _function(name: str, line: Line, notes: list[str]) -> str:
+    """Return what ``PaperRow.function`` says of a run; ``tests/paper/test_function.py`` holds it to that."""
+    reasons = [note for note in (GRID_2D, ROTARY, DROPS) if note in notes]
+    if reasons:
+        return f"differs: {reasons[0]}"
+    return "" if line["dataset"] == "ImageNet-1K" else "equal"
 
 
 def text_of(rows: list[PaperRow]) -> str:

@@ -81,13 +81,17 @@ def check_counts(table: PaperTable, rows: list[PaperRow], given: list[str], care
                 "–" if row.gflops is None else f"{row.gflops:.8g}",
                 "–" if found.gflops_profiler is None else f"{found.gflops_profiler:.8g}",
                 f"{found.gflops:.6g}",
+                row.function or "not checked",
                 row.note,
             ]
         )
     header = ["row", "best", "last", "last five", "params published", "ours", "", "GFLOPs published"]
-    print(aligned([*header, "profiler's way", "honest", "note"], lines))
+    print(aligned([*header, "profiler's way", "honest", "function", "note"], lines))
     counts = f"{len(rows) - different} equal or unpublished, {different} different"
+    same = sum(row.function == "equal" for row in rows)
+    known = sum(bool(row.function) for row in rows)
     print(f"{table.name}: {len(rows)} rows; parameter counts: {counts}.")
+    print(f"Function: {same} equal, {known - same} differ as said, {len(rows) - known} not checked.")
     print(f"Published figures: the authors' result files, see the column source in conf/table/{table.published.name}.")
     if table.needs:
         print(table.needs)

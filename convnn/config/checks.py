@@ -35,7 +35,7 @@ def check_operator(operator: OperatorConfig, prefix: str = "operator") -> None:
 
 def contradiction(o: OperatorConfig) -> str | None:
     """Return why operator settings cannot go together, ``{p}`` standing for the prefix of the keys, or None."""
-    foreign: dict[str, Any] = {"border": "nearest", "layout": "grid", "head_dim": None}
+    foreign: dict[str, Any] = {"border": "nearest", "layout": "grid", "head_dim": None, "dropout_on": "weights"}
     if o.kind == ATTENTION:
         foreign = {"projection": "identity", "coordinates": False, "shuffle": 1}
     for key, neutral in foreign.items():
@@ -50,6 +50,11 @@ def contradiction(o: OperatorConfig) -> str | None:
         return f"{{p}}.aggregation=max_relative needs {{p}}.weighting=ones, not {o.weighting}"
     if o.coordinates and o.aggregation not in ("conv", "separable"):
         return f"{{p}}.coordinates=true needs {{p}}.aggregation=conv or separable, not {o.aggregation}"
+    for key in ("self_again", "self_score"):
+        if getattr(o, key) is not None and not (o.self_first and o.slots == "rank"):
+            return f"{{p}}.{key} needs {{p}}.self_first=true and {{p}}.slots=rank"
+    if o.self_score is not None and o.weighting == "ones":
+        return "{p}.self_score needs {p}.weighting=softmax or score: ones weigh all neighbours alike"
     if o.border != "nearest" and (math.isqrt(o.k) ** 2 != o.k or o.k % 2 == 0):
         return f"{{p}}.border={o.border} needs {{p}}.k to be an odd square (1, 9, 25, 49, ...), not {o.k}"
     if o.border != "nearest" and o.layout == "sequence":

@@ -40,6 +40,8 @@ class DataConfig:
     """Random crops after padding by this many pixels (of the stored image); 0: none."""
     flip: bool = False
     """Random horizontal flips."""
+    drop_last: bool = later(True)
+    """Leave out the images of an epoch's incomplete last training batch; false: train on them too."""
     mean: list[float] = field(default_factory=lambda: [0.5])
     """Per channel, for pixels in [0, 1]; one value serves all channels."""
     std: list[float] = field(default_factory=lambda: [0.5])
@@ -102,8 +104,14 @@ class BackboneConfig:
     """Side in pixels that images are resized to; null keeps the size of the data set."""
     patch_size: int | None = number(None, 1)
     """Side of a ViT patch in pixels; null keeps timm's."""
-    pos_embed: str = choice("learned", "sincos")
-    """``learned``, or ``sincos``: fixed sine-cosine positions (ViT only)."""
+    pos_embed: str = choice("learned", "sincos", "sincos1d")
+    """``learned``, or fixed sine-cosine positions (ViT only): ``sincos`` of row and column, 0 for CLS, or ``sincos1d``
+    of the place in the sequence, CLS first (the paper's)."""
+    init: str = later(choice("timm", "torch"))
+    """Initial weights: ``timm``'s, or ``torch``'s own of linear layers and convolutions, and a standard normal CLS
+    token (the paper's)."""
+    norm_eps: float | None = later(number(None, 0, above=True))
+    """Added to the variance by LayerNorm; null: timm's (1e-6). The paper's ViT has 1e-5."""
     drop_rate: float = number(0.0, 0, 1, below=True)
     """Dropout before the classifier, and in the blocks of a ViT."""
     drop_path_rate: float | None = number(None, 0, 1, below=True)
@@ -143,6 +151,9 @@ class OperatorConfig(Mixing, Selection, _Named):
     order (``sequence``): positions, windows and candidate grids then have one dimension."""
     head_dim: int | None = number(None, 1)
     """Attention only: channels per head of queries, keys and values; null: as the replaced layer."""
+    dropout_on: str = later(choice("weights", "output"))
+    """Attention only: the replaced layer's attention dropout acts on the neighbours' ``weights``, or on the ``output``
+    of the aggregation, before the projection (the paper's layer)."""
     projection: str = choice("identity", "linear")
     """Convolutions only: compare and mix the features themselves (``identity``), or their 1x1 projections to queries,
     keys and values (``linear``, the paper's learned variant). Attention always projects."""

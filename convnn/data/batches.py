@@ -48,8 +48,14 @@ class Batches:
         )
 
     def __len__(self) -> int:
-        """Batches per epoch. Training drops the images of an incomplete last batch, evaluation does not."""
-        return len(self.split) // self.batch_size if self.train else math.ceil(len(self.split) / self.batch_size)
+        """Batches per epoch; see ``data.drop_last`` for the last one of training."""
+        if self.train and self.config.drop_last:
+            return len(self.split) // self.batch_size
+        return math.ceil(len(self.split) / self.batch_size)
+
+    def images_of(self, step: int) -> int:
+        """Return how many images the batch of a step has, over all processes."""
+        return min(self.batch_size, len(self.split) - step * self.batch_size)
 
     def epoch(self, epoch: int = 0, first: int = 0) -> Generator[tuple[Tensor, Tensor]]:
         """Yield (images (B, C, s, s) float32, labels (B,)) of an epoch from batch ``first`` on.
@@ -93,19 +99,19 @@ class Batches:
     def _share(self, step: int) -> slice:
         """Return the rows of this process in the order of an epoch."""
         start = step * self.batch_size
-        size = min(self.batch_size, len(self.split) - start)
+        size = self.images_of(step)
         return slice(start + size * self.rank // self.world_size, start + size * (self.rank + 1) // self.world_size)
 
     def _paired(self, values: Tensor) -> Tensor:
-        """Order the rows of each batch so that i and B - 1 - i go to the same process: (N, ...) -> (N', ...).
-
-        Rows that are in no whole batch are left out.
-        """
+        """Order the rows of each batch so that i and B - 1 - i go to the same process: (N, ...) -> (N, ...)."""
         # Of 2 W equal pieces of a batch, process r gets pieces r and 2 W - 1 - r, which mirror each other.
-        batches = values[: len(self) * self.batch_size].unflatten(0, (len(self), self.batch_size))
-        pieces = batches.chunk(2 * self.world_size, dim=1)
-        pairs = zip(pieces[: self.world_size], reversed(pieces), strict=False)
-        return torch.cat([piece for pair in pairs for piece in pair], dim=1).flatten(0, 1)
+        whole = len(self.split) // self.batch_size * self.batch_size
+        ordered = []
+        for batches in (values[:whole].unflatten(0, (-1, self.batch_size)), values[None, whole:]):
+            pieces = batches.chunk(2 * self.world_size, dim=1)
+            pairs = zip(pieces[: self.world_size], reversed(pieces), strict=False)
+            ordered.append(torch.cat([piece for pair in pairs for piece in pair], dim=1).flatten(0, 1))
+        return torch.cat(ordered)
 
     def _normalise(self, images: Tensor) -> Tensor:
         wanted = torch.channels_last if self.channels_last else torch.contiguous_format

@@ -52,8 +52,14 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_chans: int = 3,
         )
     if config.stem == "small":
         _small_stem(model, config.name, in_chans)
-    if config.pos_embed == "sincos":
-        _fixed_positions(model, config.name)
+    if config.pos_embed != "learned":
+        _fixed_positions(model, config.name, config.pos_embed)
+    if config.init == "torch":
+        draw_as_torch(model)
+    if config.norm_eps is not None:
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = config.norm_eps
     return model
 
 
@@ -76,12 +82,36 @@ def _small_stem(model: nn.Module, name: str, in_chans: int) -> None:
     model.conv1, model.maxpool = stem, nn.Identity()
 
 
-def _fixed_positions(model: nn.Module, name: str) -> None:
-    """Replace learned positions by fixed two-dimensional sine-cosine ones (zeros for prefix tokens)."""
+def _fixed_positions(model: nn.Module, name: str, kind: str) -> None:
+    """Replace learned positions by fixed sine-cosine ones, of row and column or of the place in the sequence."""
     old = getattr(model, "pos_embed", None)
     if not isinstance(old, nn.Parameter) or not hasattr(model, "patch_embed"):
-        raise ConfigError(f"backbone.pos_embed=sincos fits ViTs with learned positions, not {name}")
-    grid = model.patch_embed.grid_size  # type: ignore[union-attr]
-    table = build_sincos2d_pos_embed(list(grid), dim=old.shape[-1]).unsqueeze(0)  # type: ignore[arg-type]
-    prefix = torch.zeros(1, old.shape[1] - table.shape[1], old.shape[2])
-    model.pos_embed = nn.Parameter(torch.cat([prefix, table], dim=1).to(old.dtype), requires_grad=False)
+        raise ConfigError(f"backbone.pos_embed={kind} fits ViTs with learned positions, not {name}")
+    _, tokens, dim = old.shape
+    if kind == "sincos1d":
+        table = sequence_positions(tokens, dim)
+    else:
+        grid = model.patch_embed.grid_size  # type: ignore[union-attr]
+        table = build_sincos2d_pos_embed(list(grid), dim=dim)  # type: ignore[arg-type]
+        table = torch.cat([torch.zeros(tokens - len(table), dim), table])
+    model.pos_embed = nn.Parameter(table.unsqueeze(0).to(old.dtype), requires_grad=False)
+
+
+def sequence_positions(tokens: int, dim: int) -> torch.Tensor:
+    """Return sine-cosine positions in a sequence, (tokens, dim): sines in even channels, cosines in odd ones.
+
+    Channels 2i and 2i + 1 turn by 10000^(-2i / dim) radians a token (arXiv 1706.03762, section 3.5).
+    """
+    angle = torch.arange(tokens)[:, None] * 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :dim].float()
+
+
+@torch.no_grad()
+def draw_as_torch(model: nn.Module) -> None:
+    """Draw linear layers and convolutions anew as torch does, and a CLS token from the standard normal distribution."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.reset_parameters()
+    cls_token = getattr(model, "cls_token", None)
+    if isinstance(cls_token, nn.Parameter):
+        cls_token.normal_()

@@ -7,7 +7,7 @@ from torch import nn
 from convnn.config.schema import Config
 from convnn.data.splits import Dataset
 from convnn.errors import ConfigError
-from convnn.models.backbones import create_backbone
+from convnn.models.backbones import create_backbone, draw_as_torch
 from convnn.models.swap import SwapReport, swap_layers
 from convnn.runtime.device import seed_everything
 
@@ -26,4 +26,6 @@ def build_model(config: Config, dataset: Dataset) -> tuple[nn.Module, SwapReport
     seed_everything(config.seed)
     model = create_backbone(config.backbone, len(dataset.classes), channels, image_size)
     report = swap_layers(model, config.swap, config.operator)
+    if config.backbone.init == "torch" and config.swap.init == "fresh":
+        draw_as_torch(model)  # what took the place of layers too
     return model, report, image_size

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from convnn.config.schema import ATTENTION, OperatorConfig
 from convnn.errors import ConfigError
-from convnn.nn.base import NeighborLayer, Site, TokenGrid, layer_settings
+from convnn.nn.base import NeighborLayer, Site, TokenGrid, grid_of, layer_settings
 from convnn.ops.functional import neighbor_aggregate
 from convnn.ops.geometry import Geometry, Pair
 from convnn.ops.neighborhood import Neighborhood, find_neighborhood
@@ -31,38 +31,6 @@ def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
     """Raise ValueError for the masks that timm's blocks may pass."""
     if attn_mask is not None or is_causal:
         raise ValueError("attn_mask and is_causal are not supported: neighbours are chosen among all tokens")
-
-
-def grid_of(num_tokens: int, num_prefix_tokens: int, grid_size: Pair | None, seen: TokenGrid | None = None) -> Pair:
-    """Return rows and columns of the grid in a sequence.
-
-    Args:
-        num_tokens: N, with the prefix.
-        num_prefix_tokens: tokens before the grid.
-        grid_size: as the layer was built with; None: a square.
-        seen: what the model's patch embedding noted of the present image, which counts more.
-
-    Raises:
-        ValueError: if the tokens are not of that grid.
-    """
-    grid, known = num_tokens - num_prefix_tokens, seen.size if seen is not None else None
-    if known is not None:
-        if known[0] * known[1] != grid:
-            raise ValueError(
-                f"{num_tokens} tokens less {num_prefix_tokens} prefix tokens are not the {known[0]}x{known[1]} grid of "
-                "the image's patches, so their positions are not known; set patch_drop_rate=0, or use settings without "
-                "positions (blend=1 with candidates=all or random)"
-            )
-        return known
-    if grid_size is None:
-        side = math.isqrt(max(grid, 0))
-        grid_size = side, side
-    if grid_size[0] * grid_size[1] != grid or grid < 1:
-        raise ValueError(
-            f"{num_tokens} tokens less {num_prefix_tokens} prefix tokens are neither grid_size={grid_size} nor a "
-            "square; pass grid_size and num_prefix_tokens"
-        )
-    return grid_size
 
 
 DEFAULTS = {"similarity": "dot", "self_first": False, "weighting": "softmax", "aggregation": "depthwise"}
@@ -85,7 +53,7 @@ class ConvNNAttention(NeighborLayer):
         qkv_bias: bias of queries, keys and values.
         qk_norm: normalise queries and keys per head.
         proj_bias: bias of the output projection.
-        attn_drop: dropout of the neighbours' weights.
+        attn_drop: dropout of the neighbours' weights, or see ``dropout_on``.
         proj_drop: dropout of the output.
         norm_layer: for ``qk_norm``.
         num_prefix_tokens: tokens before the grid.
@@ -243,7 +211,8 @@ class ConvNNAttention(NeighborLayer):
         b, n, _ = x.shape
         geometry = self.layout_of(n)
         q, k, v = self._heads(x, geometry)
-        drop = self.attn_drop.p if self.training else 0.0
+        weights = self.settings.dropout_on == "weights"
+        drop = self.attn_drop.p if self.training and weights else 0.0
         if self.is_fused(geometry):
             pads, temperature = self._pads(), self.temperature
             y = attend(q, k, v, geometry, self.selection, pads=pads, temperature=temperature, dropout=drop)
@@ -262,6 +231,8 @@ class ConvNNAttention(NeighborLayer):
             )
         if self.pointwise is not None:
             y = self.pointwise(y)
+        if not weights:
+            y = self.attn_drop(y)
         y = y.transpose(1, 2).reshape(b, n, self.num_heads * self.head_dim)
         return self.proj_drop(self.proj(y))
 
@@ -283,6 +254,7 @@ class ConvNNAttention(NeighborLayer):
         """
         s = self.selection
         plain = self.mixing.weighting == "softmax" and s.similarity == "dot" and self.border == "nearest"
+        plain = plain and self.mixing.self_score is None and s.self_again is None
         scaled = self.temperature == 1 or isinstance(self.q_norm, nn.Identity)
         if not plain or s.candidates != "all" or self.aggregation in ("conv", "separable") or not scaled:
             raise ValueError(f"it is no self-attention: {self._spectrum_repr()}")

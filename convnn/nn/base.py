@@ -35,6 +35,38 @@ class TokenGrid:
         self.size = int(rows), int(columns)
 
 
+def grid_of(num_tokens: int, num_prefix_tokens: int, grid_size: Pair | None, seen: TokenGrid | None = None) -> Pair:
+    """Return rows and columns of the grid in a sequence.
+
+    Args:
+        num_tokens: N, with the prefix.
+        num_prefix_tokens: tokens before the grid.
+        grid_size: as the layer was built with; None: a square.
+        seen: what the model's patch embedding noted of the present image, which counts more.
+
+    Raises:
+        ValueError: if the tokens are not of that grid.
+    """
+    grid, known = num_tokens - num_prefix_tokens, seen.size if seen is not None else None
+    if known is not None:
+        if known[0] * known[1] != grid:
+            raise ValueError(
+                f"{num_tokens} tokens less {num_prefix_tokens} prefix tokens are not the {known[0]}x{known[1]} grid of "
+                "the image's patches, so their positions are not known; set patch_drop_rate=0, or use settings without "
+                "positions (blend=1 with candidates=all or random)"
+            )
+        return known
+    if grid_size is None:
+        side = math.isqrt(max(grid, 0))
+        grid_size = side, side
+    if grid_size[0] * grid_size[1] != grid or grid < 1:
+        raise ValueError(
+            f"{num_tokens} tokens less {num_prefix_tokens} prefix tokens are neither grid_size={grid_size} nor a "
+            "square; pass grid_size and num_prefix_tokens"
+        )
+    return grid_size
+
+
 @dataclass(frozen=True)
 class Site:
     """What a layer's surroundings tell about it: its name, and for attention the tokens' layout."""

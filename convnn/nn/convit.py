@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from convnn.config.schema import OperatorConfig
 from convnn.errors import ConfigError
-from convnn.nn.attention import check_attention, grid_of, refuse_mask
-from convnn.nn.base import Site, TokenGrid, options, refuse_transfer
+from convnn.nn.attention import check_attention, refuse_mask
+from convnn.nn.base import Site, TokenGrid, grid_of, options, refuse_transfer
 from convnn.ops.geometry import Geometry, Pair
 from convnn.ops.neighborhood import Neighborhood
 

@@ -64,6 +64,19 @@ def neighbor_similarity(q: Tensor, k: Tensor, index: Tensor, kind: str, graph: E
     return edges.Dot.apply(_table(q), _table(k), graph).view(*q.shape[:3], index.shape[-1])
 
 
+def with_own_scores(score: Tensor, index: Tensor, again: float | None, first: float | None) -> Tensor:
+    """Return the similarities (B, H, Q, K) with ``self_again`` and ``self_score`` in place of those of the own token.
+
+    Both need the query's own token to stand first in the index.
+    """
+    if again is None and first is None:
+        return score
+    own, others = score[..., :1], score[..., 1:]
+    if again is not None:
+        others = others.masked_fill(index[..., 1:] == index[..., :1], again)
+    return torch.cat([own if first is None else torch.full_like(own, first), others], dim=-1)
+
+
 def mix(
     v: Tensor,
     index: Tensor,

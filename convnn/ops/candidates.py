@@ -50,8 +50,12 @@ def candidate_tokens(
         columns = geometry.padded_shape[1]
         axes = []
         for side, pad in zip((geometry.height, geometry.width), geometry.padding, strict=True):
-            points = torch.linspace(0, side - 1, min(selection.num_candidates, side), dtype=torch.float64)
-            axes.append(points.round().long().to(device) + pad)
+            count = min(selection.num_candidates, side)
+            if selection.grid_rounding == "floor":  # in float32, whose rounding errors decide between two tokens
+                points = torch.linspace(0, side - 1, count, dtype=torch.float32)
+            else:
+                points = torch.linspace(0, side - 1, count, dtype=torch.float64).round()
+            axes.append(points.long().to(device) + pad)
         grid = (axes[0][:, None] * columns + axes[1]).flatten() + geometry.prefix
         return torch.cat([prefix, grid])
     if any(geometry.padding) and not pads:

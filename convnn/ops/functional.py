@@ -16,6 +16,7 @@ from convnn.ops.aggregation import (
     mix_max_relative,
     neighbor_similarity,
     walks_edges,
+    with_own_scores,
 )
 from convnn.ops.edges import Edges
 from convnn.ops.geometry import Geometry
@@ -133,7 +134,8 @@ def neighbor_weights(
     valid = None if found.valid is None else found.valid.to(dtype)
     if mixing.weighting == "ones":
         return valid
-    score = neighbor_similarity(q, k, found.index, selection.similarity, graph) / mixing.temperature
+    score = neighbor_similarity(q, k, found.index, selection.similarity, graph)
+    score = with_own_scores(score, found.index, selection.self_again, mixing.self_score) / mixing.temperature
     if mixing.weighting == "softmax":
         if found.valid is not None:
             score = score.masked_fill(~found.valid, -torch.inf)

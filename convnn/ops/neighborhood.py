@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from convnn.ops.aggregation import with_own_scores
 from convnn.ops.geometry import Geometry, Pair
 from convnn.ops.selection import select_neighbors
 from convnn.ops.settings import Mixing, Selection
@@ -125,7 +126,8 @@ def find_neighborhood(
         # Image by image: the gathered keys are the largest thing here.
         images = zip(q, k, index, strict=True)
         scores = [pair_similarity(own, keys[head, chosen], selection.similarity) for own, keys, chosen in images]
-        weights = torch.stack(scores) / mixing.temperature
+        own = with_own_scores(torch.stack(scores), index, selection.self_again, mixing.self_score)
+        weights = own / mixing.temperature
         if mixing.weighting == "softmax":
             weights = weights.masked_fill(~valid, -torch.inf).softmax(dim=-1)
         weights = weights.masked_fill(~valid, 0)

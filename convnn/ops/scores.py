@@ -162,7 +162,8 @@ class Scores:
             own = queries[part]
             outside = out_of_reach(self.geometry, self.selection, own, tokens)
             taken = outside
-            if self.selection.self_first and not (self.all and outside is None):
+            apart = self.selection.self_first and self.selection.self_again is None
+            if apart and not (self.all and outside is None):
                 itself = own[:, None] == tokens
                 taken = itself if outside is None else outside | itself
             distance = self._distance(own) if self.by_position or self.terms.mixed else None
@@ -180,9 +181,14 @@ class Scores:
         taken: Tensor | None,
     ) -> Block:
         score, low, high = self._score(items, part, distance, outside)
+        again = self.selection.self_again
+        if self.selection.self_first and again is not None:
+            score = score.masked_fill_(own[:, None] == self.tokens, again)
+        if self.selection.score_step is not None and not self.by_position:
+            score = score.div(self.selection.score_step).round_()
         if taken is not None:
             score = score.masked_fill_(taken, -torch.inf)
-        elif self.selection.self_first:
+        elif self.selection.self_first and again is None:
             score = score.scatter_(-1, own[:, None].expand(*score.shape[:-1], 1), -torch.inf)
         return Block(part, score, taken, low, high)
 

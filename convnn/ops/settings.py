@@ -48,6 +48,9 @@ class Selection:
     """When k exceeds the candidates: ``error``, or ``clamp`` to all of them (the first weight slots stay in use)."""
     similarity: str = choice("cosine", "euclidean", "dot")
     """Of features: ``cosine``, ``euclidean`` (negative squared distance) or ``dot`` (scaled by 1/sqrt(d))."""
+    score_step: float | None = later(number(None, 0, above=True))
+    """Scores are rounded to multiples of this before they are ranked, so that those that differ by rounding errors tie,
+    on every device; null: ranked as computed."""
     mix: str = choice("sum", "concat")
     """How a blend mixes: ``sum`` of the scores, or ``concat``: features and coordinates side by side (the paper's)."""
     distance: str = choice("chebyshev", "euclidean")
@@ -57,6 +60,8 @@ class Selection:
     ``window`` (at most num_candidates tokens away along each axis) or ``stride`` (a multiple of it away on each)."""
     num_candidates: int = number(32, 1)
     """Number of random candidates, side of the candidate grid, radius of the window, or the stride."""
+    grid_rounding: str = later(choice("nearest", "floor"))
+    """Tokens at which the points of a candidate grid lie: the ``nearest``, or ``floor``: that before (the authors')."""
     eval_candidates: str = choice("same", "all", "resample")
     """Random candidates at evaluation: ``same`` (one fixed seeded subset), ``all`` or ``resample`` (as the paper)."""
     candidate_seed: int = 0
@@ -65,6 +70,9 @@ class Selection:
     """Zero-padding tokens may be chosen at blend = 1 (below 1 they always may, as a convolution sees them)."""
     self_first: bool = True
     """The query's own token is always its first neighbour."""
+    self_again: float | None = later(number(None))
+    """With self_first: score at which a query's own token stands among its candidates once more, as in the authors'
+    sampled runs (-0.1); null: it does not."""
     slots: str = choice("rank", "raster", "window")
     """Weight slot of a neighbour: ``rank`` (best first), ``raster`` (by position, as kernel taps) or ``window``
     (a neighbour inside the kernel window meets its own tap, the others fill the free taps, best first)."""
@@ -78,6 +86,9 @@ class Mixing:
     """``ones``, or the neighbours' feature similarity over the temperature: its ``softmax``, or itself (``score``)."""
     temperature: float = number(1.0, 0, above=True)
     """Divides the similarity."""
+    self_score: float | None = later(number(None))
+    """With self_first: similarity that a query's own token is weighed by, as in the authors' sampled runs (1); null:
+    its own."""
     aggregation: str = choice("conv", "depthwise", "separable", "sum", "max_relative")
     """``conv`` (full or grouped weights per slot), ``depthwise`` (a weight per slot and channel), ``separable``
     (depthwise, then 1x1), ``sum``, or ``max_relative`` (vision graphs: largest difference to the query, then 1x1)."""

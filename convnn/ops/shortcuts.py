@@ -42,6 +42,8 @@ def attends_to_all(geometry: Geometry, selection: Selection, mixing: Mixing, *, 
     """Return whether every candidate is a neighbour and the order is lost, so that ``attend`` may stand in."""
     if mixing.weighting != "softmax" or mixing.aggregation != "sum" or mixing.straight_through:
         return False
+    if mixing.self_score is not None or selection.self_again is not None:
+        return False
     if selection.similarity == "euclidean" or selection.candidates == "random":
         return False
     if selection.self_first and selection.candidates == "grid":  # a query off the grid adds itself to the candidates

@@ -46,6 +46,8 @@ class PaperRow:
     seed: int
     source: str
     """Repository and path of the result file."""
+    function: str = ""
+    """``equal`` where our network computes the published function, ``differs: WHY``, or empty: not checked."""
     note: str = ""
     """What is odd about the row, or where our configuration differs from the authors' code."""
 
@@ -151,6 +153,6 @@ def _row(line: Mapping[str, str]) -> PaperRow:
     figures = ("gflops", "top1_best", "top1_last", "top1_last5_mean", "top5_best")
     values: dict[str, Any] = {name: float(line[name]) if line[name] else None for name in figures}
     values |= {name: int(line[name]) for name in ("epochs", "seed")}
-    values |= {name: line[name] for name in ("row", "source", "note")}
+    values |= {name: line[name] for name in ("row", "source", "function", "note")}
     params = int(line["params"]) if line["params"] else None
     return PaperRow(overrides=tuple(line["overrides"].split()), params=params, **values)

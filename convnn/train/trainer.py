@@ -107,7 +107,14 @@ class Trainer:
             raise ConfigError(
                 f"train.batch_size={train.batch_size} exceeds the {len(dataset.train)} training images of {data.name}"
             )
-        distributed.check_batch_size(train.batch_size, pairs=bool(train.mixup or train.cutmix))
+        pairs = bool(train.mixup or train.cutmix)
+        distributed.check_batch_size(train.batch_size, pairs=pairs)
+        left = 0 if data.drop_last else len(dataset.train) % train.batch_size
+        if left % (self.world.size * (2 if pairs else 1)):
+            purpose = f"shared by {self.world.size} processes{' in pairs for Mixup' if pairs else ''}"
+            raise ConfigError(
+                f"data.drop_last=false: the last batch of {left} images cannot be {purpose}; set it to true"
+            )
         channels = dataset.train.shape[0]
         if len(data.mean) not in (1, channels):
             raise ConfigError(f"data.mean has {len(data.mean)} values for images of {channels} channels")
@@ -216,7 +223,7 @@ class Trainer:
                 if signum is not None:
                     break
                 self._train_step(images, labels)
-                state.train_images += self.config.train.batch_size
+                state.train_images += self.batches["train"].images_of(state.step_in_epoch)
                 state.step += 1
                 state.step_in_epoch += 1
                 progress.update()

@@ -132,6 +132,15 @@ def test_order_depends_on_seed_and_epoch_and_can_be_entered_anywhere():
     assert len(set(seen.tolist())) == 9
 
 
+def test_the_last_batch_is_trained_on_where_asked():
+    loader, usual = batches(crop_padding=1, flip=True, drop_last=False), batches(crop_padding=1, flip=True)
+    found = list(loader.epoch(2))
+    assert [len(y) for _, y in found] == [3, 3, 3, 1] == [loader.images_of(step) for step in range(4)]
+    assert sorted(int(i) for _, y in found for i in y) == list(range(10))
+    for (x, y), (x2, y2) in zip(found, usual.epoch(2), strict=False):
+        assert torch.equal(x, x2) and torch.equal(y, y2)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_batches_have_the_memory_format_that_was_asked_for(channels_last):
     """Crops once came out with their channels last, which crashed a convolution of few channels on the CPU."""

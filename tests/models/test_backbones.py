@@ -1,15 +1,20 @@
 """Backbones: small stems, patches, and errors that name the key."""
 
+import math
 import sys
 
 import pytest
 import timm
 import torch
+from helpers import tiny
 from torch import nn
 
+from convnn import ConvNNAttention
 from convnn.config.schema import BackboneConfig
+from convnn.data.splits import Dataset, Split
 from convnn.errors import ConfigError
 from convnn.models.backbones import create_backbone
+from convnn.models.build import build_model
 
 
 def test_small_stem_keeps_the_resolution():
@@ -35,6 +40,30 @@ def test_default_backbone_is_timms():
 def test_vit_for_small_images():
     model = create_backbone(BackboneConfig(name="vit_tiny_patch16_224", patch_size=4), 10, 3, 32)
     assert model.patch_embed.grid_size == (8, 8) and model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_the_papers_vit():
+    """Positions along the sequence by hand, torch's initial spread, and its epsilon."""
+    kwargs = {"depth": 1, "num_heads": 1, "embed_norm_layer": "layernorm"}
+    options = {"pos_embed": "sincos1d", "init": "torch", "norm_eps": 1e-5, "kwargs": kwargs}
+    model = create_backbone(BackboneConfig(name="vit_tiny_patch16_224", **options), 10, 3, 224)
+    table = model.pos_embed[0]
+    assert not model.pos_embed.requires_grad and table.shape == (197, 192)
+    for place, channel in ((0, 0), (0, 1), (1, 0), (196, 7), (50, 190)):
+        angle = place / 10000 ** (channel // 2 * 2 / 192)
+        assert abs(table[place, channel] - (math.cos if channel % 2 else math.sin)(angle)) < 1e-5
+    assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-5}
+    for linear in (m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features > 100):
+        assert abs(linear.weight.std() * math.sqrt(3 * linear.in_features) - 1) < 0.02
+    assert 0.8 < model.cls_token.std() < 1.2
+
+
+def test_torchs_initial_weights_reach_the_layers_that_were_swapped_in():
+    dataset = Dataset(*[Split(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), torch.arange(2))] * 2, ["a", "b"])
+    for init, spread in (("timm", 0.02), ("torch", 1 / math.sqrt(3 * 192))):
+        config = tiny(f"backbone.init={init}", "backbone.kwargs.embed_dim=192", vit=True)
+        layer = build_model(config, dataset)[0].blocks[0].attn
+        assert isinstance(layer, ConvNNAttention) and abs(layer.qkv.weight.std() / spread - 1) < 0.05
 
 
 def test_sincos_positions_are_fixed_and_zero_for_cls():

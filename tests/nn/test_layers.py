@@ -1,5 +1,7 @@
 """Modules as users meet them: signatures, errors, sizes, state, and properties that no reference shows."""
 
+import copy
+
 import pytest
 import torch
 from timm.layers.attention import Attention
@@ -218,3 +220,30 @@ def test_a_state_is_loaded_without_pickle(tmp_path):
     torch.save(layer.state_dict(), tmp_path / "state.pt")
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert other.blend == 0.25
+
+
+def test_dropout_on_the_output_drops_channels_and_leaves_the_weights():
+    torch.manual_seed(0)
+    layer = ConvNNAttention(32, 1, 4, attn_drop=0.5, dropout_on="output").double()
+    plain = copy.deepcopy(layer).eval()
+    layer.proj, plain.proj = nn.Identity(), nn.Identity()
+    x = torch.randn(2, 9, 32, dtype=torch.float64)
+    y, whole = layer(x), plain(x)
+    dropped = y == 0
+    assert 0.4 < dropped.double().mean() < 0.6 and torch.allclose(y[~dropped], 2 * whole[~dropped])
+    with pytest.raises(ConfigError, match="dropout_on=output does not apply to operators of kind conv"):
+        ConvNN2d(3, 4, 9, dropout_on="output")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"self_again": -0.1, "self_first": False}, "self_again needs .*self_first=true and .*slots=rank"),
+        ({"self_score": 1.0, "slots": "raster"}, "self_score needs .*slots=rank"),
+        ({"self_score": 1.0}, "self_score needs .*weighting=softmax or score"),
+        ({"score_step": 0.0}, "score_step=0.0 must lie in"),
+    ],
+)
+def test_settings_of_scores_that_contradict_each_other(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ConvNN2d(3, 4, 9, **settings)

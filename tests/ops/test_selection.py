@@ -236,3 +236,40 @@ def test_clamp_of_layers_is_the_softmax_over_candidates_and_query():
     allowed[:, [0, 3, 12, 15]] = True
     y = torch.nn.functional.scaled_dot_product_attention(q, k, v, allowed)
     torch.testing.assert_close(layer(x), layer.proj(y.transpose(1, 2).reshape(2, 16, 6)), rtol=1e-10, atol=1e-10)
+
+
+def test_scores_rounded_to_a_step_give_one_order_whatever_computes_the_products():
+    """Tokens of few colours have scores that are equal on paper; two ways to sum the products differ in the last bits.
+
+    Without the step the lists differ in some rows, with it in none.
+    """
+    torch.manual_seed(0)
+    colours = torch.randn(6, 24)
+    x = (colours[torch.randint(6, (2, 1, 100))] * torch.rand(2, 1, 100, 1).mul(4).ceil()).contiguous()
+    turned = x.flip(-1)  # the same products, summed backwards
+
+    def differing(step):
+        selection = Selection(k=9, score_step=step)
+        lists = [select_neighbors(t, t, Geometry(10, 10), selection).index for t in (x, turned)]
+        return int((lists[0] != lists[1]).any(-1).sum())
+
+    assert differing(None) > 10 and differing(1e-5) == 0
+
+
+def test_the_own_token_once_more_among_the_candidates():
+    torch.manual_seed(0)
+    x, own = torch.randn(1, 1, 9, 4), torch.arange(9)
+    first, last = (
+        select_neighbors(x, x, Geometry(3, 3), Selection(k=9, self_again=score)).index[0, 0] for score in (2.0, -2.0)
+    )  # above and below every cosine
+    assert torch.equal(first[:, 0], own) and torch.equal(first[:, 1], own)
+    assert torch.equal(last[:, 0], own) and torch.equal(last[:, 1:8], first[:, 2:])
+    assert all(sorted(row) == own.tolist() for row in last.tolist())
+    with pytest.raises(ValueError, match="exceeds"):
+        select_neighbors(x, x, Geometry(3, 3), Selection(k=10, self_again=2.0))
+
+
+def test_grid_points_at_the_nearest_tokens_or_those_before():
+    for rounding, expected in (("nearest", [0, 3, 5, 8]), ("floor", [0, 2, 5, 8])):
+        selection = Selection(k=1, candidates="grid", num_candidates=4, grid_rounding=rounding)
+        assert candidate_tokens(Geometry(1, 9), selection, pads=True, training=False).tolist() == expected

@@ -115,23 +115,26 @@ def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
 # ------------------------------------------------------------------------------------------- without processes
 
 
+@pytest.mark.parametrize("drop_last", ["true", "false"])
 @pytest.mark.parametrize("size, mirrored", [(1, False), (2, False), (3, False), (2, True), (3, True)])
-def test_the_parts_of_a_batch_make_up_the_batch(size, mirrored):
-    images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 1, 4, 4).contiguous()
-    split, config = Split(images, torch.arange(40)), compose_config(["data=digits", "data.crop_padding=1"]).data
-    whole = list(Batches(split, 12, config, 4, train=True, seed=5).epoch(3, 1))
+def test_the_parts_of_a_batch_make_up_the_batch(size, mirrored, drop_last):
+    images = torch.arange(60, dtype=torch.uint8)[:, None, None, None].expand(60, 1, 4, 4).contiguous()
+    split = Split(images, torch.arange(60))
+    config = compose_config(["data=digits", "data.crop_padding=1", f"data.drop_last={drop_last}"]).data
+    whole = list(Batches(split, 24, config, 4, train=True, seed=5).epoch(3, 1))
     parts = [
-        list(Batches(split, 12, config, 4, True, 5, rank=r, world_size=size, mirrored=mirrored).epoch(3, 1))
+        list(Batches(split, 24, config, 4, True, 5, rank=r, world_size=size, mirrored=mirrored).epoch(3, 1))
         for r in range(size)
     ]
+    assert len(whole) == (1 if drop_last == "true" else 2)  # of 24, 24 and 12 images, from the second on
     for step, (x, labels) in enumerate(whole):
-        own = [p[step] for p in parts]
-        assert len(own[0][1]) == 12 // size
+        own, last = [p[step] for p in parts], len(labels) - 1
+        assert len(own[0][1]) == len(labels) // size
         place = {int(label): i for i, label in enumerate(labels)}
         for pixels, part in own:
             assert torch.equal(pixels, x[[place[int(label)] for label in part]])
             if mirrored:
-                assert [11 - place[int(label)] for label in part.flip(0)] == [place[int(label)] for label in part]
+                assert [last - place[int(label)] for label in part.flip(0)] == [place[int(label)] for label in part]
         assert sorted(int(i) for _, part in own for i in part) == sorted(labels.tolist())
 
 

@@ -17,6 +17,9 @@ def selection_limit(selection: Selection) -> str | None:
     """Return why the kernel of similarity and top-k does not serve a selection by features."""
     if selection.candidates in ("window", "stride"):
         return f"{{p}}.candidates={selection.candidates} is not served; use all, random or grid"
+    for name in ("self_again", "score_step"):
+        if getattr(selection, name) is not None:
+            return f"{{p}}.{name} is not served; leave it at null"
     return _too_many(selection.k)
 
 
@@ -24,6 +27,8 @@ def attention_limit(selection: Selection, mixing: Mixing, num: int, learned: boo
     """Return why the kernel of attention to ``num`` neighbours does not serve ``weighting=softmax``."""
     if selection.similarity == "euclidean":
         return "{p}.similarity=euclidean with {p}.weighting=softmax is not served; use dot or cosine"
+    if mixing.self_score is not None:
+        return "{p}.self_score with {p}.weighting=softmax is not served; leave it at null"
     if mixing.straight_through or learned:
         key = "learn_blend" if learned else "straight_through"
         return f"{{p}}.{key} with {{p}}.weighting=softmax is not served"

@@ -58,7 +58,8 @@ class Selection:
     num_candidates: int = number(32, 1)
     """Number of random candidates, side of the candidate grid, radius of the window, or the stride."""
     eval_candidates: str = choice("same", "all", "resample")
-    """Random candidates at evaluation: ``same`` (one fixed seeded subset), ``all`` or ``resample`` (as the paper)."""
+    """Random candidates at evaluation: ``same`` (one fixed seeded subset), ``all`` or ``resample`` (as the paper):
+    drawn for every batch, by the run's seed, the step and the batch's first image."""
     candidate_seed: int = 0
     """Seed of the fixed subset."""
     pad_candidates: bool = True

@@ -11,10 +11,11 @@ USAGE = """
 usage: uv run scripts/evaluate.py run=DIR [checkpoint=last|best] [data_root=DIR] [device=auto|cpu|cuda]
        convnn-evaluate run=DIR ...     the same where convnn is installed
 
-Prints loss, top-1 and top-5 (percent) of a run's checkpoint on its test set as one line of JSON.
+Prints loss, top-1 and top-5 (percent) of a run's checkpoint on its test set as one line of JSON: the run's own numbers.
+Refused if config.yaml is not what the run was trained with, or the test images or classes are not those of the run.
   run         run folder, as train.py printed it
   checkpoint  last (default) or best
-  data_root   where the data is now, if it moved
+  data_root   where the data is now, if it moved; or other images of the same classes, which same_images=false then says
   device      default auto
 Exit codes: 0 done, 1 the checkpoint cannot be used, 2 wrong arguments.
 """
@@ -34,7 +35,7 @@ def evaluate(argv: list[str]) -> None:
     config.device = options.device
     from convnn.train.restore import evaluate_run
 
-    print(json.dumps(evaluate_run(config, folder, options.checkpoint)))
+    print(json.dumps(evaluate_run(config, folder, options.checkpoint, other_data=bool(options.data_root))))
 
 
 def main() -> None:

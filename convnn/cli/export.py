@@ -18,7 +18,7 @@ attention; a layer that equals no plain one is an error that names it.
   run         run folder, as train.py printed it
   checkpoint  last (default) or best
   out         default DIR/exported.pt
-  data_root   where the data is now, if it moved
+  data_root   where the data is now, if it moved, or other images of the same classes
 Exit codes: 0 written, 1 the checkpoint cannot be used, 2 wrong arguments or layers without a plain equivalent.
 """
 
@@ -36,12 +36,11 @@ def export(argv: list[str]) -> None:
     folder, config = chosen_run(options)
     import torch
 
-    from convnn.data.datasets import load_dataset
     from convnn.models.swap import export_layers
     from convnn.runtime.files import write_atomically
     from convnn.train.restore import load_run
 
-    model, _, _ = load_run(config, folder, options.checkpoint, load_dataset(config.data))
+    model = load_run(config, folder, options.checkpoint, splits=(), other_data=bool(options.data_root)).model
     names = export_layers(model)
     out = Path(options.out) if options.out else folder / "exported.pt"
     write_atomically(out, lambda file: torch.save(model.state_dict(), file))

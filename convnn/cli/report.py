@@ -14,7 +14,8 @@ usage: uv run scripts/report.py DIR [DIR ...] [out=FOLDER] [metric=top1_last]
 
 Finds the run folders and sweep folders below each DIR, prints a summary over seeds, and writes results.csv (a row a
 run), summary.csv, table.md, pictures (PNG and SVG) and index.html, which holds all of it. Failed, diverged and
-unfinished runs are listed and never count in a mean; a configuration found twice counts once.
+unfinished runs are listed and never count in a mean. Of a configuration found twice the newest run counts, with a
+warning if the results differ.
   DIR     a run folder, a sweep folder, or any folder above them
   out     default report/ in the first DIR; files there that no report wrote stay, and are never replaced
   metric  what is plotted: top1_last (test accuracy of the last epoch, default), top5_last, top1_best_on_test (chosen

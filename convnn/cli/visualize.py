@@ -28,7 +28,7 @@ Draws, as PNG and SVG:
   head        of layers that have several, from 0; default 0
   checkpoint  last (default) or best
   out         default pictures/ in the run folder
-  data_root   where the data is now, if it moved
+  data_root   where the data is now, if it moved, or other images of the same classes
 """
 
 
@@ -63,18 +63,17 @@ def visualize(argv: list[str]) -> None:
     from convnn.report.tables import import_pandas
 
     import_pandas()  # whose extra brings matplotlib too
-    from convnn.data.datasets import load_dataset
     from convnn.figures.curves import draw_curves
     from convnn.train.pictures import draw_run, image_of_test_set, read_image_for_model, save_figures
     from convnn.train.restore import load_run
 
-    dataset = load_dataset(config.data)
-    model, side, _ = load_run(config, folder, options.checkpoint, dataset)
-    channels = dataset.test.shape[0]
+    splits = () if options.image else ("test",)
+    run = load_run(config, folder, options.checkpoint, splits=splits, other_data=bool(options.data_root))
+    model, side, test = run.model, run.image_size, run.dataset.test
     if options.image:
-        shown = read_image_for_model(model, Path(options.image), config, channels, side)
+        shown = read_image_for_model(model, Path(options.image), config, test.shape[0], side)
     else:
-        shown = image_of_test_set(dataset.test, options.index, config.data, side)
+        shown = image_of_test_set(test, options.index, config.data, side)
     layers = options.layers.split(",") if options.layers else []
     try:
         figures = draw_run(model, shown, pixels, layers, options.head) | draw_curves(folder)

@@ -76,16 +76,30 @@ def fingerprint_of(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return ``key: old -> new`` for each leaf in which two nested mappings differ."""
-    rows = []
+def without_place(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity without the folder of its data, for runs of which it is known what the data was.
+
+    Of image folders the place is part of the identity, and so of the fingerprint and the run folder's name, which are
+    needed before data is read. What the data was is in ``convnn.runs.data_record``: a folder that moved is the same.
+    """
+    return {**identity, "data": {key: value for key, value in identity["data"].items() if key != "root"}}
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return the leaves in which two nested mappings differ: by dotted key the old and the new value."""
+    found: dict[str, tuple[Any, Any]] = {}
     for key in sorted(set(old) | set(new)):
         a, b = old.get(key, "(missing)"), new.get(key, "(missing)")
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            rows += differences(a, b, f"{prefix}{key}.")
+            found |= differing(a, b, f"{prefix}{key}.")
         elif a != b:
-            rows.append(f"{prefix}{key}: {a} -> {b}")
-    return rows
+            found[f"{prefix}{key}"] = (a, b)
+    return found
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return ``key: old -> new`` for each leaf in which two nested mappings differ."""
+    return [f"{key}: {a} -> {b}" for key, (a, b) in differing(old, new).items()]
 
 
 def run_name(config: Config) -> str:

@@ -26,8 +26,8 @@ def to_config(values: Any) -> Config:
     return check(config)
 
 
-def load_config(folder: Path) -> Config:
-    """Read the configuration of a run folder.
+def read_values(folder: Path) -> dict[str, Any]:
+    """Return what a run folder's config.yaml holds, as it stands there.
 
     Raises:
         ConfigError: if the folder is none, or its file is damaged.
@@ -41,6 +41,16 @@ def load_config(folder: Path) -> Config:
         raise ConfigError(f"{path} is damaged: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is damaged: it holds no mapping")
+    return values
+
+
+def load_config(folder: Path) -> Config:
+    """Read the configuration of a run folder; keys that it lacks take their defaults.
+
+    Raises:
+        ConfigError: if the folder is none, or its file is damaged.
+    """
+    values = read_values(folder)
     if isinstance(data := values.get("data"), dict):  # runs older than this key took no notice of such a folder
         data.setdefault("val_folder", not data.get("val_fraction"))
     return to_config(values)

@@ -104,22 +104,26 @@ class Dataset:
         return replace(self, classes=list(classes), **mapped)
 
     def content_fingerprint(self) -> str:
-        """Return a hash of the classes and, split by split, of labels and images; 16 hexadecimal digits.
+        """Return a hash of the classes and of all splits, see ``split_fingerprint``; 16 hexadecimal digits."""
+        splits = {name: split_fingerprint(split) for name, split in self.splits().items()}
+        return hashlib.sha256(json.dumps([self.classes, splits]).encode()).hexdigest()[:16]
 
-        Of images from files it is their names (without folders) and sizes that count, so that it is the same in
-        memory and streamed, and where the folder moved; of others the pixels.
-        """
-        digest = hashlib.sha256(json.dumps(self.classes).encode())
-        for name, split in self.splits().items():
-            digest.update(f"{name} {len(split)} ".encode() + split.labels.cpu().numpy().astype("<i8").tobytes())
-            if split.paths is None:
-                digest.update(repr(split.shape).encode())
-                digest.update(np.ascontiguousarray(split.images.cpu().numpy()).data)
-            else:
-                sizes = in_threads(lambda path: os.stat(path).st_size, split.paths)  # noqa: PTH116
-                for path, size in zip(split.paths, sizes, strict=True):
-                    digest.update(b"%b\0%d\0" % (os.path.basename(path), size))  # noqa: PTH119
-        return digest.hexdigest()[:16]
+
+def split_fingerprint(split: AnySplit) -> str:
+    """Return a hash of a split's labels and images, in their order; 16 hexadecimal digits.
+
+    Of images from files it is their names (without folders) and sizes that count, so that it is the same in memory and
+    streamed, and where the folder moved; of others the pixels.
+    """
+    digest = hashlib.sha256(split.labels.cpu().numpy().astype("<i8").tobytes())
+    if split.paths is None:
+        digest.update(repr(split.shape).encode())
+        digest.update(np.ascontiguousarray(split.images.cpu().numpy()).data)
+    else:
+        sizes = in_threads(lambda path: os.stat(path).st_size, split.paths)  # noqa: PTH116
+        for path, size in zip(split.paths, sizes, strict=True):
+            digest.update(b"%b\0%d\0" % (os.path.basename(path), size))  # noqa: PTH119
+    return digest.hexdigest()[:16]
 
 
 def balanced(labels: np.ndarray, limit: int | None, rng: np.random.Generator) -> np.ndarray:

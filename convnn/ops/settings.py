@@ -63,7 +63,8 @@ class Selection:
     grid_rounding: str = later(choice("nearest", "floor"))
     """Tokens at which the points of a candidate grid lie: the ``nearest``, or ``floor``: that before (the authors')."""
     eval_candidates: str = choice("same", "all", "resample")
-    """Random candidates at evaluation: ``same`` (one fixed seeded subset), ``all`` or ``resample`` (as the paper)."""
+    """Random candidates at evaluation: ``same`` (one fixed seeded subset), ``all`` or ``resample`` (as the paper):
+    drawn for every batch, by the run's seed, the step and the batch's first image."""
     candidate_seed: int = 0
     """Seed of the fixed subset."""
     pad_candidates: bool = True

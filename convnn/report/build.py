@@ -39,7 +39,9 @@ def make_report(folders: Sequence[Path], out: Path, metric: str = "top1_last") -
     runs = runs_frame(found)
     summary = summarize(runs)
     commands, environments = _commands(found), _environments(found)
-    report = Report(runs, summary, metric, out, found.invalid, commands, environments, found.duplicates)
+    report = Report(
+        runs, summary, metric, out, found.invalid, commands, environments, found.duplicates, found.conflicts
+    )
     with written_aside(out) as aside:
         for name, frame in (("results.csv", runs), ("summary.csv", summary)):
             with naming(aside / name):

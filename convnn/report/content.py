@@ -50,6 +50,8 @@ class Report:
     environments: Table
     """Versions and hardware, with the number of runs."""
     duplicates: int
+    conflicts: list[str] = field(default_factory=list)
+    """Where a run that was left out had another result than the one that counts."""
     pictures: list[Picture] = field(default_factory=list)
 
     def counts(self) -> str:
@@ -98,6 +100,7 @@ class Report:
         text = [self.counts(), "", aligned([short_name(name) for name in header], rows[:MAX_TEXT_ROWS])]
         if len(rows) > MAX_TEXT_ROWS:
             text.append(f"... and {len(rows) - MAX_TEXT_ROWS} more rows in summary.csv")
+        text += ["", *(f"warning: {conflict}" for conflict in self.conflicts)] if self.conflicts else []
         _, problems = self.problems()
         text += ["", *(f"{name}: {status}: {reason} ({log})" for name, status, reason, log in problems[:20])]
         if len(problems) > 20:

@@ -50,7 +50,13 @@ def markdown(report: Report) -> str:
 def _lists(report: Report) -> list[tuple[str, Table]]:
     """Return the lists below the summary that are not empty."""
     invalid = (["overrides", "reason"], [[tidy(overrides), reason] for overrides, reason in report.invalid])
-    lists = [("Failed", report.problems()), ("Not finished", report.open_runs()), ("Not valid, never run", invalid)]
+    conflicts = (["of one configuration"], [[conflict] for conflict in report.conflicts])
+    lists = [
+        ("Two results", conflicts),
+        ("Failed", report.problems()),
+        ("Not finished", report.open_runs()),
+        ("Not valid, never run", invalid),
+    ]
     return [(title, table) for title, table in lists if table[1]]
 
 

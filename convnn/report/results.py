@@ -5,11 +5,13 @@ Imports no torch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from convnn.config.identity import fingerprint_of, identity_of
 from convnn.errors import ConfigError
 from convnn.runs.metrics import epochs_done
 from convnn.runs.status import COMPLETE, DAMAGED, TODO, UNFINISHED, UNUSABLE
+from convnn.text import show
 
 
 @dataclass
@@ -43,6 +46,25 @@ class Run:
         """Return a number by which the run that counts, of several of one configuration, is the highest."""
         return (self.status != TODO) + self.has_all_keys + 4 * (self.status == COMPLETE)
 
+    def started(self) -> float:
+        """Return when the run last began, in seconds; of folders that do not say it, when they were written."""
+        try:
+            return datetime.fromisoformat(self.environment["started"]).timestamp()
+        except (KeyError, TypeError, ValueError):
+            pass
+        try:
+            return self.folder.stat().st_mtime
+        except OSError:
+            return 0.0
+
+    def content(self) -> str | None:
+        """Return a hash of the classes and images that the run had; None of before runs kept it."""
+        data = self.result.get("data")
+        if not isinstance(data, Mapping):
+            return None
+        kept = json.dumps([data.get("classes"), data.get("content")], sort_keys=True)
+        return hashlib.sha256(kept.encode()).hexdigest()[:8]
+
 
 @dataclass
 class FoundRuns:
@@ -56,7 +78,9 @@ class FoundRuns:
     invalid: list[tuple[str, str]] = field(default_factory=list)
     """Overrides of a point that is no valid configuration, and the reason."""
     duplicates: int = 0
-    """Runs left out because another of the same configuration counts."""
+    """Runs left out because another of the same configuration and data counts."""
+    conflicts: list[str] = field(default_factory=list)
+    """Where those had another result, a line for each."""
 
     def relative(self, path: Path | None) -> str | None:
         """Return a path relative to ``base``, without the home directory."""
@@ -97,7 +121,8 @@ def find_results(folders: Sequence[Path]) -> FoundRuns:
         _read_sweep(sweep, runs, found)
     if not runs and not found.invalid:
         raise ConfigError(f"no runs in {', '.join(map(str, folders))}: no config.yaml or plan.json below")
-    found.runs = _without_duplicates(list(runs.values()))
+    _name_contents(list(runs.values()))
+    found.runs = _without_duplicates(list(runs.values()), found)
     found.duplicates = len(runs) - len(found.runs)
     return found
 
@@ -113,13 +138,53 @@ def _find_folders(root: Path) -> Iterator[tuple[Path, str]]:
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "report")
 
 
-def _without_duplicates(runs: list[Run]) -> list[Run]:
-    kept: dict[Any, Run] = {}
+def _name_contents(runs: list[Run]) -> None:
+    """Give runs a key ``data.content`` where equal settings stand for different data, lest a mean be over both."""
+    same: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        key = run.fingerprint or id(run)
-        if key not in kept or run.priority() > kept[key].priority():
-            kept[key] = run
-    return list(kept.values())
+        settings = tuple(sorted((key, str(v)) for key, v in run.keys.items() if key.startswith("data.")))
+        same.setdefault(settings, []).append(run)
+    for group in same.values():
+        if len({run.content() for run in group} - {None}) > 1:
+            for run in group:
+                run.keys["data.content"] = run.content()
+
+
+def _without_duplicates(runs: list[Run], found: FoundRuns) -> list[Run]:
+    """Return of the runs of one configuration and data the one that counts: a complete one, of several the newest."""
+    groups: dict[Any, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.fingerprint or id(run), []).append(run)
+    kept = []
+    for group in groups.values():
+        contents = dict.fromkeys(run.content() for run in group if run.content()) or {None: None}
+        first = next(iter(contents))  # runs that do not say what data they had go with the first
+        for content in contents:
+            same = [run for run in group if (run.content() or first) == content]
+            best = max(same, key=lambda run: (run.priority(), run.started()))
+            kept.append(best)
+            found.conflicts += [
+                _conflict(best, run, found) for run in same if _scores(run) not in (None, _scores(best))
+            ]
+    return kept
+
+
+def _scores(run: Run) -> dict[str, Any] | None:
+    """Return the accuracies of a complete run."""
+    return {k: v for k, v in run.result.items() if "top" in k} if run.status == COMPLETE else None
+
+
+def _conflict(best: Run, other: Run, found: FoundRuns) -> str:
+    """Say which of two results counts, with the commits where they differ."""
+    commits = [run.environment.get("git_commit") for run in (best, other)]
+
+    def told(run: Run, commit: Any) -> str:
+        parts = [f"top-1 {show(run.result.get('top1_last'))}", str(run.environment.get("started", "no date"))]
+        parts += [f"commit {str(commit)[:10] if commit else 'unknown'}"] * (commits[0] != commits[1])
+        return tidy(f"{found.relative(run.folder)} ({', '.join(parts)})")
+
+    newest, older = (told(run, commit) for run, commit in zip((best, other), commits, strict=True))
+    return f"of two results of one configuration the newest counts: {newest}, not {older}"
 
 
 def _read_run(folder: Path) -> Run:

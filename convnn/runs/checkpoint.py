@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from convnn.config.identity import differences
+from convnn.config.identity import differences, without_place
 from convnn.errors import CheckpointError, first_line
+from convnn.runs.data_record import DataRecord
 from convnn.runtime.files import write_atomically
 
 log = logging.getLogger("convnn")
@@ -99,11 +100,21 @@ def load_latest(folder: Path, map_location: Any = "cpu") -> tuple[Path, dict[str
     return found
 
 
-def check_identity(path: Path, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raise CheckpointError, naming what differs, unless the checkpoint is of this configuration."""
-    changed = differences(state["identity"], identity)
+def check_identity(path: Path, state: Mapping[str, Any], identity: Mapping[str, Any], data: DataRecord) -> None:
+    """Refuse a checkpoint of another configuration or of other data.
+
+    Raises:
+        CheckpointError: naming what differs in the configuration.
+        ConfigError: naming what differs in the data.
+    """
+    known, old = DataRecord.read(state), state["identity"]
+    if known is not None:
+        old, identity = without_place(old), without_place(identity)
+    changed = differences(old, identity)
     if changed:
         raise CheckpointError(f"{path} belongs to another configuration ({'; '.join(changed[:5])}); set these back")
+    if known is not None:
+        known.check(data, str(path), "put it back, or begin another run")
 
 
 def load_model_state(model: torch.nn.Module, state: dict[str, Any], path: Path) -> None:

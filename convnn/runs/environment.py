@@ -25,8 +25,8 @@ def environment() -> dict[str, Any]:
     """Return what else decides a run's numbers: versions, hardware, git commit."""
     import torch
 
-    root = Path(__file__).resolve().parents[2]
     cuda = torch.cuda.is_available()
+    commit, dirty = own_commit(Path(__file__).resolve().parents[1])
     return {
         "versions": versions(),
         "platform": platform.platform(),
@@ -36,8 +36,8 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
-        "git_commit": _git(root, "rev-parse", "HEAD"),
-        "git_dirty": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
+        "git_commit": commit,
+        "git_dirty": dirty,
         "command": [*(f"--config-dir={folder}" for folder in config_folders()[1:]), *sys.argv[1:]],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -64,9 +64,27 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _git(root: Path, *args: str) -> str | None:
+def own_commit(package: Path) -> tuple[str | None, bool | None]:
+    """Return the commit of the checkout that a package lies in, and whether tracked files were changed since.
+
+    Both are None unless the package lies at the top of the repository and is tracked there: a copy that was installed
+    or put below another project would bear that project's commit.
+    """
+    top = _git(package, "rev-parse", "--show-toplevel")
+    own = top is not None and Path(top).resolve() == package.resolve().parent
+    if not own or _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None, None
+    changes = _git(package, "status", "--porcelain", "--untracked-files=no")
+    return _git(package, "rev-parse", "HEAD"), None if changes is None else bool(changes)
+
+
+def _git(folder: Path, *args: str) -> str | None:
+    """Return what git says of the repository around a folder, None if it fails."""
+    # In a hook of another repository, git's variables name that one.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "-C", str(folder), *args]
     try:
-        done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

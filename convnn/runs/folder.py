@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
-from convnn.config.identity import differences, fingerprint, identity, run_name
+from convnn.config.identity import differences, fingerprint, fingerprint_of, identity, run_name, without_place
 from convnn.config.load import load_config
 from convnn.config.schema import Config
 from convnn.errors import ConfigError
 from convnn.runs.contents import MARKER, check_removable, is_run_folder, remove_earlier
+from convnn.runs.data_record import DataRecord, RecordReader
 from convnn.runs.status import COMPLETE, UNFINISHED
 from convnn.runtime import distributed
 from convnn.runtime.files import (
@@ -31,11 +33,18 @@ from convnn.runtime.files import (
 
 log = logging.getLogger("convnn")
 _MARKED = {"folder": "run"}
+OTHER_DATA = "put it back, or choose another run.dir"
+"""What to do about a run folder whose run had other data."""
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
     """Return the content of result.json, or None if there is none or it is damaged."""
     return read_json(folder / "result.json")
+
+
+def known_record(folder: Path) -> DataRecord | None:
+    """Return what a run folder says of the run's data; None if it does not."""
+    return DataRecord.read(read_json(folder / MARKER)) or DataRecord.read(read_result(folder))
 
 
 @dataclass
@@ -51,6 +60,10 @@ class RunFolder:
     """False in all but the first of several processes: what they are asked to write, they do not."""
     replaces: bool = False
     """What an earlier run left goes when this one begins."""
+    moved: bool = False
+    """The run's data lies elsewhere than when it began."""
+    data: DataRecord | None = None
+    """What data there is now, where that had to be read."""
     _created: int = 0
     """Parent folders that had to be made."""
     _lock: TextIO | None = field(default=None, repr=False)
@@ -66,25 +79,32 @@ class RunFolder:
         if self.writes:
             write_json(self.path / name, values)
 
-    def begin(self, config: Config) -> None:
+    def begin(self, config: Config, data: DataRecord) -> None:
         """Write what says whose folder this is, once the run is known to be possible.
 
         What an earlier run left goes now (``run.if_exists=overwrite``), and no sooner.
 
         Raises:
-            ConfigError: if the folder cannot be written.
+            ConfigError: if a run to be resumed had other data, or the folder cannot be written.
         """
         if not self.writes:
             return
+        marker, known = _MARKED | data.entry(), known_record(self.path) if self.resume else None
+        if known is not None:
+            known.check(data, f"run.dir={self.path}", OTHER_DATA)
         try:
             if self.replaces:
                 self._replace_earlier()
-            elif not (self.path / MARKER).exists():
-                write_json(self.path / MARKER, _MARKED)
+            elif read_json(self.path / MARKER) != marker:
+                write_json(self.path / MARKER, marker)
             if not self.resume:
-                write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+                self._write_config(config)
+            elif self.moved:
+                kept = load_config(self.path)
+                kept.data.root = config.data.root
+                self._write_config(kept)
             if self.replaces:
-                write_json(self.path / MARKER, _MARKED)
+                write_json(self.path / MARKER, marker)
             for folder in (self.path, self.checkpoints):
                 remove_leftovers(folder)
             self._handler = _LogFile(self.path / "train.log")
@@ -94,6 +114,9 @@ class RunFolder:
             raise ConfigError(f"run.dir={self.path} cannot be written{file}: {error.strerror}") from error
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self._handler)
+
+    def _write_config(self, config: Config) -> None:
+        write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
     def _replace_earlier(self) -> None:
         """Remove the earlier run; after a kill or an error meanwhile, what is left of it is not resumed."""
@@ -154,11 +177,12 @@ def open_run_folder(config: Config) -> RunFolder:
 
 
 def _open(config: Config) -> RunFolder:
-    path = _path(config)
+    read = RecordReader()
+    path = _path(config, read)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run.dir={path} is a file")
-    begun = (".lock", "train.log", MARKER)
-    used = path.is_dir() and any(f.name not in begun and not is_leftover(f) for f in path.iterdir())
+    lasting = (".lock", "train.log", MARKER)
+    used = path.is_dir() and any(f.name not in lasting and not is_leftover(f) for f in path.iterdir())
     policy = config.run.if_exists
     if used and not is_run_folder(path):
         raise ConfigError(f"run.dir={path} is not empty and not a run folder; choose another run.dir")
@@ -179,29 +203,71 @@ def _open(config: Config) -> RunFolder:
         marker = read_json(path / MARKER) or {}
         folder.replaces = used and (policy == "overwrite" or "overwriting" in marker)
         if used and not folder.replaces:
-            changed = differences(identity(load_config(path)), identity(config))
+            begun, known = load_config(path), known_record(path)
+            old, new = identity(begun), identity(config)
+            if known is not None:
+                old, new = without_place(old), without_place(new)
+            changed = differences(old, new)
             if changed:
                 raise ConfigError(
                     f"run.dir={path} holds a run of another configuration ({'; '.join(changed[:5])}); "
                     "set these back, or choose another run.dir"
                 )
             result = read_result(path)
-            folder.resume = True
+            folder.resume, folder.moved = True, begun.data.root != config.data.root
             folder.done = result if result and result.get("status") == COMPLETE else None
+            if folder.done:
+                read.compare(known, config.data, f"run.dir={path}", OTHER_DATA)
     except BaseException:
         folder.close()
         raise
+    folder.data = read.known(config.data)
     return folder
 
 
-def _path(config: Config) -> Path:
-    """Return a run's folder; ``run.name`` does not lead out of ``run.root``."""
+def _path(config: Config, read: RecordReader) -> Path:
+    """Return a run's folder; ``run.name`` does not lead out of ``run.root``.
+
+    If the run's data moved, so that the folder would have another name now, it is the one that the run has.
+    """
     if config.run.dir:
         return Path(config.run.dir)
     name = f"{run_name(config)}-{fingerprint(config)[:8]}"
     if name.startswith("/") or ".." in Path(name).parts:
         raise ConfigError(f"run.name={config.run.name} leads out of run.root={config.run.root}; set run.dir instead")
-    return Path(config.run.root) / name
+    path = Path(config.run.root) / name
+    if path.exists() or not path.parent.is_dir() or not place_counts(config):
+        return path
+    beside = [other for other in path.parent.iterdir() if other.name[:-8] == path.name[:-8]]
+    moved = find_moved(config, without_places(beside), read)
+    if moved is not None:
+        log.info("%s is the folder of this run, whose data lay elsewhere", moved)
+    return moved or path
+
+
+def place_counts(config: Config) -> bool:
+    """Return whether the place of a run's data is part of its fingerprint."""
+    return "root" in identity(config)["data"]
+
+
+def without_places(folders: Iterable[Path]) -> dict[str, Path]:
+    """Return the folders of runs by fingerprints that take no notice of where the data is."""
+    found = {}
+    for folder in folders:
+        if known_record(folder) is not None:
+            with suppress(ConfigError):
+                found[fingerprint_of(without_place(identity(load_config(folder))))] = folder
+    return found
+
+
+def find_moved(config: Config, folders: Mapping[str, Path], read: RecordReader) -> Path | None:
+    """Return the folder, of ``without_places``, whose run had this configuration and this data at another place."""
+    folder = folders.get(fingerprint_of(without_place(identity(config))))
+    known = known_record(folder) if folder else None
+    try:
+        return folder if known is not None and not known.differences(read(config.data)) else None
+    except ConfigError:
+        return None
 
 
 def _lock(path: Path) -> TextIO:

@@ -42,14 +42,17 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def seed_step(seed: int, step: int, device: torch.device, *, evaluation: bool = False) -> None:
+def seed_step(seed: int, step: int, device: torch.device, *, evaluation: bool = False, image: int = 0) -> None:
     """Seed for one training step, or the evaluation before it, so that a run can be entered at any step.
+
+    ``image``: number of the first image of a batch to evaluate, so that its draws depend on no batch before it.
 
     Python's and NumPy's generators (Mixup) and that of random candidates are alike in all processes of a run; torch's
     (dropout, stochastic depth) is not.
     """
+    entropy = [seed, step, evaluation, image] if image else [seed, step, evaluation]
     common, own = (
-        int(np.random.SeedSequence([seed, step, evaluation], spawn_key=(stream,)).generate_state(1)[0])
+        int(np.random.SeedSequence(entropy, spawn_key=(stream,)).generate_state(1)[0])
         for stream in (0, 1 + distributed.world().rank)
     )
     random.seed(common)

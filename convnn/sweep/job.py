@@ -17,11 +17,13 @@ from convnn.config.folders import CONF_DIR
 from convnn.config.identity import fingerprint
 from convnn.config.overrides import is_sweep, key_of, quoted
 from convnn.errors import ConfigError
+from convnn.runs.data_record import RecordReader
 from convnn.runs.status import COMPLETE, FAILED, INVALID
 from convnn.runtime.files import write_json
 from convnn.sweep.options import SweepConfig
 from convnn.sweep.plan import Point, load_point, point_name
 from convnn.sweep.process import run_point
+from convnn.sweep.same_data import check_point
 from convnn.sweep.state import point_state, sweep_has_ended
 
 
@@ -34,7 +36,7 @@ def main(values: DictConfig) -> float | str | None:
     sweep = values.sweep
     folder = Path(sweep.dir)
     try:
-        point = load_point(folder, sweep.point[1:]) if sweep.point else _point_of_other_sweeper(values)
+        point = load_point(folder, sweep.point[1:]) if sweep.point else _point_of_other_sweeper(values, folder)
     except ConfigError as error:  # only where another sweeper than ours chose the point
         print(f"error: {error}", file=sys.stderr)
         return _record_invalid(folder, sweep.token, str(error))
@@ -69,14 +71,20 @@ def _record_invalid(folder: Path, token: str, reason: str) -> str:
     return INVALID
 
 
-def _point_of_other_sweeper(values: DictConfig) -> Point:
-    """Return the point that a sweeper other than ours asked for."""
+def _point_of_other_sweeper(values: DictConfig, folder: Path) -> Point:
+    """Return the point that a sweeper other than ours asked for.
+
+    Raises:
+        ConfigError: if its configuration cannot work, or it is complete with other data.
+    """
     plain = OmegaConf.to_container(values, resolve=True)
     assert isinstance(plain, dict)
     plain.pop("sweep")
     config = from_hydra(OmegaConf.create(plain))
     overrides = tuple(o for o in HydraConfig.get().overrides.task if not is_sweep(o))
-    return Point(point_name(config), fingerprint(config), overrides)
+    point = Point(point_name(config), fingerprint(config), overrides)
+    check_point(folder, point, config.data, RecordReader())
+    return point
 
 
 def launch(argv: list[str]) -> None:

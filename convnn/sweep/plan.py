@@ -19,6 +19,7 @@ from convnn.config.identity import fingerprint, run_name
 from convnn.config.overrides import merge_overrides, sweep_text
 from convnn.config.schema import Config
 from convnn.errors import ConfigError
+from convnn.runs.data_record import RecordReader
 from convnn.runtime.files import read_json, write_json
 from convnn.sweep.options import SweepConfig, SweepRun
 
@@ -33,6 +34,8 @@ class Point:
     overrides: tuple[str, ...]
     label: str = ""
     """Name among ``sweep.points``."""
+    before: str = ""
+    """Fingerprint of its result where that was computed while the data lay elsewhere."""
 
     @property
     def folder(self) -> str:
@@ -107,7 +110,7 @@ def make_plan(options: SweepConfig, given: Sequence[str]) -> Plan:
     """
     points, axes = expand_points(options, given)
     plan = Plan([], [], axes)
-    composer = Composer()
+    composer, read = Composer(), RecordReader()
     for label, overrides in points:
         try:
             config = composer(overrides)
@@ -116,23 +119,45 @@ def make_plan(options: SweepConfig, given: Sequence[str]) -> Plan:
             continue
         digest = fingerprint(config)
         if digest in plan.configs:
-            plan.duplicates += 1
+            other = _other_data(plan.configs[digest], config, read)
+            if other:
+                plan.invalid.append((tuple(overrides), other))
+            plan.duplicates += not other
             continue
         plan.configs[digest] = config
         plan.points.append(Point(point_name(config, label), digest, tuple(overrides), label))
     return plan
 
 
+def _other_data(first: Config, second: Config, read: RecordReader) -> str:
+    """Say why two equal configurations are not one point: their folders hold other data; empty if they are."""
+    try:
+        found = read.differences(first.data, second.data)
+    except ConfigError as error:
+        found = [str(error)]
+    if not found:
+        return ""
+    roots = f"data.root={first.data.root} and {second.data.root}"
+    return f"{roots} hold other data ({'; '.join(found[:5])}); give each a data.name of its own"
+
+
 def keep_known_names(plan: Plan, folder: Path) -> None:
     """Give points that the folder's plan.json knows the names, and so the run folders, that they have there."""
-    names = {p["fingerprint"]: p["name"] for p in read_plan(folder).get("points", [])}
-    plan.points = [replace(p, name=names.get(p.fingerprint, p.name)) for p in plan.points]
+    known = {p["fingerprint"]: p for p in read_plan(folder).get("points", [])}
+    plan.points = [
+        replace(p, name=known[p.fingerprint]["name"], before=known[p.fingerprint].get("before", ""))
+        if p.fingerprint in known
+        else p
+        for p in plan.points
+    ]
 
 
 def save_plan(plan: Plan, folder: Path, command: Sequence[str]) -> None:
     """Write plan.json; points that other commands made in the same folder stay listed."""
     keep_known_names(plan, folder)
     points = {p["fingerprint"]: p for p in read_plan(folder).get("points", [])}
+    own = {point.name: point.fingerprint for point in plan.points}
+    points = {f: p for f, p in points.items() if own.get(p["name"], f) == f}  # of data that moved, the present place
     for point in plan.points:
         points[point.fingerprint] = asdict(point) | {
             "overrides": list(point.overrides),
@@ -173,5 +198,5 @@ def load_point(folder: Path, digest: str) -> Point:
     """Return a point of plan.json by its fingerprint."""
     for p in read_plan(folder).get("points", []):
         if p["fingerprint"] == digest:
-            return Point(p["name"], p["fingerprint"], tuple(p["overrides"]), p["label"])
+            return Point(p["name"], p["fingerprint"], tuple(p["overrides"]), p["label"], p.get("before", ""))
     raise ConfigError(f"{folder / 'plan.json'} has no point {digest}")

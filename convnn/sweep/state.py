@@ -44,7 +44,8 @@ def point_state(folder: Path, point: Point, *, locked_here: bool = False) -> Poi
     attempts = record.get("attempts")
     attempts = attempts if isinstance(attempts, int) else 0
     result = read_result(folder / point.folder)
-    if result and result.get("status") == COMPLETE and result.get("fingerprint") == point.fingerprint:
+    own = (point.fingerprint, point.before or point.fingerprint)
+    if result and result.get("status") == COMPLETE and result.get("fingerprint") in own:
         return PointState(COMPLETE, None, attempts, result.get("top1_last"))
     status = record.get("status")
     if status == RUNNING and (locked_here or not is_locked(lock_file(folder, point))):

@@ -26,6 +26,7 @@ from convnn.sweep.job import job_options, launch
 from convnn.sweep.options import SweepConfig, sweep_options
 from convnn.sweep.plan import Plan, Point, keep_known_names, make_plan, save_plan
 from convnn.sweep.progress import Progress
+from convnn.sweep.same_data import check_points
 from convnn.sweep.state import PointState, lock_file, point_state, stop_file
 from convnn.text import command_line
 
@@ -90,6 +91,7 @@ def carry_out(
         raise ConfigError("the sweep has no points; give it values (operator.k=1,4,9) or a grid (grid=spectrum)")
     plan = make_plan(options, given)
     keep_known_names(plan, folder)
+    check_points(plan, folder)
     for axis in moved_axes(plan):
         print(f"warning: {axis} is an axis, but a schedule moves it: points that differ in it alone are equal runs")
     if options.dry_run:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from convnn.data.batches import Batches
 from convnn.errors import StoppedError
 from convnn.runtime import distributed
+from convnn.runtime.device import seed_step
 
 
 @dataclass
@@ -47,8 +48,17 @@ def evaluate(
     batches: Batches,
     autocast: Callable[[], Any] = nullcontext,
     stop: Callable[[], int | None] | None = None,
+    seeds: tuple[int, int] | None = None,
 ) -> tuple[float, float, float]:
     """Return mean loss, top-1 and top-5 (percent) over all samples of a split, whichever process has them.
+
+    Args:
+        model: in any mode, which it keeps.
+        batches: of the split.
+        autocast: context of the forward passes.
+        stop: asked before every batch.
+        seeds: seed of the run and its step, from which with the number of an image what is drawn for it follows
+            (``eval_candidates=resample``); None: the generators stay as they are.
 
     Raises:
         StoppedError: when ``stop()`` names a signal.
@@ -57,7 +67,9 @@ def evaluate(
     model.eval()
     meter = Meter.new(batches.device)
     with closing(batches.epoch()) as epoch:
-        for images, labels in epoch:
+        for number, (images, labels) in enumerate(epoch):
+            if seeds is not None:
+                seed_step(*seeds, batches.device, evaluation=True, image=number * batches.batch_size)
             if stop is not None and (signum := stop()) is not None:
                 raise StoppedError(signum)
             with autocast():

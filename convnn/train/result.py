@@ -10,6 +10,7 @@ from torch import nn
 from convnn.config.identity import fingerprint
 from convnn.config.schema import Config
 from convnn.models.swap import count_parameters
+from convnn.runs.data_record import DataRecord
 from convnn.runs.environment import versions
 from convnn.runtime import distributed
 from convnn.runtime.device import device_name, peak_memory
@@ -24,7 +25,7 @@ def result_of(
     model: nn.Module,
     gflops: float,
     layers_replaced: int,
-    classes: int,
+    data: DataRecord,
     device: torch.device,
     environment_changes: list[str],
 ) -> dict[str, Any]:
@@ -53,7 +54,8 @@ def result_of(
         "peak_memory_bytes": max(distributed.gather(peak_memory(device))),
         "processes": distributed.world().size,
         "layers_replaced": layers_replaced,
-        "classes": classes,
+        "classes": len(data.classes),
+        **data.entry(),
         "device": device_name(device),
         "versions": versions(),
         "environment_changes": environment_changes,

@@ -81,7 +81,7 @@ def run_trainer(trainer: Trainer, stop: Callable[[], int | None]) -> Result:
         stop: names the signal that asks the run to stop; alike on all processes, see ``distributed.agreed_stop``.
     """
     config, folder = trainer.config, trainer.folder
-    distributed.fail_together(lambda: folder.begin(config))
+    distributed.fail_together(lambda: folder.begin(config, trainer.data))
     resumed = folder.resume and distributed.fail_together(trainer.resume)
     changes: list[str] = []
     if folder.writes:
@@ -96,7 +96,7 @@ def run_trainer(trainer: Trainer, stop: Callable[[], int | None]) -> Result:
         model=trainer.model,
         gflops=trainer.gflops,
         layers_replaced=len(trainer.report),
-        classes=trainer.num_classes,
+        data=trainer.data,
         device=trainer.device,
         environment_changes=changes,
     )

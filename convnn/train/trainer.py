@@ -29,6 +29,7 @@ from convnn.models.schedule import apply_schedule
 from convnn.models.swap import neighbor_layers
 from convnn.ops.triton.dispatch import require
 from convnn.runs.checkpoint import check_identity, load_latest, load_model_state, save_checkpoint
+from convnn.runs.data_record import DataRecord
 from convnn.runs.folder import RunFolder
 from convnn.runs.metrics import describe_row
 from convnn.runtime import distributed
@@ -74,6 +75,7 @@ class Trainer:
     def _build(self, dataset: Dataset) -> None:
         config, train = self.config, self.config.train
         self._check_sizes(dataset)
+        self.data = self.folder.data or DataRecord.of(dataset)
         model, self.report, self.image_size = build_model(config, dataset)
         self.model = distributed.with_sync_batchnorm(model, self.device, train.sync_batchnorm).to(self.device)
         for layer in neighbor_layers(self.model).values():
@@ -96,7 +98,6 @@ class Trainer:
         self.gflops, self.report = cost.total / 1e9, self.report.with_costs(cost)
         apply_schedule(self.model, config.schedule, 0.0)
         forward_cost(self.model, channels, self.image_size)
-        self.num_classes = len(dataset.classes)
         self._build_training()
         self.probe = Probe(config.diagnostics, self.batches["test"], self.autocast)
         self.state = RunState(Meter.new(self.device))
@@ -134,7 +135,7 @@ class Trainer:
         self.mixup = None
         self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
         if train.mixup or train.cutmix:
-            args = {"label_smoothing": train.label_smoothing, "num_classes": self.num_classes}
+            args = {"label_smoothing": train.label_smoothing, "num_classes": len(self.data.classes)}
             self.mixup = Mixup(mixup_alpha=train.mixup, cutmix_alpha=train.cutmix, **args)
             self.criterion = SoftTargetCrossEntropy()
         self.ema = ModelEmaV3(self.model, decay=train.ema) if train.ema else None
@@ -153,6 +154,7 @@ class Trainer:
         content = {
             "identity": identity(self.config),
             "fingerprint": fingerprint(self.config),
+            **self.data.entry(),
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
             "optimizer": self.optimizer.state_dict(),
@@ -167,12 +169,13 @@ class Trainer:
 
         Raises:
             CheckpointError: if it fits another configuration or model, or if none is whole.
+            ConfigError: if it is of other data.
         """
         found = load_latest(self.folder.checkpoints, self.device)
         if found is None:
             return False
         path, content = found
-        check_identity(path, content, identity(self.config))
+        check_identity(path, content, identity(self.config), self.data)
         load_model_state(self.model, content["model"], path)
         if self.ema is not None:
             load_model_state(self.ema.module, content["ema"], path)
@@ -303,12 +306,13 @@ class Trainer:
         start = time.perf_counter()
         row: Row = {"epoch": state.epoch, "step": state.step}
         loss, top1, _ = Meter(distributed.reduce(state.meter.sums)).means()
-        seed_step(self.config.seed, state.step, self.device, evaluation=True)
+        seeds = self.config.seed, state.step
+        seed_step(*seeds, self.device, evaluation=True)
         distributed.broadcast_buffers(self.model, self.eval_model)
         row |= {"train_loss": loss, "train_top1": None if self.mixup is not None else top1}
         for name in ("val", "test"):
             if name in self.batches:
-                scores = evaluate(self.eval_model, self.batches[name], self.autocast, stop)
+                scores = evaluate(self.eval_model, self.batches[name], self.autocast, stop, seeds)
                 row |= dict(zip((f"{name}_loss", f"{name}_top1", f"{name}_top5"), scores, strict=True))
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         row["layers"] = [{"name": n, **layer.spectrum()} for n, layer in neighbor_layers(self.model).items()]

@@ -50,7 +50,7 @@ def test_checkpoints_keep_their_format(tmp_path, monkeypatch):
     stop_after(monkeypatch, 1)
     run(tiny("swap.last=1", f"run.dir={tmp_path}/r"))
     state = load_checkpoint(tmp_path / "r" / "checkpoints" / "last.pt")
-    weights = ["model", "ema", "optimizer", "spectrum", "neighbors", "identity", "fingerprint", "format"]
+    weights = ["model", "ema", "optimizer", "spectrum", "neighbors", "identity", "fingerprint", "format", "data"]
     counts = ["epoch", "step_in_epoch", "step", "skipped_steps", "train_seconds", "train_images"]
     assert sorted(state) == sorted([*weights, *counts, "best", "meter", "rows"])
     assert state["rows"] == "[]" and state["best"] == {} and state["step"] == state["step_in_epoch"] == 1

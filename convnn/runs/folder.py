@@ -16,6 +16,7 @@ from convnn.config.load import load_config
 from convnn.config.schema import Config
 from convnn.errors import ConfigError
 from convnn.runs.contents import MARKER, check_removable, is_run_folder, remove_earlier
+from convnn.runs.record import read_result
 from convnn.runs.status import COMPLETE, UNFINISHED
 from convnn.runtime import distributed
 from convnn.runtime.files import (
@@ -31,11 +32,6 @@ from convnn.runtime.files import (
 
 log = logging.getLogger("convnn")
 _MARKED = {"folder": "run"}
-
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """Return the content of result.json, or None if there is none or it is damaged."""
-    return read_json(folder / "result.json")
 
 
 @dataclass

@@ -22,7 +22,7 @@ def result_of(
     status: str,
     *,
     model: nn.Module,
-    gflops: float,
+    gflops: float | None,
     layers_replaced: int,
     classes: int,
     device: torch.device,

@@ -58,15 +58,14 @@ def _run_in(folder: RunFolder, config: Config) -> Result:
             raise
         result = run_trainer(trainer, distributed.agreed_stop(lambda: signals.seen))
     if result["status"] == COMPLETE:
-        log.info(
-            "top-1 %.2f%% (last epoch), best on %s %.2f%%, %d parameters, %s",
-            result["top1_last"],
-            "validation" if result["top1_best_on_test"] is None else "test",
-            result["val_top1_best"] or result["top1_best_on_test"],
-            result["params"],
-            folder.path,
-        )
+        log.info("%s, %d parameters, %s", _best_of(result), result["params"], folder.path)
     return result
+
+
+def _best_of(result: Result) -> str:
+    on_test = result["val_top1_best"] is None  # a best accuracy of 0 is one too
+    chosen_on, best = ("test", "top1_best_on_test") if on_test else ("validation", "val_top1_best")
+    return f"top-1 {result['top1_last']:.2f}% (last epoch), best on {chosen_on} {result[best]:.2f}%"
 
 
 def _say_that_it_stops(signum: int) -> None:

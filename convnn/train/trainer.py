@@ -24,7 +24,7 @@ from convnn.data.splits import AnySplit, Dataset
 from convnn.data.stream import make_batches
 from convnn.errors import ConfigError, DivergedError, StoppedError
 from convnn.models.build import build_model
-from convnn.models.cost import forward_cost, parameters_without_gradient
+from convnn.models.cost import check_output, count_cost, parameters_without_gradient
 from convnn.models.schedule import apply_schedule
 from convnn.models.swap import neighbor_layers
 from convnn.ops.triton.dispatch import require
@@ -90,16 +90,19 @@ class Trainer:
         if train.max_steps is not None:
             self.total_steps = min(self.total_steps, train.max_steps)
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
-        channels = dataset.train.shape[0]
-        apply_schedule(self.model, config.schedule, 1.0)
-        cost = forward_cost(self.model, channels, self.image_size, [r.name for r in self.report.rows])
-        self.gflops, self.report = cost.total / 1e9, self.report.with_costs(cost)
-        apply_schedule(self.model, config.schedule, 0.0)
-        forward_cost(self.model, channels, self.image_size)
         self.num_classes = len(dataset.classes)
+        self._examine(dataset.train.shape[0])
         self._build_training()
         self.probe = Probe(config.diagnostics, self.batches["test"], self.autocast)
         self.state = RunState(Meter.new(self.device))
+
+    def _examine(self, channels: int) -> None:
+        """Check what the model returns at both ends of the schedule, and count its operations at the last."""
+        for now in (1.0, 0.0):
+            apply_schedule(self.model, self.config.schedule, now)
+            check_output(self.model, channels, self.image_size, self.num_classes)
+            if now:
+                self.gflops, self.report = count_cost(self.model, channels, self.image_size, self.report)
 
     def _check_sizes(self, dataset: Dataset) -> None:
         train, data = self.config.train, self.config.data

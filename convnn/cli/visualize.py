@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ Draws, as PNG and SVG:
   layers      names from swap.txt; default: all, of many six
   head        of layers that have several, from 0; default 0
   checkpoint  last (default) or best
-  out         default pictures/ in the run folder
+  out         default pictures/ in the run folder; files there that it did not write stay, and are never replaced
   data_root   where the data is now, if it moved
 """
 
@@ -65,6 +66,7 @@ def visualize(argv: list[str]) -> None:
     import_pandas()  # whose extra brings matplotlib too
     from convnn.data.datasets import load_dataset
     from convnn.figures.curves import draw_curves
+    from convnn.runs.record import read_record
     from convnn.train.pictures import draw_run, image_of_test_set, read_image_for_model, save_figures
     from convnn.train.restore import load_run
 
@@ -80,7 +82,9 @@ def visualize(argv: list[str]) -> None:
         figures = draw_run(model, shown, pixels, layers, options.head) | draw_curves(folder)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    for path in save_figures(figures, Path(options.out) if options.out else folder / "pictures"):
+    if damage := read_record(folder).damage:
+        print(f"warning: no curves: {damage}", file=sys.stderr)
+    for path in save_figures(figures, folder, Path(options.out) if options.out else None):
         print(path)
 
 

@@ -287,7 +287,7 @@ def _pair_of(value: Any) -> tuple[int, ...]:
 def export_layers(model: nn.Module) -> list[str]:
     """Replace every swapped layer by the plain convolution or attention that it is equal to, in place.
 
-    The result is a plain timm model: its ``state_dict`` loads into ``timm.create_model`` of the same name.
+    ``convnn.models.plain.timm_description`` says how timm builds the result anew, and in what it cannot.
 
     Returns:
         The names of the layers replaced.

@@ -34,10 +34,10 @@ from convnn.report.content import Picture
 from convnn.report.spectrum import draw_layers, draw_spectrum
 from convnn.report.tables import METRICS, complete_groups, describe, main_keys, short_name
 from convnn.report.view import BLEND, MAX_CELLS, MAX_DOTS, MAX_LINES, MAX_PANELS, K, Row, View, group_rows
-from convnn.report.writing import naming
 from convnn.runs.metrics import is_number
 from convnn.runs.record import read_record
 from convnn.runs.status import COMPLETE
+from convnn.runtime.owned import naming
 from convnn.text import Score, show, sort_key
 
 if TYPE_CHECKING:

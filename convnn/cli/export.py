@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from convnn.cli.program import RunOptions, chosen_run, run_program, script_options
+from convnn.cli.program import RunOptions, chosen_run, path, run_program, script_options
 from convnn.errors import ConfigError
 
 USAGE = """
@@ -31,7 +31,7 @@ Exit codes: 0 written, 1 the checkpoint cannot be used, 2 wrong arguments or lay
 class Options(RunOptions):
     """Arguments of this script."""
 
-    out: str | None = None
+    out: str | None = path()
 
 
 def export(argv: list[str]) -> None:

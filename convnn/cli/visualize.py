@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from convnn.cli.program import RunOptions, chosen_run, run_program, script_options
+from convnn.cli.program import RunOptions, chosen_run, path, run_program, script_options
 from convnn.errors import ConfigError
 
 USAGE = """
@@ -38,11 +38,11 @@ class Options(RunOptions):
     """Arguments of this script."""
 
     index: int = 0
-    image: str | None = None
+    image: str | None = path()
     queries: str | None = None
     layers: str | None = None
     head: int = 0
-    out: str | None = None
+    out: str | None = path()
 
 
 def pixels_of(text: str | None) -> list[tuple[int, int]]:
@@ -84,8 +84,8 @@ def visualize(argv: list[str]) -> None:
         raise ConfigError(str(error)) from error
     if damage := read_record(folder).damage:
         print(f"warning: no curves: {damage}", file=sys.stderr)
-    for path in save_figures(figures, folder, Path(options.out) if options.out else None):
-        print(path)
+    for picture in save_figures(figures, folder, Path(options.out) if options.out else None):
+        print(picture)
 
 
 def main() -> None:

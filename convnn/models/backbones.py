@@ -13,7 +13,7 @@ from torch import nn
 
 from convnn.config.keys import nearest
 from convnn.config.schema import BackboneConfig
-from convnn.errors import ConfigError, first_line
+from convnn.errors import ConfigError, load_failure
 
 
 def create_backbone(config: BackboneConfig, num_classes: int, in_chans: int = 3, image_size: int = 32) -> nn.Module:
@@ -37,9 +37,11 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_chans: int = 3,
         if config.pretrained and not isinstance(error, (TypeError, AssertionError, ZeroDivisionError)):
             raise ConfigError(
                 f"backbone.pretrained=true: the weights of {config.name} could not be loaded "
-                f"({type(error).__name__}: {first_line(error)}); connect, or fill timm's cache, or set it to false"
+                f"({type(error).__name__}: {load_failure(error)}); connect, or fill timm's cache, or set it to false"
             ) from error
-        raise ConfigError(f"backbone.name={config.name} cannot be built with {kwargs}: {first_line(error)}") from error
+        raise ConfigError(
+            f"backbone.name={config.name} cannot be built with {kwargs}: {load_failure(error)}"
+        ) from error
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch is not None and any(image_size % side for side in _sides(patch)):
         raise ConfigError(

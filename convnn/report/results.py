@@ -69,7 +69,10 @@ class FoundRuns:
 
 def tidy(text: str) -> str:
     """Return text on one line, encodable, with ``~`` for the home directory."""
-    home = str(Path.home())
+    try:
+        home = str(Path.home())
+    except RuntimeError:  # there is none
+        home = ""
     if len(home) > 1:
         text = re.sub(re.escape(home) + r"(?![\w.-])", "~", text)
     return " ".join(text.encode(errors="replace").decode().split())

@@ -32,7 +32,7 @@ from convnn.runs.checkpoint import check_identity, load_latest, load_model_state
 from convnn.runs.folder import RunFolder
 from convnn.runs.metrics import describe_row
 from convnn.runtime import distributed
-from convnn.runtime.device import make_autocast, pick_device, seed_step
+from convnn.runtime.device import check_compiler, make_autocast, pick_device, seed_step
 from convnn.train.divergence import DivergenceCheck
 from convnn.train.evaluate import Meter, evaluate
 from convnn.train.optim import make_optimizer, make_scheduler
@@ -63,6 +63,8 @@ class Trainer:
         self.device = pick_device(config.device)
         self.world = distributed.world()
         dataset = distributed.one_per_machine_first(lambda: load_dataset(config.data))
+        if config.train.compile:
+            distributed.fail_together(lambda: check_compiler(self.device))
         distributed.fail_together(lambda: self._build(dataset))
         self.forward: Callable[[Tensor], Tensor] = self.model
         if self.world.size > 1:

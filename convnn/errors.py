@@ -1,4 +1,6 @@
-"""Errors that the programs turn into one line and an exit code. Imports nothing."""
+"""Errors that the programs turn into one line and an exit code. Imports nothing of ours."""
+
+import re
 
 EXIT_FAILED, EXIT_CONFIG, EXIT_DIVERGED = 1, 2, 3
 """Exit codes besides 0 and 128 + signal."""
@@ -31,6 +33,16 @@ class PeerError(RuntimeError):
         super().__init__(f"process {rank} failed")
         self.config = config
         """With a ConfigError."""
+
+
+def load_failure(error: BaseException) -> str:
+    """Return the first line of an error of ``torch.load``; not torch's advice to load an unsafe file all the same."""
+    text = str(error)
+    if "weights_only" not in text:
+        return first_line(error)
+    named = re.search(r"(?:GLOBAL|global:?|class|function) `?([A-Za-z_]\w*(?:\.\w+)+)", text)
+    what = f" ({named.group(1)})" if named else ""
+    return f"it holds objects other than tensors and plain values{what}, which can run code; nothing of it was run"
 
 
 def first_line(error: BaseException | str) -> str:

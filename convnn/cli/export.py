@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from convnn.cli.program import RunOptions, chosen_run, run_program, script_options
+from convnn.cli.program import RunOptions, chosen_run, path, run_program, script_options
+from convnn.errors import ConfigError
 
 USAGE = """
 usage: uv run scripts/export.py run=DIR [checkpoint=last|best] [out=FILE] [data_root=DIR]
        convnn-export run=DIR ...     the same where convnn is installed
 
-Writes the state_dict of the plain timm model that a run's checkpoint equals, for timm.create_model(NAME) and
-load_state_dict. Layers at blend 0 with k = kernel area become convolutions, layers with k = all tokens become
-attention; a layer that equals no plain one is an error that names it.
+Writes the state_dict of the plain model that a run's checkpoint equals, and beside it, as FILE with .json, how to load
+it: timm.create_model(MODEL, **KWARGS).load_state_dict(...). Layers at blend 0 with k = kernel area become
+convolutions, layers with k = all tokens become attention; a layer that equals no plain one is an error that names it.
+Where plain timm has no such network, as with backbone.stem=small, the list "differs" names each module that must be
+replaced after timm.create_model, and a warning says so; an empty list was checked by comparing logits.
   run         run folder, as train.py printed it
   checkpoint  last (default) or best
-  out         default DIR/exported.pt
+  out         default DIR/exported.pt; a file that no export wrote, or that was changed since, is never replaced
   data_root   where the data is now, if it moved, or other images of the same classes
 Exit codes: 0 written, 1 the checkpoint cannot be used, 2 wrong arguments or layers without a plain equivalent.
 """
@@ -27,24 +31,45 @@ Exit codes: 0 written, 1 the checkpoint cannot be used, 2 wrong arguments or lay
 class Options(RunOptions):
     """Arguments of this script."""
 
-    out: str | None = None
+    out: str | None = path()
 
 
 def export(argv: list[str]) -> None:
     """Export and print."""
     options: Options = script_options(Options, argv, USAGE)
     folder, config = chosen_run(options)
+    out = Path(options.out) if options.out else folder / "exported.pt"
+    if out.suffix == ".json" or out.is_dir():
+        raise ConfigError(f"out={out} must be a file for the weights, such as out=weights.pt")
     import torch
 
+    from convnn.models.plain import timm_description
     from convnn.models.swap import export_layers
-    from convnn.runtime.files import write_atomically
+    from convnn.runtime.files import write_json
+    from convnn.runtime.owned import Owner, naming
     from convnn.train.restore import load_run
 
-    model = load_run(config, folder, options.checkpoint, splits=(), other_data=bool(options.data_root)).model
+    run = load_run(config, folder, options.checkpoint, splits=(), other_data=bool(options.data_root))
+    model, dataset = run.model, run.dataset
     names = export_layers(model)
-    out = Path(options.out) if options.out else folder / "exported.pt"
-    write_atomically(out, lambda file: torch.save(model.state_dict(), file))
-    print(json.dumps({"out": str(out), "model": config.backbone.name, "layers": len(names)}))
+    found = timm_description(model, config.backbone, len(dataset.classes), dataset.test.shape[0], run.image_size)
+    found |= {
+        "image_size": run.image_size,
+        "mean": config.data.mean,
+        "std": config.data.std,
+        "classes": dataset.classes,
+    }
+    description = out.with_suffix(".json")
+    with Owner("export", f".{out.name}.convnn-export").written_aside(out.parent) as aside:
+        with naming(aside / out.name):
+            torch.save(model.state_dict(), aside / out.name)
+        with naming(aside / description.name):
+            write_json(aside / description.name, found | {"run": folder.name, "checkpoint": options.checkpoint})
+    for change in found["differs"]:
+        where = change["module"] or "the model"
+        print(f"warning: not plain timm: {where} is {change['here']}, timm has {change['timm']}", file=sys.stderr)
+    shown = {key: found[key] for key in ("model", "kwargs", "differs")}
+    print(json.dumps({"out": str(out), "description": str(description), "layers": len(names)} | shown))
 
 
 def main() -> None:

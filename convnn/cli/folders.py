@@ -11,12 +11,15 @@ from hydra.errors import HydraException
 
 from convnn.config.compose import translate
 from convnn.config.folders import add_config_folders
-from convnn.config.overrides import key_of
+from convnn.config.load import expanded
+from convnn.config.overrides import PLACES, key_of, quoted
 from convnn.errors import ConfigError
 
 
 def take_config_folders(argv: Sequence[str]) -> list[str]:
     """Return a command line without the folders of options that it names, which are searched from now on.
+
+    Where other overrides begin a path with ``~``, the home folder stands in its place.
 
     Hydra would search them in this process alone, and before the package's own.
 
@@ -36,13 +39,19 @@ def take_config_folders(argv: Sequence[str]) -> list[str]:
         elif key_of(arg) == "hydra.searchpath":
             given |= {_absolute(_without_scheme(place, arg)): arg for place in _places(arg)}
         else:
-            rest.append(arg)
+            rest.append(_with_home(arg))
     add_config_folders(given)
     return rest
 
 
+def _with_home(arg: str) -> str:
+    """Return an override of a path with the home folder in place of a leading ``~``, which Hydra cannot read."""
+    key, _, value = arg.partition("=")
+    return f"{key}={quoted(expanded(value, key))}" if key_of(key) in PLACES and value.startswith("~") else arg
+
+
 def _absolute(folder: str) -> str:
-    return str(Path(folder).expanduser().absolute())
+    return str(Path(expanded(folder, "--config-dir")).absolute())
 
 
 def _places(override: str) -> list[str]:

@@ -6,7 +6,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +15,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from convnn.config.keys import check_keys
-from convnn.config.load import load_config
+from convnn.config.load import expanded, load_config
 from convnn.config.schema import Config
 from convnn.errors import EXIT_CONFIG, EXIT_FAILED, ConfigError, first_line
 from convnn.ops.settings import check_fields, choice
@@ -98,6 +98,11 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> Any:
         raise
 
 
+def path(default: Any = None) -> Any:
+    """Declare an option that names a file or folder, in which ``~`` is the home folder."""
+    return field(default=default, metadata={"path": True})
+
+
 def script_options(schema: type, argv: Sequence[str], usage: str) -> Any:
     """Read ``key=value`` arguments of a script into a dataclass; ``--help`` prints ``usage``.
 
@@ -113,13 +118,17 @@ def script_options(schema: type, argv: Sequence[str], usage: str) -> Any:
     given = OmegaConf.create()
     for arg in argv:
         try:
-            given.merge_with_dotlist([arg])
+            given.merge_with_dotlist([f"{arg[:-1]}'~'" if arg.endswith("=~") else arg])  # YAML takes it for null
         except yaml.YAMLError as error:
             key, _, value = arg.partition("=")
             raise ConfigError(f"{arg} cannot be read; put quotes into it: '{key}=\"{value}\"'") from error
     check_keys(OmegaConf.to_container(given), schema)  # type: ignore[arg-type]
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
+        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
+        for f in fields(schema):
+            if f.metadata.get("path") and getattr(options, f.name):
+                setattr(options, f.name, expanded(getattr(options, f.name), f.name))
+        return options
     except OmegaConfBaseException as error:
         missing = "is required; see --help" if "missing" in str(error).lower() else first_line(error)
         raise ConfigError(f"{getattr(error, 'full_key', '')}: {missing}") from error
@@ -129,9 +138,9 @@ def script_options(schema: type, argv: Sequence[str], usage: str) -> Any:
 class RunOptions:
     """Options of the programs that read a run."""
 
-    run: str = MISSING
+    run: str = path(MISSING)
     checkpoint: str = choice("last", "best")
-    data_root: str | None = None
+    data_root: str | None = path()
 
 
 def chosen_run(options: RunOptions) -> tuple[Path, Config]:

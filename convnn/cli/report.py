@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from convnn.cli.program import run_program, script_options
+from convnn.cli.program import path, run_program, script_options
+from convnn.config.load import expanded
 from convnn.errors import ConfigError
 
 USAGE = """
@@ -28,7 +29,7 @@ Exit codes: 0 written, 1 the disk refused, 2 wrong arguments or no runs.
 class Options:
     """Arguments of this script besides the folders."""
 
-    out: str | None = None
+    out: str | None = path()
     metric: str = "top1_last"
 
 
@@ -36,6 +37,7 @@ def report(argv: list[str]) -> None:
     """Report and print."""
     folders = [Path(arg) for arg in argv if not arg.startswith("-") and ("=" not in arg or Path(arg).is_dir())]
     options: Options = script_options(Options, [arg for arg in argv if Path(arg) not in folders], USAGE)
+    folders = [Path(expanded(str(folder), "DIR")) for folder in folders]
     if not folders:
         raise ConfigError("name a folder that holds runs; see --help")
     from convnn.report.build import make_report

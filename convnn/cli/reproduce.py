@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from convnn.cli.folders import take_config_folders
-from convnn.cli.program import called_as, run_program, script_options
+from convnn.cli.program import called_as, path, run_program, script_options
 from convnn.errors import EXIT_FAILED, ConfigError
 from convnn.paper.compare import (
     compare,
@@ -55,7 +55,7 @@ class Options:
     careful: bool = False
     seeds: str | None = None
     dry_run: bool = False
-    dir: str | None = None
+    dir: str | None = path()
 
 
 _OWN = tuple(f"{name}=" for name in ("table", "rows", "careful", "seeds", "dry_run", "dir"))

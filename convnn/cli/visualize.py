@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from convnn.cli.program import RunOptions, chosen_run, run_program, script_options
+from convnn.cli.program import RunOptions, chosen_run, path, run_program, script_options
 from convnn.errors import ConfigError
 
 USAGE = """
@@ -27,7 +28,7 @@ Draws, as PNG and SVG:
   layers      names from swap.txt; default: all, of many six
   head        of layers that have several, from 0; default 0
   checkpoint  last (default) or best
-  out         default pictures/ in the run folder
+  out         default pictures/ in the run folder; files there that it did not write stay, and are never replaced
   data_root   where the data is now, if it moved, or other images of the same classes
 """
 
@@ -37,11 +38,11 @@ class Options(RunOptions):
     """Arguments of this script."""
 
     index: int = 0
-    image: str | None = None
+    image: str | None = path()
     queries: str | None = None
     layers: str | None = None
     head: int = 0
-    out: str | None = None
+    out: str | None = path()
 
 
 def pixels_of(text: str | None) -> list[tuple[int, int]]:
@@ -64,6 +65,7 @@ def visualize(argv: list[str]) -> None:
 
     import_pandas()  # whose extra brings matplotlib too
     from convnn.figures.curves import draw_curves
+    from convnn.runs.record import read_record
     from convnn.train.pictures import draw_run, image_of_test_set, read_image_for_model, save_figures
     from convnn.train.restore import load_run
 
@@ -79,8 +81,10 @@ def visualize(argv: list[str]) -> None:
         figures = draw_run(model, shown, pixels, layers, options.head) | draw_curves(folder)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    for path in save_figures(figures, Path(options.out) if options.out else folder / "pictures"):
-        print(path)
+    if damage := read_record(folder).damage:
+        print(f"warning: no curves: {damage}", file=sys.stderr)
+    for picture in save_figures(figures, folder, Path(options.out) if options.out else None):
+        print(picture)
 
 
 def main() -> None:

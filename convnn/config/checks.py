@@ -17,6 +17,7 @@ from convnn.config.schema import (
     ScheduleConfig,
     SwapRule,
     TrackConfig,
+    TrackerConfig,
 )
 from convnn.errors import ConfigError
 from convnn.ops.settings import check_fields, check_range
@@ -147,6 +148,22 @@ def check_stream(data: DataConfig) -> None:
         raise ConfigError("data.scale and data.crop_padding are both random crops; set data.crop_padding=0")
 
 
+def check_wandb(tracker: TrackerConfig) -> None:
+    """Raise ConfigError for names that W&B would refuse once the run has begun."""
+    if tracker.name != "wandb" or tracker.mode == "disabled":
+        return
+    bad = [char for char in "/\\#?%:" if char in tracker.project]
+    if bad:
+        raise ConfigError(
+            f"tracker.project={tracker.project} has {' '.join(bad)}, which W&B refuses; choose another name"
+        )
+    sizes = [("project", tracker.project, 128), ("group", tracker.group, 128), *(("tags", t, 64) for t in tracker.tags)]
+    for key, text, most in sizes:
+        if text is not None and not 1 <= len(text) <= most:
+            shown = text if len(text) < 40 else f"{text[:30]}..."
+            raise ConfigError(f"tracker.{key}: W&B takes 1 to {most} characters, and '{shown}' has {len(text)}")
+
+
 def check(config: Config) -> Config:
     """Check everything that types cannot; return the configuration unchanged.
 
@@ -168,6 +185,7 @@ def check(config: Config) -> Config:
         check_fields(section, name)
     check_fields(config, "")
     check_stream(data)
+    check_wandb(config.tracker)
     for value in data.std:
         check_range("data.std", value, 0, above=True)
     if len(data.mean) != len(data.std):

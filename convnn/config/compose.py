@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -18,8 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from convnn.config.folders import CONF_DIR, config_folders, config_groups
-from convnn.config.keys import all_keys, nearest, schema_node, unknown_key_error
+from convnn.config.keys import all_keys, nearest, schema_node, text_keys, unknown_key_error
 from convnn.config.load import to_config
+from convnn.config.overrides import PLACES, key_of, quoted
 from convnn.config.schema import Config
 from convnn.errors import ConfigError, first_line
 
@@ -87,15 +90,34 @@ def translate(error: Exception, overrides: Sequence[str], schema: type = Config)
         return ConfigError(f"unknown key '{key}'{nearest(key, [*all_keys(schema), *groups])}")
     if "Ambiguous value for argument" in text or "requires --multirun" in text:
         given = next((o for o in overrides if "," in o or "(" in o), "")
-        return ConfigError(f"{given} is a sweep over several values, where one is needed; sweep.py takes several")
+        way = _quoting(given) if key_of(given) in PLACES else None
+        return ConfigError(
+            f"{given} is a sweep over several values, where one is needed; {way or 'sweep.py takes several'}"
+        )
     if isinstance(error, OverrideParseException):
-        return ConfigError(f"{error.override}: Hydra cannot read this override: {text.splitlines()[0]}")
+        text_is_meant = key_of(error.override) in text_keys(schema)
+        way = (text_is_meant and _quoting(error.override)) or f"Hydra cannot read this override: {text.splitlines()[0]}"
+        return ConfigError(f"{error.override}: {way}")
     key = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if key and error.__cause__ is not None:
         lines = [first_line(error.__cause__)]
     shown = next((o for o in overrides if key and o.lstrip("+~").startswith(f"{key}=")), key)
     return ConfigError(f"{shown}: {lines[0]}" if shown else " ".join(lines[:2]))
+
+
+def _quoting(override: str) -> str | None:
+    """Return how an override is written so that the shell and Hydra leave its value as it is; None: that is no help."""
+    key, equals, value = override.partition("=")
+    within = f"{key}={quoted(value)}"
+    try:
+        read = OverridesParser.create().parse_override(within)
+    except HydraException:
+        return None
+    if not equals or read.value() != value:
+        return None
+    typed = shlex.quote(within) if set(within) & set('"$`\\!') else f'"{within}"'
+    return f"the value needs quotes, for the shell and for Hydra: {typed}"
 
 
 @contextmanager

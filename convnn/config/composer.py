@@ -12,10 +12,10 @@ from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from convnn.config.checks import check
 from convnn.config.compose import COMPOSE_ERRORS, from_hydra, hydra_context, translate
 from convnn.config.folders import config_groups
 from convnn.config.keys import all_keys, typed
+from convnn.config.load import finished
 from convnn.config.overrides import key_of
 from convnn.config.schema import Config
 from convnn.errors import ConfigError
@@ -61,7 +61,7 @@ class Composer:
             changes.setdefault(section, {})[name] = override.value()
         for section, values in changes.items():
             self._set(config, section, values)
-        return check(config)
+        return finished(config)
 
     @staticmethod
     def _set(config: Config, section: str, values: dict[str, Any]) -> None:

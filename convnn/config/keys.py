@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -36,6 +36,18 @@ def all_keys(schema: type = Config, prefix: str = "") -> list[str]:
     return keys
 
 
+def text_keys(schema: type = Config, prefix: str = "") -> list[str]:
+    """Return the dotted keys that take any text."""
+    keys = []
+    for f in fields(schema):
+        default = f.default_factory() if callable(f.default_factory) else None
+        if is_dataclass(default):
+            keys += text_keys(type(default), f"{prefix}{f.name}.")
+        elif str(f.type).startswith("str") and "choices" not in f.metadata:
+            keys.append(prefix + f.name)
+    return keys
+
+
 _FREE = (
     "backbone.kwargs",
     "operator.options",
@@ -60,6 +72,31 @@ def unknown_key_error(key: str, schema: type = Config) -> ConfigError:
     if close:
         return ConfigError(f"unknown key '{key}'; did you mean '{f'{parent}.' if parent else ''}{close[0]}'?")
     return ConfigError(f"unknown key '{key}'{nearest(key, siblings if siblings and parent else known)}")
+
+
+_WORDS = (("true", "yes", "on"), ("false", "no", "off"))
+"""What YAML reads as true and as false; such a value arrives as "True" or "False" where a choice is asked for."""
+
+
+def meant(value: Any, choices: Sequence[str]) -> Any:
+    """Return the choice that a YAML boolean means, or the value as it is."""
+    if value not in choices:
+        for words in _WORDS:
+            if str(value).lower() in words:
+                return next((one for one in choices if one in words), value)
+    return value
+
+
+def _with_choices(values: Mapping[str, Any], schema: type) -> dict[str, Any]:
+    """Return plain values of a dataclass in which YAML's booleans are the choices that they mean."""
+    found = dict(values)
+    for f in fields(schema):
+        default = f.default_factory() if callable(f.default_factory) else None
+        if f.name in found and "choices" in f.metadata:
+            found[f.name] = meant(found[f.name], f.metadata["choices"])
+        elif is_dataclass(default) and isinstance(found.get(f.name), Mapping):
+            found[f.name] = _with_choices(found[f.name], type(default))
+    return found
 
 
 def check_keys(values: Mapping[str, Any], schema: type = Config, prefix: str = "") -> None:
@@ -101,7 +138,7 @@ def typed(schema: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     """
     check_keys(values, schema, prefix)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(schema_node(schema), values))  # type: ignore[return-value]
+        return OmegaConf.to_object(OmegaConf.merge(schema_node(schema), _with_choices(values, schema)))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ConfigError(f"{prefix}{error.full_key}: {first_line(error)}") from error
 

@@ -13,6 +13,20 @@ from convnn.config.schema import Config
 from convnn.errors import ConfigError, first_line
 
 
+def expanded(path: str, key: str) -> str:
+    """Return a path whose ``~`` or ``~user`` is the home folder.
+
+    Raises:
+        ConfigError: naming ``key``, if there is none.
+    """
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:
+        raise ConfigError(f"{key}={path}: there is no home folder for ~; write the path in full") from error
+
+
 def to_config(values: Any) -> Config:
     """Build and check a Config from plain values.
 
@@ -23,6 +37,18 @@ def to_config(values: Any) -> Config:
     swap = config.swap
     swap.operator = typed_rule({"operator": swap.operator}, config.operator, "swap").operator
     swap.rules = {name: typed_rule(rule, config.operator, f"swap.rules.{name}") for name, rule in swap.rules.items()}
+    return finished(config)
+
+
+def finished(config: Config) -> Config:
+    """Write out the ``~`` of paths, and check the whole.
+
+    Raises:
+        ConfigError: one line that names the key and the fix.
+    """
+    data, place = config.data, config.run
+    data.root, place.root = expanded(data.root, "data.root"), expanded(place.root, "run.root")
+    place.dir = place.dir and expanded(place.dir, "run.dir")
     return check(config)
 
 
@@ -53,4 +79,6 @@ def load_config(folder: Path) -> Config:
     values = read_values(folder)
     if isinstance(data := values.get("data"), dict):  # runs older than this key took no notice of such a folder
         data.setdefault("val_folder", not data.get("val_fraction"))
+    if isinstance(tracker := values.get("tracker"), dict):  # may be what W&B refuses, which is nothing to a reader
+        values["tracker"] = {key: value for key, value in tracker.items() if key in ("name", "mode")}
     return to_config(values)

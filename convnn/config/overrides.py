@@ -7,6 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+PLACES = ("run.dir", "run.root", "data.root", "sweep.dir")
+"""Keys whose values are paths."""
+
 
 def quoted(text: str) -> str:
     """Return a text as a value that Hydra reads back as it is."""

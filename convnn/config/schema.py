@@ -77,9 +77,6 @@ class DataConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Free settings for data sets from other modules."""
 
-    def __post_init__(self) -> None:
-        self.stream = self.stream.lower()  # YAML's true arrives as "True"
-
     def file_transforms(self) -> list[str]:
         """Return the settings in use that only streamed files can have."""
         return [name for name in _FILE_TRANSFORMS if getattr(self, name)]
@@ -316,9 +313,6 @@ class TrainConfig:
     skip_nonfinite: int = number(0, 0)
     """Steps with an infinite or NaN loss or gradient to skip in all, such as spikes in bf16, before the run counts as
     diverged. Above 0, every step waits for the device."""
-
-    def __post_init__(self) -> None:
-        self.deterministic = self.deterministic.lower()  # YAML's true arrives as "True"
 
 
 @dataclass

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convnn.figures.style import COLOUR_MAP, COLOURS, RC_PARAMS, add_legend, line_styles, new_figure, plain_text
-from convnn.runs.metrics import PANEL_TITLES, is_number, read_metrics
+from convnn.runs.metrics import PANEL_TITLES, is_number
+from convnn.runs.record import read_record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +47,7 @@ class LayerMeasures:
 def read_layer_measures(folder: Path) -> LayerMeasures:
     """Return the diagnostics of a run folder; without any, an empty Trend."""
     measures = LayerMeasures()
-    for row in read_metrics(folder / "metrics.jsonl"):
+    for row in read_record(folder).whole_rows:
         layers = row.get("layers")
         every = [one for one in layers if isinstance(one, dict)] if isinstance(layers, list) else []
         measured = [one for one in every if all(is_number(one.get(name)) for name in ("overlap", "padding", "prefix"))]
@@ -130,7 +131,7 @@ def draw_training(folder: Path) -> Figure | None:
     import matplotlib as mpl
     from matplotlib.ticker import MaxNLocator
 
-    rows = read_metrics(folder / "metrics.jsonl")
+    rows = read_record(folder).whole_rows
     if not rows:
         return None
     measures = read_layer_measures(folder)

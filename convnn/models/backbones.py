@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
+from typing import Any
 
 import timm
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 from convnn.config.keys import nearest
 from convnn.config.schema import BackboneConfig
-from convnn.errors import ConfigError, first_line
+from convnn.errors import ConfigError, load_failure
 
 
 def create_backbone(config: BackboneConfig, num_classes: int, in_chans: int = 3, image_size: int = 32) -> nn.Module:
@@ -26,24 +28,20 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_chans: int = 3,
             importlib.import_module(config.module)
         except ImportError as error:
             raise ConfigError(f"backbone.module={config.module} cannot be imported: {error}") from error
-    if not timm.is_model(config.name):
-        raise ConfigError(f"backbone.name={config.name} is not a timm model{nearest(config.name, timm.list_models())}")
-    kwargs = {"num_classes": num_classes, "in_chans": in_chans, "drop_rate": config.drop_rate, **config.kwargs}
-    if config.drop_path_rate is not None:
-        kwargs["drop_path_rate"] = config.drop_path_rate
-    if config.patch_size is not None:
-        kwargs["patch_size"] = config.patch_size
-    if _takes_image_size(config.name):
-        kwargs.setdefault("img_size", image_size)
+    _check_name(config.name)
+    _check_kwargs(config.kwargs, num_classes, in_chans)
+    kwargs = timm_kwargs(config, num_classes, in_chans, image_size)
     try:
         model = timm.create_model(config.name, pretrained=config.pretrained, **kwargs)
     except Exception as error:  # whatever timm's models make of the arguments
         if config.pretrained and not isinstance(error, (TypeError, AssertionError, ZeroDivisionError)):
             raise ConfigError(
                 f"backbone.pretrained=true: the weights of {config.name} could not be loaded "
-                f"({type(error).__name__}: {first_line(error)}); connect, or fill timm's cache, or set it to false"
+                f"({type(error).__name__}: {load_failure(error)}); connect, or fill timm's cache, or set it to false"
             ) from error
-        raise ConfigError(f"backbone.name={config.name} cannot be built with {kwargs}: {first_line(error)}") from error
+        raise ConfigError(
+            f"backbone.name={config.name} cannot be built with {kwargs}: {load_failure(error)}"
+        ) from error
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch is not None and any(image_size % side for side in _sides(patch)):
         raise ConfigError(
@@ -61,6 +59,50 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_chans: int = 3,
             if isinstance(module, nn.LayerNorm):
                 module.eps = config.norm_eps
     return model
+
+
+def timm_kwargs(config: BackboneConfig, num_classes: int, in_chans: int, image_size: int) -> dict[str, Any]:
+    """Return the keyword arguments of ``timm.create_model`` that a configuration means."""
+    kwargs = {"num_classes": num_classes, "in_chans": in_chans, "drop_rate": config.drop_rate, **config.kwargs}
+    if config.drop_path_rate is not None:
+        kwargs["drop_path_rate"] = config.drop_path_rate
+    if config.patch_size is not None:
+        kwargs["patch_size"] = config.patch_size
+    if _takes_image_size(config.name):
+        kwargs.setdefault("img_size", image_size)
+    return kwargs
+
+
+def _check_name(name: str) -> None:
+    """Raise ConfigError unless timm has a model of this name, and its tag of pretrained weights if the name has one."""
+    if ":" in name:
+        known = name.partition(":")[2].rpartition("/")[2]
+        way = f"set backbone.name={known} backbone.pretrained=true"
+        if not timm.is_model(known.partition(".")[0]):
+            way = "set backbone.name to the architecture and +backbone.kwargs.checkpoint_path=FILE to its weights"
+        raise ConfigError(f"backbone.name={name} is a place of weights, not a name in timm's registry; {way}")
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise ConfigError(f"backbone.name={name} is not a timm model{nearest(name, timm.list_models())}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+        hint = nearest(tag, tags, f"{architecture}.") if tags else f"; set backbone.name={architecture}"
+        raise ConfigError(f"backbone.name={name}: {architecture} has no pretrained weights '{tag}'{hint}") from error
+
+
+def _check_kwargs(kwargs: Mapping[str, Any], num_classes: int, in_chans: int) -> None:
+    """Raise ConfigError for arguments of ``timm.create_model`` that contradict what the data or another key says."""
+    fixed = (
+        ("num_classes", num_classes, f"the data has {num_classes} classes; leave it out"),
+        ("in_chans", in_chans, f"the images have {in_chans} channels; leave it out"),
+        ("features_only", False, "such models return feature maps, not logits to train on; leave it out"),
+        ("pretrained", None, "set backbone.pretrained instead"),
+    )
+    for name, value, why in fixed:
+        if kwargs.get(name, value) != value:
+            raise ConfigError(f"backbone.kwargs.{name}={kwargs[name]}: {why}")
 
 
 def _sides(patch: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -1,19 +1,24 @@
-"""A model examined before training: its operations, and the parameters that will get no gradient."""
+"""A model examined before training: its output, its operations, and the parameters that will get no gradient."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from convnn.config.schema import ScheduleConfig
 from convnn.errors import ConfigError, first_line
 from convnn.models.flops import Cost, count_operations, on_meta
+from convnn.models.inspect import evaluating
 from convnn.models.schedule import apply_schedule
-from convnn.models.swap import neighbor_layers
+from convnn.models.swap import SwapReport, neighbor_layers
+from convnn.ops.neighborhood import same_draws
+
+log = logging.getLogger("convnn")
 
 
 @contextmanager
@@ -34,23 +39,68 @@ def _name_failing_layer(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def forward_cost(model: nn.Module, channels: int, image_size: int, watch: Iterable[str] = ()) -> Cost:
-    """Return the operations of the forward pass of one image (see ``convnn.models.flops``), without computing it.
+def check_output(model: nn.Module, channels: int, image_size: int, classes: int) -> None:
+    """Let a model process an image where it is, so that what it cannot do shows before the first step.
 
     Raises:
-        ConfigError: if the model cannot process an image of this size, for instance for lack of candidates.
+        ConfigError: if it fails, for instance for lack of candidates, or does not return a logit for each class.
     """
-    model = on_meta(model)
-    image = torch.empty(1, channels, image_size, image_size, device="meta")
-    with _name_failing_layer(model):
+    device = next(model.parameters()).device
+    with _name_failing_layer(model), evaluating(model):
         try:
-            return count_operations(model, image, watch)
-        except ValueError:
+            output = model(torch.zeros(1, channels, image_size, image_size, device=device))
+        except (ValueError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a backbone makes of arguments that its constructor let pass
             raise ConfigError(
                 f"the model cannot process a {image_size}x{image_size} image: {first_line(error)}"
             ) from error
+    _check_logits(output, 1, classes, "")
+    try:
+        with torch.no_grad(), same_draws(torch.device("cpu")):
+            output = on_meta(model).train()(torch.empty(2, channels, image_size, image_size, device="meta"))
+    except Exception:  # for lack of data, which says nothing about training
+        return
+    _check_logits(output, 2, classes, " in training")
+
+
+def _check_logits(output: Any, images: int, classes: int, when: str) -> None:
+    shape = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    if shape != (images, classes):
+        raise ConfigError(
+            f"the model returns {shape}{when} for {images} image(s), not {(images, classes)}, a logit for each class; "
+            "change backbone.name or backbone.kwargs"
+        )
+
+
+def forward_cost(model: nn.Module, channels: int, image_size: int, watch: Iterable[str] = ()) -> Cost:
+    """Return the operations of the forward pass of one image (see ``convnn.models.flops``), without computing it.
+
+    Raises:
+        ConfigError: if they cannot be counted. That says nothing about training: see ``check_output``.
+    """
+    try:
+        image = torch.empty(1, channels, image_size, image_size, device="meta")
+        copy = on_meta(model)
+        with _name_failing_layer(copy):
+            return count_operations(copy, image, watch)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a backbone, or torch's counter, makes of tensors without data
+        raise ConfigError(f"the operations cannot be counted: {first_line(error)}") from error
+
+
+def count_cost(model: nn.Module, channels: int, image_size: int, report: SwapReport) -> tuple[float | None, SwapReport]:
+    """Return GFLOPs of the forward pass of one image, and the report with those of each layer.
+
+    Where they cannot be counted, which is no reason not to train, a warning says so: None, and the report as it was.
+    """
+    try:
+        cost = forward_cost(model, channels, image_size, [row.name for row in report.rows])
+        return cost.total / 1e9, report.with_costs(cost)
+    except Exception as error:  # a layer that the forward pass leaves out, an operation that needs data
+        log.warning("GFLOPs unknown: %s", first_line(error))
+        return None, report
 
 
 def parameters_without_gradient(model: nn.Module, schedule: ScheduleConfig, channels: int, image_size: int) -> set[str]:

@@ -10,7 +10,8 @@ weights. Norms, activations, biases and the ordering of the scores are not.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,19 @@ def on_meta(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter ask for a gradient: torch's counter fails where a module is called with one, such as CLS."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 def count_operations(model: nn.Module, image: Tensor, watch: Iterable[str] = ()) -> Cost:
     """Return the operations of ``model(image)`` in evaluation mode, and those of the modules named in ``watch``.
 
@@ -69,7 +83,7 @@ def count_operations(model: nn.Module, image: Tensor, watch: Iterable[str] = ())
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(), in_blocks(), counter:
+        with _frozen(model), torch.no_grad(), torch.random.fork_rng(), in_blocks(), counter:
             model(image)
     finally:
         for hook in hooks:

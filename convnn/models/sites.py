@@ -57,7 +57,7 @@ def select_sites(model: nn.Module, rule: SwapRule, kind: str, label: str) -> dic
         raise ConfigError(f"{label}: {type(model).__name__} has no {kind} layer that could be replaced")
     names = [n for n in sites if fnmatch.fnmatch(n, rule.match or "")]
     if not names:
-        raise ConfigError(f"{label}.match={rule.match} matches none of the {kind} layers: {_some(sites)}")
+        raise ConfigError(f"{label}.match={rule.match} matches none of the {kind} layers: {some(sites)}")
     names = [n for n in names if not any(fnmatch.fnmatch(n, glob) for glob in rule.exclude)]
     if kind == CONV:
         names = [n for n in names if min(_kernel(sites[n])) >= rule.min_kernel]
@@ -87,11 +87,12 @@ def select_sites(model: nn.Module, rule: SwapRule, kind: str, label: str) -> dic
         low, high = (round(f * total) for f in rule.fraction)
         names = names[low:high]
     if not names:
-        raise ConfigError(f"{label}: nothing is left of the {len(sites)} {kind} layers: {_some(sites)}")
+        raise ConfigError(f"{label}: nothing is left of the {len(sites)} {kind} layers: {some(sites)}")
     return {n: sites[n] for n in names}
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """Return names as text, of many the first."""
     names = list(names)
     return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from convnn.config.schema import OperatorConfig, SwapConfig, SwapRule
 from convnn.config.targets import resolve_target
 from convnn.errors import ConfigError
 from convnn.models.flops import Cost, count_operations, on_meta
-from convnn.models.sites import is_operator, select_sites
+from convnn.models.sites import is_operator, select_sites, some
 from convnn.nn.base import NeighborLayer, Site, TokenGrid
 from convnn.ops.settings import check_choice
 from convnn.text import aligned
@@ -119,14 +119,17 @@ def swap_layers(
     claims = _claims(model, rules, operator)
     new_layers: dict[str, nn.Module] = {}
     grids: dict[nn.Module, TokenGrid] = {}
+    refused: dict[str, ConfigError] = {}
     for name, claim in claims.items():
-        target = claim.operator.target
-        build = getattr(resolve_target(target, "operator.target"), "from_layer", None)
-        if not callable(build):
-            raise ConfigError(f"operator.target={target} is no operator: it has no from_layer")
-        check_replaceable(name, claim.layer)
-        new = build(claim.layer, claim.operator, init, _site(model, name, grids))
-        new_layers[name] = like(claim.layer, new.train(claim.layer.training), name)
+        build = _builder(claim.operator.target)
+        try:
+            check_replaceable(name, claim.layer)
+            new = build(claim.layer, claim.operator, init, _site(model, name, grids))
+            new_layers[name] = like(claim.layer, new.train(claim.layer.training), name)
+        except ConfigError as error:
+            refused[name] = error
+    if refused:
+        raise _refusal(refused, claims)
     for patch_embed, grid in grids.items():
         patch_embed.register_forward_hook(grid.note)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
@@ -137,6 +140,30 @@ def swap_layers(
         counts = count_parameters(old), count_parameters(new)
         rows.append(Replacement(name, _describe(old), _describe(new), *counts, on_meta(old)))
     return SwapReport(tuple(rows))
+
+
+def _builder(target: str) -> Callable[..., nn.Module]:
+    """Return what makes an operator from a layer, by the operator's name."""
+    build = getattr(resolve_target(target, "operator.target"), "from_layer", None)
+    if not callable(build):
+        raise ConfigError(f"operator.target={target} is no operator: it has no from_layer")
+    return build
+
+
+def _refusal(refused: Mapping[str, ConfigError], claims: Mapping[str, _Claim]) -> ConfigError:
+    """Return one error for all layers that cannot be replaced, with what leaves them out where others remain."""
+    reasons: dict[str, list[str]] = {}
+    for name, error in refused.items():
+        reasons.setdefault(str(error).replace(f"'{name}'", "{layer}"), []).append(f"'{name}'")
+    told = "; ".join(reason.replace("{layer}", some(names)) for reason, names in reasons.items())
+    if len(refused) == len(claims):  # nothing would be left to replace
+        return ConfigError(told)
+    rules = {claims[name].rule: claims[name].exclude for name in refused}
+    ways = [
+        f"{rule}.exclude=[{','.join([*own, *(name for name in refused if claims[name].rule == rule)])}]"
+        for rule, own in rules.items()
+    ]
+    return ConfigError(f"{told}; to leave them out, set {' '.join(ways)}")
 
 
 def check_replaceable(name: str, layer: nn.Module) -> None:
@@ -193,6 +220,8 @@ class _Claim:
     rule: str
     layer: nn.Module
     operator: OperatorConfig
+    exclude: list[str]
+    """Of the rule."""
 
 
 def _claims(model: nn.Module, rules: Rules, operator: OperatorConfig) -> dict[str, _Claim]:
@@ -215,7 +244,7 @@ def _claims(model: nn.Module, rules: Rules, operator: OperatorConfig) -> dict[st
         for name, layer in select_sites(model, rule, kind, label).items():
             if name in claims:
                 raise ConfigError(f"'{name}' is claimed by both {claims[name].rule} and {label}; exclude it from one")
-            claims[name] = _Claim(label, layer, own)
+            claims[name] = _Claim(label, layer, own, rule.exclude)
     return claims
 
 
@@ -287,7 +316,7 @@ def _pair_of(value: Any) -> tuple[int, ...]:
 def export_layers(model: nn.Module) -> list[str]:
     """Replace every swapped layer by the plain convolution or attention that it is equal to, in place.
 
-    The result is a plain timm model: its ``state_dict`` loads into ``timm.create_model`` of the same name.
+    ``convnn.models.plain.timm_description`` says how timm builds the result anew, and in what it cannot.
 
     Returns:
         The names of the layers replaced.

@@ -17,9 +17,8 @@ from convnn.config.overrides import key_of, merge_overrides
 from convnn.config.schema import Config
 from convnn.errors import ConfigError
 from convnn.paper.published import PaperRow, PaperTable
-from convnn.runs.folder import read_result
-from convnn.runs.metrics import read_metrics
-from convnn.runs.status import COMPLETE
+from convnn.runs.record import Record, read_record
+from convnn.runs.status import DAMAGED
 from convnn.runtime.files import write_text
 from convnn.sweep.options import SweepConfig
 from convnn.sweep.plan import read_plan
@@ -80,10 +79,14 @@ class Comparison:
     runs: int
     """Complete runs."""
     planned: int
+    damaged: tuple[str, ...] = ()
+    """Of complete runs whose files contradict each other, the folder and in what; such a row has no scores."""
 
     @property
     def label(self) -> str:
         """Say what the measured numbers are."""
+        if self.damaged:
+            return DAMAGED
         if not self.runs:
             return "not run"
         parts = [] if self.runs == self.planned else [f"{self.runs} of {self.planned} runs"]
@@ -139,23 +142,29 @@ def compare(
 
 
 def _comparison(row: PaperRow, published: Config, configs: Sequence[Config], folders: Sequence[Path]) -> Comparison:
-    results = [(r, path) for path in folders if (r := read_result(path)) and r.get("status") == COMPLETE]
-    values: dict[str, list[float]] = {column: [] for column in SCORES}
-    for _, path in results:
-        accuracies = [m["test_top1"] for m in read_metrics(path / "metrics.jsonl") if "test_top1" in m]
-        if accuracies:
-            values["top1_best"].append(max(accuracies))
-            values["top1_last"].append(accuracies[-1])
-            values["top1_last5_mean"].append(statistics.fmean(accuracies[-5:]))
-    scores = {column: Score.of(v) for column, v in values.items() if v}
+    records = {path: read_record(path) for path in folders}
+    damaged = tuple(f"{path}: {r.damage}" for path, r in records.items() if r.damage)
+    complete = [r for r in records.values() if r.complete]
     old, new = identity(published), identity(configs[0])
     old.pop("seed"), new.pop("seed")
-    first = results[0][0] if results else {}
+    first = (complete[0].result if complete else None) or {}
     changed = differences(old, new)
     if published.data.name == "imagenet" and first.get("classes", IMAGENET_CLASSES) != IMAGENET_CLASSES:
         changed.append(f"classes: {IMAGENET_CLASSES} -> {first['classes']}")
     costs = first.get("params"), first.get("gflops")
-    return Comparison(row, scores, tuple(changed), *costs, runs=len(results), planned=len(configs))
+    scores = {} if damaged else _scores(complete)
+    return Comparison(row, scores, tuple(changed), *costs, runs=len(complete), planned=len(configs), damaged=damaged)
+
+
+def _scores(records: Sequence[Record]) -> dict[str, Score]:
+    """Return the accuracies of whole runs, by column of ``SCORES``."""
+    values: dict[str, list[float]] = {column: [] for column in SCORES}
+    for record in records:
+        accuracies = [row["test_top1"] for row in record.rows]
+        values["top1_best"].append(max(accuracies))
+        values["top1_last"].append(accuracies[-1])
+        values["top1_last5_mean"].append(statistics.fmean(accuracies[-5:]))
+    return {column: Score.of(v) for column, v in values.items() if v}
 
 
 def _decimal(value: float | None, digits: int = 2, sign: bool = False) -> str:
@@ -209,6 +218,10 @@ def explanation(table: PaperTable, found: Sequence[Comparison], command: str) ->
         lines.append(
             f"Within noise: the difference of the best epochs is at most two standard deviations of a difference, from "
             f"the deviation of equal published runs ({known}: {table.noise_source})."
+        )
+    if broken := [fault for c in found for fault in c.damaged]:
+        lines.append(
+            f"Damaged, and not scored: {'; '.join(broken)}. Remove these folders and call the same command again."
         )
     if table.needs:
         lines.append(table.needs)

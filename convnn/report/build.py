@@ -15,7 +15,8 @@ from convnn.report.pages import html_page, markdown
 from convnn.report.plots import draw_all
 from convnn.report.results import FoundRuns, find_results, tidy
 from convnn.report.tables import METRICS, import_pandas, runs_frame, summarize
-from convnn.report.writing import naming, written_aside
+from convnn.report.writing import REPORT
+from convnn.runtime.owned import naming
 from convnn.text import show
 
 
@@ -42,7 +43,7 @@ def make_report(folders: Sequence[Path], out: Path, metric: str = "top1_last") -
     report = Report(
         runs, summary, metric, out, found.invalid, commands, environments, found.duplicates, found.conflicts
     )
-    with written_aside(out) as aside:
+    with REPORT.written_aside(out) as aside:
         for name, frame in (("results.csv", runs), ("summary.csv", summary)):
             with naming(aside / name):
                 frame.to_csv(aside / name, index=False)

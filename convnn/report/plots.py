@@ -34,9 +34,10 @@ from convnn.report.content import Picture
 from convnn.report.spectrum import draw_layers, draw_spectrum
 from convnn.report.tables import METRICS, complete_groups, describe, main_keys, short_name
 from convnn.report.view import BLEND, MAX_CELLS, MAX_DOTS, MAX_LINES, MAX_PANELS, K, Row, View, group_rows
-from convnn.report.writing import naming
-from convnn.runs.metrics import is_number, read_metrics
+from convnn.runs.metrics import is_number
+from convnn.runs.record import read_record
 from convnn.runs.status import COMPLETE
+from convnn.runtime.owned import naming
 from convnn.text import Score, show, sort_key
 
 if TYPE_CHECKING:
@@ -307,7 +308,7 @@ def training_curves(frame: pd.DataFrame, summary: pd.DataFrame, folders: Sequenc
 def _history(folder: Path) -> list[Row]:
     """Return epoch, test top-1 and training loss of a run's epochs, up to the first that lacks one."""
     rows = []
-    for row in read_metrics(folder / "metrics.jsonl"):
+    for row in read_record(folder).whole_rows:
         found = {name: row.get(name) for name in ("epoch", "test_top1", "train_loss")}
         if found["train_loss"] is None and "train_loss" in row:  # all steps of the epoch were skipped
             found["train_loss"] = math.nan

@@ -20,6 +20,7 @@ import yaml
 from convnn.config.identity import fingerprint_of, identity_of
 from convnn.errors import ConfigError
 from convnn.runs.metrics import epochs_done
+from convnn.runs.record import read_record
 from convnn.runs.status import COMPLETE, DAMAGED, TODO, UNFINISHED, UNUSABLE
 from convnn.text import show
 
@@ -92,7 +93,10 @@ class FoundRuns:
 
 def tidy(text: str) -> str:
     """Return text on one line, encodable, with ``~`` for the home directory."""
-    home = str(Path.home())
+    try:
+        home = str(Path.home())
+    except RuntimeError:  # there is none
+        home = ""
     if len(home) > 1:
         text = re.sub(re.escape(home) + r"(?![\w.-])", "~", text)
     return " ".join(text.encode(errors="replace").decode().split())
@@ -219,6 +223,9 @@ def _read_result(run: Run) -> None:
         run.result, run.status = result, tidy(result["status"])
         run.reason, run.exit_code = text_of(result.get("reason")), integer_of(result.get("exit_code"))
         run.fingerprint = text_of(result.get("fingerprint")) or run.fingerprint
+        record = read_record(run.folder)
+        if record.complete and record.damage and (run.folder / "metrics.jsonl").exists():
+            run.status, run.reason = DAMAGED, record.damage
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any] | None, str | None]:

@@ -11,7 +11,8 @@ from convnn.figures.curves import draw_layer_heat_maps, draw_over_depth, draw_ov
 from convnn.figures.style import COLOURS, evenly_spread, plain_text
 from convnn.report.tables import complete_groups, describe, is_numeric, main_keys, short_name
 from convnn.report.view import BLEND, MAX_LINES, RATIO
-from convnn.runs.metrics import is_number, read_metrics
+from convnn.runs.metrics import is_number
+from convnn.runs.record import read_record
 from convnn.text import Score, is_missing, show
 
 if TYPE_CHECKING:
@@ -90,6 +91,6 @@ def draw_spectrum(frame: pd.DataFrame, summary: pd.DataFrame, folders: Sequence[
 
 
 def _last_loss(folder: Path) -> float:
-    rows = read_metrics(folder / "metrics.jsonl")
+    rows = read_record(folder).whole_rows
     value = rows[-1].get("test_loss") if rows else None
     return float(value) if is_number(value) else math.nan

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from convnn.config.identity import differences, without_place
-from convnn.errors import CheckpointError, first_line
+from convnn.errors import CheckpointError, first_line, load_failure
 from convnn.runs.data_record import DataRecord
 from convnn.runtime.files import write_atomically
 
@@ -58,7 +58,7 @@ def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     except (RuntimeError, pickle.UnpicklingError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} is not a safe or whole checkpoint: {first_line(error)}") from error
+        raise CheckpointError(f"{path} is not a safe or whole checkpoint: {load_failure(error)}") from error
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         raise CheckpointError(f"{path} was not written by convnn")
     found = state["format"]

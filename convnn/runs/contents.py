@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
 from convnn.errors import CheckpointError, ConfigError
 from convnn.runtime.files import is_leftover, read_json
+from convnn.runtime.owned import digest_of
 
 MARKER = ".convnn-run"
 """Says that a folder is one of a run. Version 0.1 wrote none."""
+PICTURES_LIST = ".convnn-pictures"
+"""Lists the pictures that were written into a folder."""
 _FILES = ("result.json", "env.json", "train.log", "metrics.jsonl", "swap.txt", "wandb_id")
 _IN_FOLDERS = {
     "checkpoints": [
         "".join(parts) for parts in product(("last", "best"), ("", ".previous"), ("", ".damaged"), (".pt",))
     ],
     "pictures": [
-        f"{name}.{kind}"
-        for name, kind in product(("neighbors", "blends", "weights", "diagnostics", "training"), ("png", "svg"))
+        PICTURES_LIST,
+        *(
+            f"{name}.{kind}"
+            for name, kind in product(("neighbors", "blends", "weights", "diagnostics", "training"), ("png", "svg"))
+        ),
     ],
     "wandb": ["latest-run", "debug.log", "debug-internal.log", "settings"],
 }
@@ -50,6 +56,12 @@ def _is_checkpoint(path: Path) -> bool:
         return "fingerprint" in load_checkpoint(path)
     except CheckpointError:
         return False
+
+
+def pictures_of_run(folder: Path) -> Mapping[str, Sequence[str]]:
+    """Return the pictures in a run's own folder of them, which are the run's by their names, with their SHA-256."""
+    found = [path for name in _IN_FOLDERS["pictures"] if (path := folder / name).is_file()]
+    return {path.name: [digest_of(path)] for path in found}
 
 
 def check_removable(folder: Path) -> None:

@@ -18,6 +18,7 @@ from convnn.config.schema import Config
 from convnn.errors import ConfigError
 from convnn.runs.contents import MARKER, check_removable, is_run_folder, remove_earlier
 from convnn.runs.data_record import DataRecord, RecordReader
+from convnn.runs.record import read_result
 from convnn.runs.status import COMPLETE, UNFINISHED
 from convnn.runtime import distributed
 from convnn.runtime.files import (
@@ -35,11 +36,6 @@ log = logging.getLogger("convnn")
 _MARKED = {"folder": "run"}
 OTHER_DATA = "put it back, or choose another run.dir"
 """What to do about a run folder whose run had other data."""
-
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """Return the content of result.json, or None if there is none or it is damaged."""
-    return read_json(folder / "result.json")
 
 
 def known_record(folder: Path) -> DataRecord | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from convnn.errors import ConfigError
+from convnn.errors import ConfigError, first_line
 from convnn.ops.subsets import seed_subsets
 from convnn.runtime import distributed
 
@@ -87,6 +88,35 @@ def explain_out_of_memory(batch_size: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"out of CUDA memory; try train.batch_size={max(batch_size // 2, 1)}") from error
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise ConfigError where ``train.compile`` finds no compiler: of C++ on a CPU, of C for Triton on a GPU."""
+    way = "install it, or set train.compile=false"
+    if device.type == "cuda":
+        if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))):
+            raise ConfigError(f"train.compile=true needs a C compiler such as gcc; {way}")
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ConfigError(f"train.compile=true needs a C++ compiler such as g++; {way}") from error
+
+
+@contextmanager
+def explain_compilation() -> Iterator[None]:
+    """Turn a failure of ``torch.compile`` into a ConfigError that names the key."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise ConfigError(
+            f"train.compile=true: the model cannot be compiled here ({first_line(error)}); set train.compile=false"
+        ) from error
 
 
 def set_determinism(mode: str) -> None:

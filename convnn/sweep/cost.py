@@ -14,7 +14,7 @@ from convnn.data.splits import Dataset
 from convnn.errors import ConfigError
 from convnn.models.build import build_model
 from convnn.models.cost import forward_cost
-from convnn.runs.folder import read_result
+from convnn.runs.record import read_result
 from convnn.runs.status import COMPLETE
 from convnn.text import duration
 
@@ -55,7 +55,7 @@ def estimate_cost(configs: Sequence[Config], folders: Sequence[Path]) -> str:
     rates = [
         3 * r["gflops"] * r["images_per_second"]
         for r in map(read_result, folders)
-        if r and r.get("status") == COMPLETE and r.get("images_per_second")
+        if r and r["status"] == COMPLETE and r.get("gflops") and r.get("images_per_second")
     ]
     if rates:
         rate = statistics.median(rates)

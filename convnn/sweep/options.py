@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from convnn.config.compose import COMPOSE_ERRORS, hydra_context, translate
 from convnn.config.keys import schema_node
+from convnn.config.load import expanded
 from convnn.config.schema import Config
 from convnn.errors import ConfigError
 from convnn.ops.settings import check_fields, choice, number
@@ -71,6 +72,7 @@ def sweep_options(overrides: Sequence[str], launcher: Sequence[str] = ()) -> Swe
         raise translate(error, [*overrides, *launcher], SweepRun) from error
     if not options.dir.strip():
         raise ConfigError("sweep.dir is empty; name a folder")
+    options.dir = expanded(options.dir, "sweep.dir")
     check_fields(options, "sweep")
     for name, values in options.axes.items():
         if isinstance(values, list) and not values:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from convnn.config.schema import DataConfig
 from convnn.runs.data_record import RecordReader
-from convnn.runs.folder import find_moved, known_record, place_counts, read_result, without_places
+from convnn.runs.folder import find_moved, known_record, place_counts, without_places
+from convnn.runs.record import read_result
 from convnn.runs.status import COMPLETE
 from convnn.sweep.plan import Plan, Point, read_plan
 from convnn.sweep.state import point_state

@@ -7,7 +7,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from convnn.runs.folder import read_result
+from convnn.runs.record import read_result
 from convnn.runs.status import COMPLETE, FAILURES, INTERRUPTED, PARTIAL, RUNNING, TODO
 from convnn.runtime.files import is_locked, read_json
 from convnn.sweep.plan import Point

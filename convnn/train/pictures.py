@@ -22,6 +22,8 @@ from convnn.errors import ConfigError, first_line
 from convnn.figures.neighbors import Pixel, default_pixels, draw_blends, draw_neighbors, draw_weights
 from convnn.models.inspect import choosing_layers, neighbors_of
 from convnn.ops.neighborhood import Neighborhood
+from convnn.runs.contents import PICTURES_LIST, pictures_of_run
+from convnn.runtime.owned import Owner, naming
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -132,24 +134,33 @@ def draw_at_end(model: nn.Module, test: Batches, folder: Path) -> list[Path]:
         figures = draw_curves(folder)
         if choosing_layers(model):
             figures = draw_run(model, image_of_test_set(test.split, 0, test.config, test.image_size)) | figures
-        return save_figures(figures, folder / "pictures")
+        return save_figures(figures, folder)
     except Exception as error:  # a package is missing, the disk is full: the run itself is complete
         log.warning("no pictures (%s); try scripts/visualize.py run=%s", first_line(error), folder)
         return []
 
 
-def save_figures(figures: dict[str, Figure], out: Path) -> list[Path]:
+def save_figures(figures: dict[str, Figure], folder: Path, out: Path | None = None) -> list[Path]:
     """Write figures as ``NAME.png`` and ``NAME.svg``; return the PNG files.
 
+    Args:
+        figures: by name.
+        folder: of the run, whose ``pictures`` they go to.
+        out: another place.
+
     Raises:
-        ConfigError: if the folder cannot be written.
+        ConfigError: if the folder cannot be written, or holds other files of these names.
     """
+    owner = Owner("picture", PICTURES_LIST, older=Owner.older if out else pictures_of_run)
+    out = out or folder / "pictures"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures.items():
-            figure.savefig(out / f"{name}.png", dpi=100)
-            figure.set_layout_engine("none")  # what the PNG took is kept
-            figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+        with owner.written_aside(out) as aside:
+            for name, figure in figures.items():
+                with naming(aside / f"{name}.png"):
+                    figure.savefig(aside / f"{name}.png", dpi=100)
+                figure.set_layout_engine("none")  # what the PNG took is kept
+                with naming(aside / f"{name}.svg"):
+                    figure.savefig(aside / f"{name}.svg", metadata={"Date": None})
     except OSError as error:
-        raise ConfigError(f"out={out} cannot be written: {error.strerror}") from error
+        raise ConfigError(f"out={out}: {first_line(error)}") from error
     return [out / f"{name}.png" for name in figures]

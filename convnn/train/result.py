@@ -23,7 +23,7 @@ def result_of(
     status: str,
     *,
     model: nn.Module,
-    gflops: float,
+    gflops: float | None,
     layers_replaced: int,
     data: DataRecord,
     device: torch.device,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from convnn.runs.folder import RunFolder, open_run_folder
 from convnn.runs.status import COMPLETE, DIVERGED, INTERRUPTED
 from convnn.runs.tracking import Tracker
 from convnn.runtime import distributed
-from convnn.runtime.device import device_name, explain_out_of_memory, pick_device, set_determinism
+from convnn.runtime.device import device_name, explain_compilation, explain_out_of_memory, pick_device, set_determinism
 from convnn.runtime.signals import StopSignals
 from convnn.train.pictures import draw_at_end
 from convnn.train.result import result_of
@@ -50,7 +51,12 @@ def run(config: Config) -> Result:
 
 def _run_in(folder: RunFolder, config: Config) -> Result:
     set_determinism(config.train.deterministic)
-    with StopSignals(_say_that_it_stops, leaving=True) as signals, explain_out_of_memory(config.train.batch_size):
+    explained = explain_compilation() if config.train.compile else nullcontext()  # loads what only a compiler needs
+    with (
+        StopSignals(_say_that_it_stops, leaving=True) as signals,
+        explain_out_of_memory(config.train.batch_size),
+        explained,
+    ):
         try:
             trainer = Trainer(config, folder)
         except Exception:
@@ -58,15 +64,14 @@ def _run_in(folder: RunFolder, config: Config) -> Result:
             raise
         result = run_trainer(trainer, distributed.agreed_stop(lambda: signals.seen))
     if result["status"] == COMPLETE:
-        log.info(
-            "top-1 %.2f%% (last epoch), best on %s %.2f%%, %d parameters, %s",
-            result["top1_last"],
-            "validation" if result["top1_best_on_test"] is None else "test",
-            result["val_top1_best"] or result["top1_best_on_test"],
-            result["params"],
-            folder.path,
-        )
+        log.info("%s, %d parameters, %s", _best_of(result), result["params"], folder.path)
     return result
+
+
+def _best_of(result: Result) -> str:
+    on_test = result["val_top1_best"] is None  # a best accuracy of 0 is one too
+    chosen_on, best = ("test", "top1_best_on_test") if on_test else ("validation", "val_top1_best")
+    return f"top-1 {result['top1_last']:.2f}% (last epoch), best on {chosen_on} {result[best]:.2f}%"
 
 
 def _say_that_it_stops(signum: int) -> None:

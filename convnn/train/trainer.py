@@ -24,7 +24,7 @@ from convnn.data.splits import AnySplit, Dataset
 from convnn.data.stream import make_batches
 from convnn.errors import ConfigError, DivergedError, StoppedError
 from convnn.models.build import build_model
-from convnn.models.cost import forward_cost, parameters_without_gradient
+from convnn.models.cost import check_output, count_cost, parameters_without_gradient
 from convnn.models.schedule import apply_schedule
 from convnn.models.swap import neighbor_layers
 from convnn.ops.triton.dispatch import require
@@ -33,7 +33,7 @@ from convnn.runs.data_record import DataRecord
 from convnn.runs.folder import RunFolder
 from convnn.runs.metrics import describe_row
 from convnn.runtime import distributed
-from convnn.runtime.device import make_autocast, pick_device, seed_step
+from convnn.runtime.device import check_compiler, make_autocast, pick_device, seed_step
 from convnn.train.divergence import DivergenceCheck
 from convnn.train.evaluate import Meter, evaluate
 from convnn.train.optim import make_optimizer, make_scheduler
@@ -64,6 +64,8 @@ class Trainer:
         self.device = pick_device(config.device)
         self.world = distributed.world()
         dataset = distributed.one_per_machine_first(lambda: load_dataset(config.data))
+        if config.train.compile:
+            distributed.fail_together(lambda: check_compiler(self.device))
         distributed.fail_together(lambda: self._build(dataset))
         self.forward: Callable[[Tensor], Tensor] = self.model
         if self.world.size > 1:
@@ -92,15 +94,19 @@ class Trainer:
         if train.max_steps is not None:
             self.total_steps = min(self.total_steps, train.max_steps)
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
-        channels = dataset.train.shape[0]
-        apply_schedule(self.model, config.schedule, 1.0)
-        cost = forward_cost(self.model, channels, self.image_size, [r.name for r in self.report.rows])
-        self.gflops, self.report = cost.total / 1e9, self.report.with_costs(cost)
-        apply_schedule(self.model, config.schedule, 0.0)
-        forward_cost(self.model, channels, self.image_size)
+        self.num_classes = len(dataset.classes)
+        self._examine(dataset.train.shape[0])
         self._build_training()
         self.probe = Probe(config.diagnostics, self.batches["test"], self.autocast)
         self.state = RunState(Meter.new(self.device))
+
+    def _examine(self, channels: int) -> None:
+        """Check what the model returns at both ends of the schedule, and count its operations at the last."""
+        for now in (1.0, 0.0):
+            apply_schedule(self.model, self.config.schedule, now)
+            check_output(self.model, channels, self.image_size, self.num_classes)
+            if now:
+                self.gflops, self.report = count_cost(self.model, channels, self.image_size, self.report)
 
     def _check_sizes(self, dataset: Dataset) -> None:
         train, data = self.config.train, self.config.data

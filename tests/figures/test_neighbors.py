@@ -87,7 +87,7 @@ def names(folder):
 def test_the_script_draws_everything_of_a_run(runs, capsys):
     visualize.visualize([f"run={runs}/conv", "index=3", "queries=2,3;7,7", "layers=layer4.0.conv2.neighbors"])
     every = [f"{name}.{kind}" for name in ("blends", "diagnostics", "neighbors", "training") for kind in ("png", "svg")]
-    assert names(runs / "conv" / "pictures") == sorted(every)
+    assert names(runs / "conv" / "pictures") == sorted([".convnn-pictures", *every])
     assert len(capsys.readouterr().out.splitlines()) == 4
     visualize.visualize([f"run={runs}/vit", f"out={runs}/elsewhere", "head=1"])
     assert {"weights.png", "weights.svg", "neighbors.png"} <= set(names(runs / "elsewhere"))

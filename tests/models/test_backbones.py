@@ -86,12 +86,28 @@ def test_sincos_positions_are_fixed_and_zero_for_cls():
         (BackboneConfig("resnet18", patch_size=4), 32, "patch_size"),
         (BackboneConfig("resnet18", module="no_such_module"), 32, "backbone.module=no_such_module"),
         (BackboneConfig("resnet18", pos_embed="sincos"), 32, "fits ViTs"),
+        (BackboneConfig("resnet18.bogus"), 32, r"no pretrained weights 'bogus'; known: a1_in1k, a2_in1k"),
+        (BackboneConfig("resnet18.a1_in1"), 32, r"did you mean 'resnet18\.a1_in1k'"),
+        (BackboneConfig("vit_tiny_patch16_224."), 32, "is not a timm model|no pretrained weights"),
+        (BackboneConfig("hf_hub:timm/resnet18.a1_in1k"), 32, r"set backbone.name=resnet18.a1_in1k .*pretrained=true"),
+        (BackboneConfig("hf-hub:timm/vit_tiny_patch16_224"), 32, r"set backbone.name=vit_tiny_patch16_224 "),
+        (BackboneConfig("local-dir:/weights/mine"), 32, r"\+backbone.kwargs.checkpoint_path=FILE"),
+        (BackboneConfig("resnet18", kwargs={"num_classes": 5}), 32, "kwargs.num_classes=5: the data has 10 classes"),
+        (BackboneConfig("resnet18", kwargs={"in_chans": 1}), 32, "the images have 3 channels"),
+        (BackboneConfig("resnet18", kwargs={"features_only": True}), 32, "return feature maps, not logits"),
+        (BackboneConfig("resnet18", kwargs={"pretrained": True}), 32, "set backbone.pretrained"),
     ],
 )
 def test_errors_name_the_key(config, size, message):
     with pytest.raises(ConfigError, match=message) as error:
         create_backbone(config, 10, 3, size)
     assert "\n" not in str(error.value)
+
+
+def test_what_agrees_with_the_data_may_be_given():
+    kwargs = {"num_classes": 7, "in_chans": 1, "features_only": False}
+    model = create_backbone(BackboneConfig("resnet18.a1_in1k", kwargs=kwargs), 7, 1)
+    assert model.eval()(torch.zeros(1, 1, 32, 32)).shape == (1, 7)
 
 
 def test_pretrained_without_a_network_says_so(monkeypatch, tmp_path):

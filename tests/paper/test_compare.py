@@ -1,6 +1,7 @@
 """Published and measured side by side: whole runs are compared, changed ones are named, nothing is run twice."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from sweeps import ROOT
 
 from convnn.errors import ConfigError
-from convnn.paper.compare import Comparison, Score, compare, parse_seeds, select_rows, sweep_of
+from convnn.paper.compare import Comparison, Score, compare, parse_seeds, select_rows, sweep_of, write_comparison
 from convnn.paper.published import load_table
 
 TABLE = load_table("vgg11_branching")
@@ -43,6 +44,55 @@ def test_a_whole_run_is_compared(driver, tmp_path):
     first = sorted(p.read_text() for p in tmp_path.glob("r/points/*/calls"))
     assert reproduce(driver, tmp_path)[0] == 0  # nothing is run again
     assert sorted(p.read_text() for p in tmp_path.glob("r/points/*/calls")) == first and len(first) == 2
+
+
+def spoil(folder, fault):
+    metrics, result = folder / "metrics.jsonl", folder / "result.json"
+    rows = metrics.read_text().splitlines()
+    if fault == "torn in the middle":
+        metrics.write_text("\n".join([*rows[:3], rows[3][:9], *rows[4:]]) + "\n")
+    elif fault == "a row lost":
+        metrics.write_text("\n".join(rows[:-1]) + "\n")
+    elif fault == "another best":
+        metrics.write_text(metrics.read_text().replace("51.0", "57.0"))
+    elif fault == "no metrics":
+        metrics.unlink()
+    elif fault == "no result":
+        result.write_text("[]")
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Return options and folder of a sweep of one row that a stand-in has run."""
+    from fake_runs import write_run
+
+    from convnn.config.composer import Composer
+    from convnn.config.identity import fingerprint
+    from convnn.config.overrides import merge_overrides
+
+    rows = select_rows(TABLE, "cifar10-features-r0")
+    options = sweep_of(TABLE, rows, str(tmp_path), careful=False, seeds=[])
+    digest = fingerprint(Composer()(merge_overrides(options.base, options.points[rows[0].row])))
+    folder = write_run(tmp_path / "points" / "p", top1=50.0, epochs=6, fingerprint=digest)
+    point = {"name": "p", "fingerprint": digest, "overrides": [], "label": "", "folder": "points/p"}
+    (tmp_path / "plan.json").write_text(json.dumps({"points": [point]}))
+    return rows, options, folder
+
+
+@pytest.mark.parametrize("fault", ["torn in the middle", "a row lost", "another best", "no metrics", "no result"])
+def test_a_run_whose_files_disagree_is_not_scored(fault, finished, tmp_path):
+    rows, options, folder = finished
+    (found,) = compare(TABLE, rows, options, [])
+    assert found.label == "whole" and found.scores["top1_best"].mean == 51.0 and found.difference("top1_best")
+    spoil(folder, fault)
+    (found,) = compare(TABLE, rows, options, [])
+    assert found.label == "damaged" and found.scores == {}
+    assert found.difference("top1_best") is None and found.within_noise(0.39) is None
+    write_comparison(TABLE, [found], tmp_path, "command")
+    assert f"Damaged, and not scored: {folder}: " in (tmp_path / "reproduction.md").read_text()
+    with (tmp_path / "reproduction.csv").open() as file:
+        (line,) = csv.DictReader(file)
+    assert line["status"] == "damaged" and line["top1_best"] == line["top1_last5_mean"] == ""
 
 
 @pytest.mark.slow

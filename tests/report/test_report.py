@@ -16,6 +16,7 @@ from fake_runs import by_name, grid, write_run, write_sweep
 from convnn.config.identity import fingerprint
 from convnn.errors import ConfigError
 from convnn.report.build import make_report
+from convnn.report.spectrum import _last_loss
 from convnn.report.tables import main_keys, read_runs, summarize, varying_keys
 
 pytest.importorskip("pandas")
@@ -91,6 +92,20 @@ def test_damaged_configurations_are_listed_with_a_reason(tmp_path, text):
     assert by_name(runs)["bad"]["status"] == "damaged"
     assert by_name(runs)["bad"]["reason"].startswith("config.yaml is damaged: ")
     assert len(summarize(runs)) == 9
+
+
+@pytest.mark.parametrize("old, new", [('"epoch": 1', '"epoch: 1'), ("80.0", "70.0"), ('"epoch": 2', '"epoch": 3')])
+def test_a_complete_run_whose_epochs_disagree_is_damaged(tmp_path, old, new):
+    for name, seed in (("good", 0), ("bad", 1)):
+        folder = write_run(tmp_path / name, {"operator.blend": 0.5}, seed=seed)
+    assert [_last_loss(tmp_path / name) for name in ("good", "bad")] == [2.0 / 3] * 2
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace(old, new))
+    runs = read_runs([tmp_path])
+    assert by_name(runs)["bad"]["status"] == "damaged" and "metrics.jsonl" in by_name(runs)["bad"]["reason"]
+    (row,) = summarize(runs).to_dict("records")
+    assert (row["n"], row["n_failed"]) == (1, 1)
+    assert math.isnan(_last_loss(folder)) and _last_loss(tmp_path / "good") == 2.0 / 3
 
 
 def test_numbers_of_the_wrong_type_are_left_out(tmp_path):

@@ -11,9 +11,10 @@ from fake_runs import grid, write_run
 
 from convnn.errors import ConfigError
 from convnn.report.build import make_report
-from convnn.report.writing import MANIFEST
+from convnn.report.writing import REPORT
 
 pytest.importorskip("matplotlib")
+MANIFEST = REPORT.manifest
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ CHECKPOINTS = {
     "html": (lambda p: p.write_bytes(b"<html>404</html>"), r"last\.pt is not a whole checkpoint"),
     "flipped": (flip, r"last\.pt is damaged: checksum"),
     "architecture": (other_model, r"does not fit the model: it has another shape of conv1\.weight"),
-    "hostile": (save_hostile, "not a safe or whole checkpoint"),
+    "hostile": (save_hostile, r"not a safe or whole checkpoint: it holds objects other than .* nothing of it was run"),
     "hostile-pickle": (lambda p: p.write_bytes(pickle.dumps(Hostile())), "not a whole checkpoint"),
 }
 

@@ -2,12 +2,16 @@
 
 import errno
 import pickle
+import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from convnn.errors import CheckpointError
+from convnn.config.schema import BackboneConfig
+from convnn.errors import CheckpointError, ConfigError
+from convnn.models.backbones import create_backbone
 from convnn.runs.checkpoint import FORMAT, load_checkpoint, load_model_state, previous_of, save_checkpoint
 from convnn.runtime.files import write_atomically
 
@@ -102,3 +106,17 @@ def test_another_architecture_names_the_differences(tmp_path):
     state = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4)).state_dict()
     with pytest.raises(CheckpointError, match=r"has unknown 1.weight, 1.bias; has another shape of 0.weight"):
         load_model_state(nn.Sequential(nn.Linear(5, 3)), state, tmp_path)
+
+
+@pytest.mark.parametrize("content", [Hostile(), torch.nn.Linear(1, 1), np.zeros(2)])
+def test_a_refusal_does_not_advise_to_load_it_all_the_same(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": 2, "x": content}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match=r"c\.pt is not a safe .*tensors and plain values \(") as one:
+        load_checkpoint(tmp_path / "c.pt")
+    with pytest.raises(ConfigError, match=r"it holds objects other than") as two:
+        create_backbone(BackboneConfig(kwargs={"checkpoint_path": str(tmp_path / "c.pt")}), 10)
+    for error in (one, two):
+        text = str(error.value)
+        assert "\n" not in text and not re.search(r"weights_only|trust|likely succeed|two options", text)
+    assert [path.name for path in tmp_path.iterdir()] == ["c.pt"]

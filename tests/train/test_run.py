@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 from helpers import tiny
@@ -10,7 +11,7 @@ from training import rows, stop_after
 from convnn.errors import CheckpointError, ConfigError
 from convnn.runs.checkpoint import load_checkpoint, previous_of
 from convnn.runs.folder import open_run_folder
-from convnn.train.run import run
+from convnn.train.run import _best_of, run
 
 
 def test_run_folder_contents(tmp_path):
@@ -94,3 +95,44 @@ def test_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, monkeypatch
     assert resumed["top1_last"] == whole["top1_last"]
     assert rows(tmp_path / "r") == rows(tmp_path / "w")
     assert previous_of(last).exists()
+
+
+@pytest.mark.parametrize(
+    "on_test, on_val, says",
+    [(81.0, None, "best on test 81.00%"), (0.0, None, "best on test 0.00%"), (None, 0.0, "best on validation 0.00%")],
+)
+def test_the_best_accuracy_may_be_zero(on_test, on_val, says):
+    result = {"top1_last": 0.0, "top1_best_on_test": on_test, "val_top1_best": on_val}
+    assert _best_of(result) == f"top-1 0.00% (last epoch), {says}"
+
+
+OTHER = [
+    "[1, 2]",
+    "3",
+    "null",
+    "{}",
+    '{"status": 3}',
+    '{"status": "complete"}',
+    '{"status": "complete", "top1_last": "x"}',
+]
+
+
+@pytest.mark.parametrize("text", OTHER)
+def test_a_result_with_other_content_is_made_anew(text, finished, tmp_path):
+    folder, first = finished
+    shutil.copytree(folder, tmp_path / "r")
+    (tmp_path / "r" / "result.json").write_text(text)
+    where = f"run.dir={tmp_path}/r"
+    with pytest.raises(ConfigError, match=r"already holds a run \(unfinished\); set run.if_exists"):
+        run(tiny(where))
+    again = run(tiny(where, "run.if_exists=skip"))
+    times = ("seconds", "images_per_second", "peak_memory_bytes")
+    assert {k: v for k, v in again.items() if k not in times} == {k: v for k, v in first.items() if k not in times}
+    assert json.loads((tmp_path / "r" / "result.json").read_text()) == again
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Return folder and result of a short run."""
+    folder = tmp_path_factory.mktemp("finished") / "r"
+    return folder, run(tiny(f"run.dir={folder}"))

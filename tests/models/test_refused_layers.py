@@ -1,0 +1,60 @@
+"""Layers that cannot be replaced are named at once, with what leaves them out."""
+
+import re
+
+import pytest
+import timm
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from convnn import swap_layers
+from convnn.config.schema import SwapConfig
+from convnn.errors import ConfigError
+
+
+def net():
+    """Convolutions of which 1 and 4 have even kernels, 2 pads by reflection and 3 is normalised."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.Conv2d(4, 4, 2),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+        weight_norm(nn.Conv2d(4, 4, 3)),
+        nn.Conv2d(4, 4, 2),
+        nn.Conv2d(4, 4, 3, padding=1),
+    )
+
+
+def refusal(model, *args):
+    before = str(model)
+    with pytest.raises(ConfigError) as error:
+        swap_layers(model, *args)
+    assert str(model) == before and "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_all_are_named_and_the_exclude_will_do():
+    text = refusal(net(), SwapConfig())
+    assert "'1', '4' has an even 2x2 kernel" in text and "'2' pads with padding_mode=reflect" in text
+    assert "'3' has a parametrized weight" in text
+    names = re.search(r"to leave them out, set swap\.exclude=\[(.*)\]$", text).group(1).split(",")
+    assert names == ["1", "2", "3", "4"]
+    assert [row.name for row in swap_layers(net(), SwapConfig(exclude=names)).rows] == ["0", "5"]
+
+
+def test_what_was_excluded_before_stays_excluded():
+    text = refusal(net(), SwapConfig(exclude=["2", "5"]))
+    assert text.endswith("swap.exclude=[2,5,1,3,4]")
+    assert len(swap_layers(net(), SwapConfig(exclude=["2", "5", "1", "3", "4"])).rows) == 1
+
+
+def test_each_rule_has_its_own():
+    rules = {"a": {"match": "[012]"}, "b": {"match": "[345]", "exclude": ["3"]}}
+    text = refusal(net(), SwapConfig(rules=rules))
+    assert text.endswith("set swap.rules.a.exclude=[1,2] swap.rules.b.exclude=[3,4]")
+    assert refusal(net(), [{"match": "[01]"}]).endswith("set rules[0].exclude=[1]")
+
+
+def test_where_none_can_be_replaced_nothing_is_left_out():
+    assert "exclude=[" not in refusal(net(), {"match": "[14]"})
+    text = refusal(timm.create_model("resnet18"), {"min_kernel": 3}, {"k": 9}, "transfer")
+    assert "conv1" in text and "7x7 kernel and needs operator.k >= 49" in text and text.endswith("exclude=[conv1]")

@@ -117,6 +117,7 @@ def test_hints_know_the_users_options(program, args, hint, call):
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
+@pytest.mark.long
 def test_points_and_workers_find_the_users_options(launcher, project):
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")

@@ -39,6 +39,7 @@ def run_checks(**variables):
     assert passed and int(passed[1]) >= 35 and "skipped" not in done.stdout
 
 
+@pytest.mark.long
 def test_the_kernels_in_tritons_interpreter():
     pytest.importorskip("triton")
     # It is chosen before triton is imported, and would change triton for every other test of a process.

@@ -32,6 +32,7 @@ def table_of(tmp_path):
         return {line["row"]: line for line in csv.DictReader(file)}
 
 
+@pytest.mark.long
 def test_a_whole_run_is_compared(driver, tmp_path):
     code, text = reproduce(driver, tmp_path)
     assert code == 0, text
@@ -95,7 +96,7 @@ def test_a_run_whose_files_disagree_is_not_scored(fault, finished, tmp_path):
     assert line["status"] == "damaged" and line["top1_best"] == line["top1_last5_mean"] == ""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_shortened_run_is_named_and_not_compared(driver, tmp_path):
     code, text = reproduce(driver, tmp_path, "train.epochs=2", "data=imagefolder", "data.root=x")
     assert code == 0, text

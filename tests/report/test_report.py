@@ -322,6 +322,7 @@ def script(*args):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENV)
 
 
+@pytest.mark.long
 def test_script_writes_and_prints(tmp_path):
     grid(tmp_path / "a=b", blends=(0.5,), ks=(4,))
     done = script(tmp_path / "a=b")

@@ -56,6 +56,7 @@ def check_faults(tmp_path, run):
     assert run(FAULTS)[0] == 0  # nothing is left
 
 
+@pytest.mark.long
 def test_faults_do_not_sink_the_sweep_and_are_run_again(driver, tmp_path):
     check_faults(tmp_path, lambda *o: sweep(driver, tmp_path, *o))
 
@@ -116,6 +117,7 @@ def test_failed_points_can_be_left_alone(driver, tmp_path):
         pytest.param(signal.SIGTERM, "submitit_local", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.long
 def test_signals_leave_checkpoints_and_no_process(signum, launcher, driver, tmp_path):
     if launcher != "basic":
         pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
@@ -197,6 +199,7 @@ def test_a_missing_plugin_names_the_extra(monkeypatch):
             run_sweep(["seed=0,1", f"hydra/launcher={launcher}"])
 
 
+@pytest.mark.long
 def test_dry_run_tells_and_does_nothing(driver, tmp_path, capsys):
     assert sweep(driver, tmp_path, "seed=0,1")[0] == 0
     overrides = [f"sweep.dir={tmp_path}/sweep", "tracker=jsonl", "seed=0,1,2,2", "sweep.dry_run=true"]
@@ -207,7 +210,7 @@ def test_dry_run_tells_and_does_nothing(driver, tmp_path, capsys):
     assert len(before) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_another_sweeper_uses_the_same_machinery(driver, tmp_path):
     for _ in range(2):
         code, text = sweep(driver, tmp_path, "seed=0,1", "hydra/sweeper=basic")
@@ -217,7 +220,7 @@ def test_another_sweeper_uses_the_same_machinery(driver, tmp_path):
     assert code == 1 and "a fault of the test" in text and "optim.lr=-1.0 must lie" in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_known_configuration_keeps_its_folder_under_any_name(driver, tmp_path):
     assert sweep(driver, tmp_path, "seed=1,2")[0] == 0
     code, text = sweep(driver, tmp_path, "seed=1,2", "run.name='../../a b'")
@@ -227,7 +230,7 @@ def test_a_known_configuration_keeps_its_folder_under_any_name(driver, tmp_path)
     assert len(list((tmp_path / "sweep" / "points").iterdir())) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_odd_folder_names(driver, tmp_path):
     for name in ("com,ma", "it's", "[x]=y#", " lead", "back\\slash"):
         place = tmp_path / "odd" / name

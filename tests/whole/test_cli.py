@@ -50,6 +50,7 @@ def script(name, args, monkeypatch, capsys):
     return capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_train_then_evaluate(tmp_path, monkeypatch, capsys):
     where = f"run.dir={tmp_path}/r"
     done = call("train.py", *TINY, "swap.last=2", where)
@@ -121,6 +122,7 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_stopped_and_resumed_equals_uninterrupted(signum, tmp_path, uninterrupted):
     process = start(*LONG, f"run.dir={tmp_path}/r")
     wait_for(tmp_path / "r" / "metrics.jsonl", '"epoch": 1', process)
@@ -152,7 +154,7 @@ def test_a_signal_that_arrives_twice_at_once_still_leaves_a_checkpoint(tmp_path)
     assert json.loads((tmp_path / "r" / "result.json").read_text())["status"] == "interrupted"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_multirun_of_train(tmp_path):
     done = call(
         "train.py",

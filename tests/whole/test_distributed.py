@@ -82,7 +82,7 @@ def rows(folder):
     return [without_times(row) for row in read_metrics(folder / "metrics.jsonl")]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
     """One step an epoch, so that the epochs' losses are the steps'; the last evaluation batch has a single image."""
     one = run(compose_config([*VIT, f"run.dir={tmp_path}/one"]))

@@ -86,6 +86,7 @@ def test_an_old_run_is_drawn(name, old, tmp_path):
     assert {"neighbors.png", "blends.svg", "training.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.long
 def test_old_folders_are_reported(old, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     report([*(f"{old}/{name}" for name in ("resnet_half", "vit_half", "sweep")), f"out={tmp_path}/report"])

@@ -26,8 +26,9 @@ from convnn.config.identity import fingerprint
 from convnn.config.schema import DataConfig
 from convnn.data.batches import Batches
 from convnn.data.datasets import load_dataset
+from convnn.data.readers import count_workers, seeded
 from convnn.data.splits import FileSplit, Split
-from convnn.data.stream import ByteErasing, Stream, count_workers, file_transform, make_batches, seeded
+from convnn.data.stream import ByteErasing, Stream, file_transform, make_batches
 from convnn.errors import ConfigError
 from convnn.ops.settings import check_fields
 from convnn.runs.checkpoint import load_checkpoint

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convnn.config.schema import DataConfig
+from convnn.data.readers import Readers
 from convnn.data.splits import AnySplit, Split
 
 
@@ -83,6 +84,9 @@ class Batches:
                 if self.train:
                     images = self._augment(images, shifts[part], flips[part])
                 yield self._normalise(images), self.split.labels[order[part]]
+
+    def share(self, readers: Readers) -> None:
+        """Have files read by workers that others use too; images in memory need none."""
 
     def _read(self, order: Tensor, parts: Sequence[slice], epoch: int) -> Generator[Tensor]:
         """Yield the images (B, C, h, w) uint8 of each part of the order."""

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,7 @@ def image_of_test_set(split: AnySplit, index: int, config: DataConfig, image_siz
     if not -len(split) <= index < len(split):
         raise ConfigError(f"index={index}: the test set has images 0 to {len(split) - 1}")
     part = split.take(torch.tensor([index % len(split)]))
-    x = next(make_batches(part, 1, config, image_size).epoch())[0]
+    x = next(make_batches(part, 1, replace(config, workers=0), image_size).epoch())[0]
     mean, std = _mean_and_std(config)
     return ShownImage(x, (x[0].cpu() * std + mean).clamp(0, 1))
 

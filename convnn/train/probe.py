@@ -99,6 +99,7 @@ class Probe:
         total = len(batches.split)
         places = torch.linspace(0, total - 1, min(config.images, total), dtype=torch.float64).round().long()
         few = replace(batches, split=batches.split.take(places), batch_size=len(places), rank=0, world_size=1)
+        few.config = replace(few.config, workers=0)  # none is worth starting for one batch
         self.images = next(few.epoch())[0]
 
     def measure(self, model: nn.Module, state: RunState) -> dict[str, dict[str, float | None]]:

@@ -20,6 +20,7 @@ from convnn.config.identity import fingerprint, identity
 from convnn.config.schema import Config
 from convnn.data.batches import Batches
 from convnn.data.datasets import load_dataset
+from convnn.data.readers import Readers
 from convnn.data.splits import AnySplit, Dataset
 from convnn.data.stream import make_batches
 from convnn.errors import ConfigError, DivergedError, StoppedError
@@ -84,6 +85,7 @@ class Trainer:
             require(layer.backend, self.device)
         if train.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
+        self.readers = Readers(config.data, self.device, self.world.size)
         self.batches = {
             name: self._batches(split.to(self.device), name == "train")
             for name in ("train", "val", "test")
@@ -132,6 +134,7 @@ class Trainer:
         batches = make_batches(split, size, c.data, self.image_size, train, c.seed, c.train.channels_last)
         batches.rank, batches.world_size = self.world.rank, self.world.size
         batches.mirrored = bool(c.train.mixup or c.train.cutmix)
+        batches.share(self.readers)
         return batches
 
     def _build_training(self) -> None:
@@ -198,6 +201,10 @@ class Trainer:
             stop: asked before every step and every batch of an evaluation.
             track: gets the row of every epoch, before its checkpoint is written.
         """
+        with self.readers.explained(), closing(self.readers):
+            return self._fit(stop, track)
+
+    def _fit(self, stop: Stop, track: Callable[[Row], None]) -> int | None:
         self.model.train()
         while self.state.epoch < self.epochs:
             signum = self._train_epoch(stop)

@@ -19,8 +19,9 @@ from convnn.config.compose import CONF_DIR
 from convnn.config.schema import DataConfig
 from convnn.data.batches import Batches
 from convnn.data.datasets import load_dataset
+from convnn.data.readers import count_workers
 from convnn.data.splits import FileSplit, Split
-from convnn.data.stream import Stream, count_workers, make_batches
+from convnn.data.stream import Stream, make_batches
 from convnn.errors import ConfigError
 from convnn.runs.checkpoint import load_checkpoint
 from convnn.runs.metrics import read_metrics

@@ -16,8 +16,9 @@ from convnn.config.compose import compose_config
 from convnn.config.identity import fingerprint
 from convnn.config.schema import DataConfig
 from convnn.data.datasets import load_dataset
+from convnn.data.readers import seeded
 from convnn.data.splits import Split
-from convnn.data.stream import ByteErasing, file_transform, seeded
+from convnn.data.stream import ByteErasing, file_transform
 from convnn.errors import ConfigError
 from convnn.ops.settings import check_fields
 

@@ -1,4 +1,4 @@
-"""Random configurations from training to report: evaluation has the run's own numbers, and every refusal is one line."""
+"""Random configurations from training to report: evaluation has the own numbers of each, a refusal is one line."""
 
 import csv
 import json

@@ -166,6 +166,8 @@ class OperatorConfig(Mixing, Selection, _Named):
     """Kernel side of the convolution branch of a hybrid; null keeps the replaced layer's."""
     branch_bias: bool | None = None
     """Bias of the convolution branch of a hybrid; null: as ``bias``."""
+    branch_input: str = later(choice("all", "split"))
+    """Attention hybrids: each branch reads ``all`` channels, or (``split``) as many as it gives (the paper's)."""
     branch_fuse: bool = True
     """End a convolutional hybrid with its 1x1 convolution; false only concatenates the branches."""
     options: dict[str, Any] = field(default_factory=dict)

@@ -168,21 +168,24 @@ class HybridConvNN2d(_Hybrid):
 class HybridConvNNAttention(_Hybrid):
     """Hybrid branching: some output channels from neighbours, the rest from full attention, then a linear layer.
 
-    Both branches read all channels with projections of their own. A ratio of 0 or 1 keeps one branch.
+    The branches read all channels with projections of their own, or each as many as it gives. A ratio of 0 or 1 keeps
+    one branch.
 
     Args:
         neighbors: the neighbour branch, or None.
         attention: the attention branch, or None.
+        split: the neighbour branch reads the first channels alone, the attention branch the rest.
 
     Shape:
         (B, N, C) -> (B, N, O), O the sum of both branches' output channels.
     """
 
-    def __init__(self, neighbors: ConvNNAttention | None, attention: Attention | None) -> None:
+    def __init__(self, neighbors: ConvNNAttention | None, attention: Attention | None, split: bool = False) -> None:
         super().__init__()
         if neighbors is None and attention is None:
             raise ValueError("a hybrid layer needs at least one branch")
         self.neighbors, self.attention = neighbors, attention
+        self.split = split and neighbors is not None and attention is not None
         out = sum(branch.proj.out_features for branch in (neighbors, attention) if branch is not None)
         self.pointwise = nn.Linear(out, out)
 
@@ -193,7 +196,10 @@ class HybridConvNNAttention(_Hybrid):
         refuse_mask(attn_mask, is_causal)
         if return_neighbors:
             return self._with_neighbors(x)
-        branches = [branch(x) for branch in (self.neighbors, self.attention) if branch is not None]
+        parts = [branch for branch in (self.neighbors, self.attention) if branch is not None]
+        widths = [part.qkv.in_features for part in parts]
+        inputs = x.split(widths, dim=-1) if self.split else [x] * len(parts)
+        branches = [part(own) for part, own in zip(parts, inputs, strict=True)]
         return self.pointwise(torch.cat(branches, dim=-1) if len(branches) > 1 else branches[0])
 
     @classmethod
@@ -204,6 +210,8 @@ class HybridConvNNAttention(_Hybrid):
             raise ConfigError("operator.branch_ratio=null: a hybrid operator needs a ratio in [0, 1]")
         total = layer.proj.out_features
         own = _split(total, config.branch_ratio, site.name)
+        if config.branch_input == "split" and 0 < own < total:
+            return cls._of_halves(layer, config, init, site, own)
         neighbors = ConvNNAttention.from_layer(layer, config, init, site, dim_out=own) if own else None
         attention = None
         if own < total:
@@ -224,3 +232,34 @@ class HybridConvNNAttention(_Hybrid):
             nn.init.eye_(hybrid.pointwise.weight)
             nn.init.zeros_(hybrid.pointwise.bias)
         return hybrid
+
+    @classmethod
+    def _of_halves(
+        cls, layer: Attention, config: OperatorConfig, init: str, site: Site, own: int
+    ) -> HybridConvNNAttention:
+        """Build branches that are as wide as what they read."""
+        total, heads = layer.proj.out_features, layer.num_heads
+        if init == "transfer":
+            raise ConfigError(
+                f"swap.init=transfer: the branches of '{site.name}' would read some of its channels each; set "
+                "operator.branch_input=all or swap.init=fresh"
+            )
+        if own % heads or total % heads or not isinstance(layer.q_norm, nn.Identity):
+            raise ConfigError(
+                f"operator.branch_input=split: the {heads} heads of '{site.name}' must divide {own} and {total - own} "
+                "channels, and have no norms of their own; set operator.branch_ratio, or operator.branch_input=all"
+            )
+        bias = layer.proj.bias is not None if config.bias is None else config.bias
+        options: dict[str, Any] = {"qkv_bias": layer.qkv.bias is not None, "proj_bias": bias}
+        options |= {"attn_drop": layer.attn_drop.p, "proj_drop": layer.proj_drop.p}
+        parts = [Attention(width, heads, **options) for width in (own, total - own)]
+        for part in parts:
+            part.to(layer.qkv.weight.device, layer.qkv.weight.dtype)
+            init_linear(part.qkv, part.qkv, init)
+            init_linear(part.proj, part.proj, init)
+        hybrid = cls(ConvNNAttention.from_layer(parts[0], config, init, site), parts[1], split=True)
+        return hybrid.to(layer.qkv.weight.device, layer.qkv.weight.dtype)
+
+    def neighborhood(self, x: Tensor, *, blend: float | None = None) -> Neighborhood:
+        """Return what the neighbour branch chooses in a sequence (B, N, C), at its own blend or another."""
+        return super().neighborhood(x[..., : self.neighbors.dim] if self.split else x, blend=blend)

@@ -74,6 +74,7 @@ def test_train(train, tmp_path):
 
 
 @pytest.mark.parametrize("tracker", GROUPS["tracker"])
+@pytest.mark.long
 def test_tracker(tracker, tmp_path):
     one_step([*TINY, f"tracker={tracker}"], tmp_path)
     assert (tmp_path / "run" / "wandb").exists() == (tracker == "wandb")

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import oracles
 import pytest
@@ -11,7 +12,8 @@ from comparing import close, compare
 from timm.layers.attention import Attention
 from torch import nn
 
-from convnn import ConvNN2d, ConvNNAttention, HybridConvNN2d, HybridConvNNAttention, OperatorConfig
+from convnn import ConfigError, ConvNN2d, ConvNNAttention, HybridConvNN2d, HybridConvNNAttention, OperatorConfig
+from convnn.config.compose import compose_config
 from convnn.nn.base import Site
 
 
@@ -337,6 +339,24 @@ def test_hybrid_attention_transfers_at_all_tokens(ratio):
     close(hybrid(x), attention(x))
     parts = [b(x) for b in (hybrid.neighbors, hybrid.attention) if b is not None]
     close(hybrid(x), F.linear(torch.cat(parts, -1), hybrid.pointwise.weight, hybrid.pointwise.bias))
+
+
+def test_the_branches_of_the_papers_hybrid_attention_read_their_own_channels():
+    torch.manual_seed(0)
+    config = replace(compose_config(["operator=hybrid_attention", "swap=all_attention"]).operator, k=10)
+    layer, site = Attention(12, 2, qkv_bias=True).double(), Site("attn", 1, (3, 3))
+    hybrid = HybridConvNNAttention.from_layer(layer, config, "fresh", site)
+    x = torch.randn(2, 10, 12, dtype=torch.float64)
+    parts = [hybrid.neighbors(x[..., :6]), hybrid.attention(x[..., 6:])]
+    close(hybrid(x), F.linear(torch.cat(parts, -1), hybrid.pointwise.weight, hybrid.pointwise.bias))
+    assert torch.equal(hybrid.neighborhood(x).index, hybrid.neighbors.neighborhood(x[..., :6]).index)
+    plain = copy.deepcopy(hybrid.attention)  # with all tokens as neighbours the other branch is attention too
+    plain.load_state_dict({n: v for n, v in hybrid.neighbors.state_dict().items() if n in plain.state_dict()})
+    close(parts[0], plain(x[..., :6]))
+    with pytest.raises(ConfigError, match=r"operator\.branch_input=all or swap\.init=fresh"):
+        HybridConvNNAttention.from_layer(layer, config, "transfer", site)
+    with pytest.raises(ConfigError, match="heads of 'attn' must divide 3 and 9 channels"):
+        HybridConvNNAttention.from_layer(layer, replace(config, branch_ratio=0.25), "fresh", site)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])

@@ -9,8 +9,9 @@ from timm.models.convit import GPSA
 from torch import nn
 
 from convnn import ConfigError, ConvNN2d, OperatorConfig
+from convnn.config.compose import compose_config
 from convnn.nn.acmix import ACmix2d
-from convnn.nn.base import Site
+from convnn.nn.base import Site, layer_settings
 from convnn.nn.convit import GatedPositionalAttention
 
 
@@ -91,10 +92,12 @@ def test_acmix_equals_loop_reference(stride, padding, kernel, window):
 
 def test_vision_graph_layer_is_max_relative_over_feature_neighbours():
     torch.manual_seed(0)
-    module = ConvNN2d(4, 6, 5, similarity="euclidean", aggregation="max_relative", pad_candidates=False).double()
+    preset = layer_settings(compose_config(["operator=vision_graph"]).operator)
+    module = ConvNN2d(4, 6, 5, padding=1, **preset).double()
     x = torch.randn(1, 4, 4, 5, dtype=torch.float64)
     tokens = x.flatten(2)[0].T
-    distance = torch.cdist(tokens, tokens)
+    unit = tokens / tokens.norm(dim=1, keepdim=True)  # ViG normalises before it measures
+    distance = torch.cdist(unit, unit)
     near = tokens[distance.topk(5, largest=False).indices]
     expected = torch.cat([tokens, (near - tokens[:, None]).amax(1)], 1) @ module.pointwise.weight.T + module.bias
     close(module(x), expected.T.view(1, 6, 4, 5))

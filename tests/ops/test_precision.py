@@ -51,6 +51,7 @@ def test_neighbours_do_not_depend_on_the_switch(similarity, blend, lowered):
 @pytest.mark.parametrize(
     "layer", [lambda: ConvNN2d(4, 4, 5), lambda: ConvNNAttention(8, 2, 3)], ids=["conv", "attention"]
 )
+@pytest.mark.long
 def test_compiled_layers_rank_in_float32_too(layer, lowered, monkeypatch):
     torch.manual_seed(0)
     layer, seen = layer().eval(), []

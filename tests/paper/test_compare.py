@@ -108,6 +108,7 @@ def test_a_shortened_run_is_named_and_not_compared(driver, tmp_path):
         assert "+12.20" not in where and "SHORTENED" in where and line["changed"] in where
 
 
+@pytest.mark.long
 def test_the_careful_variant_has_seeds_and_is_not_compared(driver, tmp_path):
     code, text = reproduce(driver, tmp_path, "careful=true", "seeds=0,2")
     assert code == 0, text

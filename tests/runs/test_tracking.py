@@ -32,6 +32,7 @@ def test_metrics_begin_with_the_rows_of_the_checkpoint(tmp_path):
     assert read_metrics(path) == []
 
 
+@pytest.mark.long
 def test_wandb_offline_run_is_written_and_kept_across_resumes(tmp_path):
     overrides = ["tracker=wandb", "swap.last=2", f"run.dir={tmp_path}/r"]
     run(tiny(*overrides))

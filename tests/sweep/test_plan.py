@@ -156,6 +156,7 @@ def test_plan_file_keeps_the_points_of_other_commands(tmp_path):
         read_plan(tmp_path)
 
 
+@pytest.mark.long
 def test_five_hundred_points_are_planned_in_seconds_without_torch():
     code = (
         "import sys\nfrom convnn.sweep.plan import make_plan\nfrom convnn.sweep.options import SweepConfig\n"

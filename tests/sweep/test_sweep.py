@@ -150,6 +150,7 @@ def test_a_killed_sweep_takes_its_child_along(driver, tmp_path):
     assert code == 0 and "1 points (1 interrupted), 1 to run" in text
 
 
+@pytest.mark.long
 def test_two_sweeps_at_once_run_no_point_twice(driver, tmp_path):
     overrides = ["seed=0,1,2,3", "+data.options.seconds=0.5"]
     both = [sweep(driver, tmp_path, *overrides, wait=False) for _ in range(2)]
@@ -251,6 +252,7 @@ def test_a_point_that_waits_for_its_gpu_is_waited_for(driver, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("launcher", ["joblib", SUBMITIT])
+@pytest.mark.long
 def test_a_killed_sweep_takes_its_workers_along(launcher, driver, tmp_path):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
     process = sweep(driver, tmp_path, "data.name=sleep", "seed=1,2", f"hydra/launcher={launcher}", wait=False)

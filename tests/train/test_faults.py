@@ -77,6 +77,7 @@ def test_signals_leave_a_checkpoint_wherever_they_come(signum, owner, name, numb
     assert_same(tmp_path / "r", whole)
 
 
+@pytest.mark.long
 def test_many_interruptions(whole, tmp_path, monkeypatch):
     config, sessions = tiny(*HARD, f"run.dir={tmp_path}/r", "run.if_exists=resume"), 1
     stop_after(monkeypatch, 3)  # steps, batches of evaluations and ends of epochs

@@ -51,6 +51,7 @@ def test_seeds_decide_the_outcome(tmp_path):
     assert a["top1_last"] == b["top1_last"] and a["fingerprint"] == b["fingerprint"] != c["fingerprint"]
 
 
+@pytest.mark.long
 def test_training_learns(tmp_path):
     result = run(tiny("operator=hybrid", "data.size=640", "train.epochs=6", "optim.lr=0.01", f"run.dir={tmp_path}/r"))
     losses = [row["train_loss"] for row in rows(tmp_path / "r")]

@@ -115,6 +115,7 @@ def test_training_commands_compose():
         assert compose_config(words)
 
 
+@pytest.mark.long
 def test_sweep_commands_have_points():
     from convnn.config.overrides import is_sweep
     from convnn.sweep.options import sweep_options

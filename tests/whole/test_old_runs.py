@@ -80,6 +80,7 @@ def test_an_old_run_is_evaluated(name, checkpoint, old, capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.long
 def test_an_old_run_is_drawn(name, old, tmp_path):
     pytest.importorskip("matplotlib")
     visualize([f"run={old}/{name}_half", f"out={tmp_path}", "queries=1,1"])

@@ -59,6 +59,7 @@ def test_swap(swap, tmp_path):
 
 
 @pytest.mark.parametrize("schedule", GROUPS["schedule"])
+@pytest.mark.long
 def test_schedule(schedule, tmp_path):
     one_step([*TINY, f"schedule={schedule}"], tmp_path)
 
@@ -81,6 +82,7 @@ def test_tracker(tracker, tmp_path):
 
 
 @pytest.mark.parametrize("data", GROUPS["data"])
+@pytest.mark.long
 def test_data(data, tmp_path, monkeypatch):
     overrides = [*TINY, f"data={data}", "data.load_size=null", "train.batch_size=8", "swap=none"]
     if data.startswith("cifar"):
@@ -116,6 +118,7 @@ def test_backbone_trains(backbone, tmp_path):
 
 
 @pytest.mark.parametrize("experiment", GROUPS["experiment"])
+@pytest.mark.long
 def test_experiment(experiment, tmp_path):
     one_step([f"experiment={experiment}", "tracker=jsonl", "device=cpu"], tmp_path)
 

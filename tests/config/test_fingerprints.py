@@ -27,7 +27,7 @@ PINNED = {
     "operator=neighborhood": "35b47870c2794878",
     "operator=spectrum": "1b76bc2250ae6e27",
     "operator=strided_sparse": "534bd76862fe26cc",
-    "operator=vision_graph operator.similarity=euclidean operator.pad_candidates=true": "ca2e753a05ba7e7d",
+    "operator=vision_graph operator.similarity=euclidean operator.pad_candidates=true operator.k_policy=error": "ca2e753a05ba7e7d",
     "schedule=shrink_k": "4fccf4a89e91035e",
     "data=imagenet": "b087730ca50c02b2",
     "optim=paper": "663b3db2851a259a",

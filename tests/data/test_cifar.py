@@ -52,6 +52,7 @@ def at_once(root, barrier, queue):
 
 
 @pytest.mark.parametrize("trial", range(3))
+@pytest.mark.long
 def test_processes_that_start_at_once_all_read_whole_files(trial, packed):
     root, expected = packed
     context = multiprocessing.get_context("fork")  # which takes the checksums along

@@ -1,5 +1,7 @@
 """Every operator preset in every family of backbones."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -15,7 +17,8 @@ PRESETS = {name: compose_config([f"operator={name}"]).operator for name in confi
 TRANSFER = {
     **{name: {} for name in ("conv2d", "convnn", "convnn_coordinates", "hybrid", "spectrum")},
     **{name: {} for name in ("mhsa", "kvt", "neighborhood", "local_window", "strided_sparse")},
-    **{name: {} for name in ("convnn_attention", "hybrid_attention")},
+    "convnn_attention": {},
+    "hybrid_attention": {"branch_input": "all"},
 }
 # Depthwise cannot turn 3 channels into 64 or 8, nor 64 into 8.
 EXCLUDE = {"depthwise_conv2d": ["conv1", "features.0", "layer1.0.conv1"]}
@@ -43,11 +46,13 @@ def cases():
 
 
 @pytest.mark.parametrize("preset, name, init", list(cases()))
+@pytest.mark.long
 def test_every_preset_trains_in_every_backbone(preset, name, init):
     torch.manual_seed(0)
     model = backbone(name).double()
     rule = {"min_kernel": 3, "exclude": EXCLUDE.get(preset, [])}
-    report = swap_layers(model, rule, PRESETS[preset], init=init)
+    operator = replace(PRESETS[preset], **(TRANSFER[preset] if init == "transfer" else {}))
+    report = swap_layers(model, rule, operator, init=init)
     assert len(report) >= 3
     side = 32 if name == "vit_tiny" else 16
     x, y = torch.randn(12, 3, side, side, dtype=torch.float64), torch.arange(12) % 5

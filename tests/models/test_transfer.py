@@ -43,6 +43,7 @@ CASES = [
 
 @pytest.mark.parametrize("name, kwargs, rule, operator, size", CASES, ids=[c[0] for c in CASES])
 @pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.long
 def test_whole_models_keep_their_logits_and_come_back(name, kwargs, rule, operator, size, fast):
     plain, model = models(name, **kwargs)
     report = swap_layers(model, rule, operator, init="transfer")

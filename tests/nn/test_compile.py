@@ -29,6 +29,7 @@ def replaced(preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.long
 def test_every_preset_compiles_in_one_graph(preset):
     """Forward and gradients; ``aot_eager`` traces and functionalises like the default backend, without its compiler."""
     layer, x = replaced(preset)

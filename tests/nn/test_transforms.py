@@ -32,6 +32,7 @@ def cases():
 
 
 @pytest.mark.parametrize("layer, x", list(cases()))
+@pytest.mark.long
 def test_export_with_a_dynamic_batch(layer, x):
     program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
     for other in (x[:1], torch.cat([x, x.flip(0), x[:1]])):

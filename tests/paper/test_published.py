@@ -121,6 +121,7 @@ def check_sizes(name, part):
 
 
 @pytest.mark.parametrize("name", ROWS)
+@pytest.mark.long
 def test_operations_are_the_published_ones(name):
     """A few rows of each table; the next test takes all of them."""
     check_operations(name, slice(0, None, len(load_table(name).rows) // 4))

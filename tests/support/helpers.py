@@ -1,11 +1,12 @@
 """Small configurations and files that the tests share."""
 
 import pickle
+from functools import lru_cache
 
 import numpy as np
 import torch
 
-from convnn.config.compose import compose_config
+from convnn.config.composer import Composer
 
 # A model that steps in well under a second on one core.
 TINY = [
@@ -33,8 +34,13 @@ TINY_VIT = [
 
 
 def tiny(*overrides, vit=False):
-    """Compose a tiny run."""
-    return compose_config([*(TINY_VIT if vit else TINY), *overrides])
+    """Compose a tiny run; what the tests of a process share of it is composed once."""
+    return _composer()([*(TINY_VIT if vit else TINY), *overrides])
+
+
+@lru_cache
+def _composer():
+    return Composer()
 
 
 def without_times(row):

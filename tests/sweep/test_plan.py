@@ -28,6 +28,7 @@ def test_every_grid_is_valid_and_says_its_name(grid):
     assert len(found.points) >= 9 and not found.invalid and not found.duplicates
 
 
+@pytest.mark.long
 def test_points_are_what_train_composes():
     for grid in GRIDS:
         for point in make_plan(sweep_options([f"grid={grid}"]), ["train.epochs=2"]).points[::7]:

@@ -60,6 +60,7 @@ def finished(first, tmp_path, here):
 
 
 @pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.long
 def test_complete_points_of_other_data_are_refused(change, finished, here):
     change(finished / "pets")
     plan = (finished / "imagenet" / "plan.json").read_bytes()
@@ -83,6 +84,7 @@ def test_the_same_data_is_skipped_and_read_once(finished, here, capsys, monkeypa
 
 
 @pytest.mark.parametrize("data", ["imagenet", "imagefolder"])
+@pytest.mark.long
 def test_points_of_data_that_moved_are_the_same(data, finished, here, capsys):
     names = [p["name"] for p in read_plan(finished / data)["points"]]
     for place in ("moved", "again"):

@@ -186,6 +186,7 @@ def test_invalid_points_stop_everything_or_are_left_out(driver, tmp_path):
         (["sweep.dir=/proc/nowhere"], "cannot be written"),
     ],
 )
+@pytest.mark.long
 def test_bad_commands_end_with_one_line(overrides, message, driver, tmp_path):
     code, text = sweep(driver, tmp_path, *overrides)
     assert code == 2 and message in text and "Traceback" not in text

@@ -59,6 +59,7 @@ def at_call(monkeypatch, owner, name, number, signum):
         pytest.param(signal.SIGTERM, Trainer, "_check_sizes", 0, id="TERM-while-building"),
     ],
 )
+@pytest.mark.long
 def test_signals_leave_a_checkpoint_wherever_they_come(signum, owner, name, number, whole, tmp_path, monkeypatch):
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
     config = tiny(*HARD, f"run.dir={tmp_path}/r", "run.if_exists=resume")

@@ -118,6 +118,7 @@ OTHER = [
 
 
 @pytest.mark.parametrize("text", OTHER)
+@pytest.mark.long
 def test_a_result_with_other_content_is_made_anew(text, finished, tmp_path):
     folder, first = finished
     shutil.copytree(folder, tmp_path / "r")

@@ -25,6 +25,7 @@ LEARNED = ["schedule=constant", "operator.blend=0.4", "operator.learn_blend=laye
 
 
 @pytest.mark.parametrize("stop, more", [(0, []), (2, []), (4, []), (7, []), (4, LEARNED)])
+@pytest.mark.long
 def test_resumed_run_equals_uninterrupted_run(stop, more, tmp_path, monkeypatch):
     overrides = [*HARD, *more]
     whole = run(tiny(*overrides, f"run.dir={tmp_path}/whole"))

@@ -122,6 +122,7 @@ BUILT = [
 
 
 @pytest.mark.parametrize("base, args, hint", [pytest.param(b, a, h, id=f"group{g}-{a}") for g, b, a, h in BUILT])
+@pytest.mark.long
 def test_parts_that_do_not_fit(base, args, hint, call):
     assert_refused(call, "train.py", [*base, *args.split()], hint)
 

@@ -9,6 +9,7 @@ from convnn.config.compose import compose_config
 from convnn.config.identity import fingerprint
 
 VIT = ["backbone=vit_tiny", "swap=all_attention"]
+FIRST_VISION_GRAPH = "operator.similarity=euclidean operator.pad_candidates=true operator.k_policy=error"
 PINNED = {
     "experiment=quickstart": "ce79e6585b1fe2b7",
     "operator=acmix": "3ee1fb9fd69a9e3f",
@@ -27,7 +28,7 @@ PINNED = {
     "operator=neighborhood": "35b47870c2794878",
     "operator=spectrum": "1b76bc2250ae6e27",
     "operator=strided_sparse": "534bd76862fe26cc",
-    "operator=vision_graph operator.similarity=euclidean operator.pad_candidates=true operator.k_policy=error": "ca2e753a05ba7e7d",
+    f"operator=vision_graph {FIRST_VISION_GRAPH}": "ca2e753a05ba7e7d",
     "schedule=shrink_k": "4fccf4a89e91035e",
     "data=imagenet": "b087730ca50c02b2",
     "optim=paper": "663b3db2851a259a",

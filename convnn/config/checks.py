@@ -37,6 +37,7 @@ def check_operator(operator: OperatorConfig, prefix: str = "operator") -> None:
 def contradiction(o: OperatorConfig) -> str | None:
     """Return why operator settings cannot go together, ``{p}`` standing for the prefix of the keys, or None."""
     foreign: dict[str, Any] = {"border": "nearest", "layout": "grid", "head_dim": None, "dropout_on": "weights"}
+    foreign["branch_input"] = "all"
     if o.kind == ATTENTION:
         foreign = {"projection": "identity", "coordinates": False, "shuffle": 1}
     for key, neutral in foreign.items():
@@ -54,6 +55,8 @@ def contradiction(o: OperatorConfig) -> str | None:
     for key in ("self_again", "self_score"):
         if getattr(o, key) is not None and not (o.self_first and o.slots == "rank"):
             return f"{{p}}.{key} needs {{p}}.self_first=true and {{p}}.slots=rank"
+    if o.self_again is not None and o.similarity == "euclidean":
+        return "{p}.self_again needs {p}.similarity=cosine or dot, not euclidean"
     if o.self_score is not None and o.weighting == "ones":
         return "{p}.self_score needs {p}.weighting=softmax or score: ones weigh all neighbours alike"
     if o.border != "nearest" and (math.isqrt(o.k) ** 2 != o.k or o.k % 2 == 0):

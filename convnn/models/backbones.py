@@ -53,11 +53,16 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_chans: int = 3,
     if config.pos_embed != "learned":
         _fixed_positions(model, config.name, config.pos_embed)
     if config.init == "torch":
+        loaded = ["pretrained"] * config.pretrained + ["kwargs.checkpoint_path"] * ("checkpoint_path" in kwargs)
+        if loaded:
+            raise ConfigError(f"backbone.init=torch would draw anew what backbone.{loaded[0]} loads; set it to timm")
         draw_as_torch(model)
     if config.norm_eps is not None:
-        for module in model.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.eps = config.norm_eps
+        norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+        if not norms:
+            raise ConfigError(f"backbone.norm_eps={config.norm_eps}: {config.name} has no LayerNorm; leave it at null")
+        for module in norms:
+            module.eps = config.norm_eps
     return model
 
 
@@ -129,12 +134,16 @@ def _fixed_positions(model: nn.Module, name: str, kind: str) -> None:
     old = getattr(model, "pos_embed", None)
     if not isinstance(old, nn.Parameter) or not hasattr(model, "patch_embed"):
         raise ConfigError(f"backbone.pos_embed={kind} fits ViTs with learned positions, not {name}")
+    grid = getattr(model.patch_embed, "grid_size", None)
+    if old.ndim != 3 or grid is None or old.shape[2] % 4:
+        raise ConfigError(
+            f"backbone.pos_embed={kind} fits (1, tokens, a multiple of 4) positions, not {tuple(old.shape)} of {name}"
+        )
     _, tokens, dim = old.shape
     if kind == "sincos1d":
         table = sequence_positions(tokens, dim)
     else:
-        grid = model.patch_embed.grid_size  # type: ignore[union-attr]
-        table = build_sincos2d_pos_embed(list(grid), dim=dim)  # type: ignore[arg-type]
+        table = build_sincos2d_pos_embed(list(grid), dim=dim)
         table = torch.cat([torch.zeros(tokens - len(table), dim), table])
     model.pos_embed = nn.Parameter(table.unsqueeze(0).to(old.dtype), requires_grad=False)
 

@@ -9,6 +9,8 @@ from convnn.data.splits import Dataset
 from convnn.errors import ConfigError
 from convnn.models.backbones import create_backbone, draw_as_torch
 from convnn.models.swap import SwapReport, swap_layers
+from convnn.nn.attention import ConvNNAttention
+from convnn.nn.hybrid import HybridConvNNAttention
 from convnn.runtime.device import seed_everything
 
 
@@ -27,5 +29,7 @@ def build_model(config: Config, dataset: Dataset) -> tuple[nn.Module, SwapReport
     model = create_backbone(config.backbone, len(dataset.classes), channels, image_size)
     report = swap_layers(model, config.swap, config.operator)
     if config.backbone.init == "torch" and config.swap.init == "fresh":
-        draw_as_torch(model)  # what took the place of layers too
+        for layer in model.modules():  # others have a start of their own
+            if isinstance(layer, (ConvNNAttention, HybridConvNNAttention)):
+                draw_as_torch(layer)
     return model, report, image_size

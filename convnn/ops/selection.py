@@ -94,8 +94,8 @@ def possible_k(geometry: Geometry, selection: Selection, candidates: Tensor | No
             f"(padding {geometry.padding}, {geometry.prefix} prefix tokens); lower k or set k_policy=clamp"
         )
     outsiders = selection.candidates in ("random", "grid") or geometry.queries_on_ring
-    beside = int(selection.self_first and candidates is not None and outsiders)
-    return min(selection.k, most + beside)
+    beside = (candidates is not None and outsiders) or selection.self_again is not None
+    return min(selection.k, most + int(selection.self_first and beside))
 
 
 def rank(search: Search) -> Neighbors:

@@ -27,6 +27,7 @@ def is_convolution(geometry: Geometry, selection: Selection, mixing: Mixing, ble
         and selection.k == math.prod(geometry.kernel)
         and selection.distance == "chebyshev"
         and selection.candidates == "all"
+        and selection.self_again is None
     )
 
 

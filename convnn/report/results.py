@@ -19,6 +19,7 @@ import yaml
 
 from convnn.config.identity import fingerprint_of, identity_of
 from convnn.errors import ConfigError
+from convnn.runs.contents import is_run_folder
 from convnn.runs.metrics import epochs_done
 from convnn.runs.record import read_record
 from convnn.runs.status import COMPLETE, DAMAGED, TODO, UNFINISHED, UNUSABLE
@@ -136,10 +137,20 @@ def _find_folders(root: Path) -> Iterator[tuple[Path, str]]:
     for path, folders, files in os.walk(root):
         if "plan.json" in files:
             yield Path(path), "sweep"
-        elif "config.yaml" in files:
+        elif "config.yaml" in files and _is_run(Path(path), files):
             yield Path(path), "run"
             folders.clear()
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "report")
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+
+
+def _is_run(folder: Path, files: Sequence[str]) -> bool:
+    """Return whether a folder with a config.yaml is a run's, and not some other project's."""
+    if not {"result.json", "metrics.jsonl", "env.json", "train.log"}.isdisjoint(files) or is_run_folder(folder):
+        return True
+    try:
+        return b"backbone:" in (folder / "config.yaml").read_bytes()
+    except OSError:
+        return True  # to be listed as damaged
 
 
 def _name_contents(runs: list[Run]) -> None:
@@ -222,10 +233,12 @@ def _read_result(run: Run) -> None:
     elif run.status != DAMAGED:
         run.result, run.status = result, tidy(result["status"])
         run.reason, run.exit_code = text_of(result.get("reason")), integer_of(result.get("exit_code"))
-        run.fingerprint = text_of(result.get("fingerprint")) or run.fingerprint
-        record = read_record(run.folder)
-        if record.complete and record.damage and (run.folder / "metrics.jsonl").exists():
+        known, record = text_of(result.get("fingerprint")), read_record(run.folder)
+        if run.status == COMPLETE and known and known != run.fingerprint:
+            run.status, run.reason = DAMAGED, "config.yaml is not that of result.json: their fingerprints differ"
+        elif record.complete and record.damage and (run.folder / "metrics.jsonl").exists():
             run.status, run.reason = DAMAGED, record.damage
+        run.fingerprint = known or run.fingerprint
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any] | None, str | None]:

@@ -34,6 +34,8 @@ class DataRecord:
     """Number of images of each split."""
     content: dict[str, str]
     """Hash of each split's labels and images, see ``convnn.data.splits.split_fingerprint``."""
+    shape: list[int] | None = None
+    """Channels, height and width of the run's images; None: not known. It follows from all files of a folder."""
 
     @classmethod
     def of(cls, dataset: Dataset) -> DataRecord:
@@ -49,7 +51,12 @@ class DataRecord:
         """Return the record in what a marker, a checkpoint or a result holds; None: of before there were records."""
         found = (values or {}).get("data")
         try:
-            return cls(list(found["classes"]), dict(found["images"]), dict(found["content"]))  # type: ignore[index]
+            return cls(
+                list(found["classes"]),  # type: ignore[index]
+                dict(found["images"]),  # type: ignore[index]
+                dict(found["content"]),  # type: ignore[index]
+                found.get("shape"),  # type: ignore[union-attr]
+            )
         except (TypeError, KeyError, ValueError):
             return None
 

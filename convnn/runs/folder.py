@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from omegaconf import OmegaConf
 
 from convnn.config.identity import differences, fingerprint, fingerprint_of, identity, run_name, without_place
-from convnn.config.load import load_config
+from convnn.config.load import load_config, read_values
 from convnn.config.schema import Config
 from convnn.errors import ConfigError
 from convnn.runs.contents import MARKER, check_removable, is_run_folder, remove_earlier
@@ -96,9 +96,9 @@ class RunFolder:
             if not self.resume:
                 self._write_config(config)
             elif self.moved:
-                kept = load_config(self.path)
-                kept.data.root = config.data.root
-                self._write_config(kept)
+                kept = read_values(self.path)
+                kept["data"]["root"] = config.data.root
+                write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(kept)))
             if self.replaces:
                 write_json(self.path / MARKER, marker)
             for folder in (self.path, self.checkpoints):
@@ -246,24 +246,24 @@ def place_counts(config: Config) -> bool:
     return "root" in identity(config)["data"]
 
 
-def without_places(folders: Iterable[Path]) -> dict[str, Path]:
+def without_places(folders: Iterable[Path]) -> dict[str, list[Path]]:
     """Return the folders of runs by fingerprints that take no notice of where the data is."""
-    found = {}
+    found: dict[str, list[Path]] = {}
     for folder in folders:
         if known_record(folder) is not None:
             with suppress(ConfigError):
-                found[fingerprint_of(without_place(identity(load_config(folder))))] = folder
+                found.setdefault(fingerprint_of(without_place(identity(load_config(folder)))), []).append(folder)
     return found
 
 
-def find_moved(config: Config, folders: Mapping[str, Path], read: RecordReader) -> Path | None:
+def find_moved(config: Config, folders: Mapping[str, Sequence[Path]], read: RecordReader) -> Path | None:
     """Return the folder, of ``without_places``, whose run had this configuration and this data at another place."""
-    folder = folders.get(fingerprint_of(without_place(identity(config))))
-    known = known_record(folder) if folder else None
-    try:
-        return folder if known is not None and not known.differences(read(config.data)) else None
-    except ConfigError:
-        return None
+    for folder in folders.get(fingerprint_of(without_place(identity(config))), []):
+        known = known_record(folder)
+        with suppress(ConfigError):
+            if known is not None and not known.differences(read(config.data)):
+                return folder
+    return None
 
 
 def _lock(path: Path) -> TextIO:

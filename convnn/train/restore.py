@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,10 @@ def load_run(
     state = load_checkpoint(path)
     _check_config(config, folder, state)
     known = DataRecord.read(state) or known_record(folder)
-    dataset, same = _as_trained(load_dataset(config.data), known, folder, splits, other_data)
+    data = config.data
+    if known is not None and known.shape and data.target == "convnn.data.load_imagefolder" and not data.load_size:
+        data = replace(data, load_size=known.shape[-1])  # that of the run, whatever the files' sizes are now
+    dataset, same = _as_trained(load_dataset(data), known, folder, splits, other_data)
     config.backbone.pretrained = False
     config.backbone.kwargs.pop("checkpoint_path", None)  # timm is not to open other files
     model, _, image_size = build_model(config, dataset)

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class Trainer:
     def _build(self, dataset: Dataset) -> None:
         config, train = self.config, self.config.train
         self._check_sizes(dataset)
-        self.data = self.folder.data or DataRecord.of(dataset)
+        self.data = replace(self.folder.data or DataRecord.of(dataset), shape=list(dataset.train.shape))
         model, self.report, self.image_size = build_model(config, dataset)
         self.model = distributed.with_sync_batchnorm(model, self.device, train.sync_batchnorm).to(self.device)
         for layer in neighbor_layers(self.model).values():
@@ -123,6 +124,11 @@ class Trainer:
             purpose = f"shared by {self.world.size} processes{' in pairs for Mixup' if pairs else ''}"
             raise ConfigError(
                 f"data.drop_last=false: the last batch of {left} images cannot be {purpose}; set it to true"
+            )
+        if left == 1:
+            raise ConfigError(
+                "data.drop_last=false: the last batch has one image, too few for batch normalisation; "
+                "set it to true or change train.batch_size"
             )
         channels = dataset.train.shape[0]
         if len(data.mean) not in (1, channels):

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from functools import partial
 
 import pytest
 import timm
@@ -64,6 +65,33 @@ def test_torchs_initial_weights_reach_the_layers_that_were_swapped_in():
         config = tiny(f"backbone.init={init}", "backbone.kwargs.embed_dim=192", vit=True)
         layer = build_model(config, dataset)[0].blocks[0].attn
         assert isinstance(layer, ConvNNAttention) and abs(layer.qkv.weight.std() / spread - 1) < 0.05
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"init": "torch", "pretrained": True}, "init=torch would draw anew what backbone.pretrained loads"),
+        ({"init": "torch", "kwargs": {"checkpoint_path": "w.pt"}}, "what backbone.kwargs.checkpoint_path loads"),
+        ({"norm_eps": 1e-5}, "resnet18 has no LayerNorm"),
+        ({"name": "samvit_base_patch16", "pos_embed": "sincos1d"}, "pos_embed=sincos1d fits .* positions, not"),
+        ({"name": "vit_tiny_patch16_224", "pos_embed": "sincos", "kwargs": {"embed_dim": 18}}, "a multiple of 4"),
+    ],
+)
+def test_starts_that_cannot_be(change, message, monkeypatch):
+    monkeypatch.setattr(timm, "create_model", partial(built_without_weights, timm.create_model))
+    with pytest.raises(ConfigError, match=message) as error:
+        create_backbone(BackboneConfig(**({"name": "resnet18"} | change)), 10, 3, 64)
+    assert "\n" not in str(error.value)
+
+
+def built_without_weights(create, name, pretrained=False, checkpoint_path="", **kwargs):
+    return create(name, **kwargs)
+
+
+def test_other_operators_keep_a_start_of_their_own():
+    dataset = Dataset(*[Split(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), torch.arange(2))] * 2, ["a", "b"])
+    layer = build_model(tiny("backbone.init=torch", "operator=convit", vit=True), dataset)[0].blocks[0].attn
+    assert torch.equal(layer.pos_proj.weight[:, 2], torch.full_like(layer.pos_proj.weight[:, 2], -1))
 
 
 def test_sincos_positions_are_fixed_and_zero_for_cls():

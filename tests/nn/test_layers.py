@@ -9,6 +9,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from convnn import ConfigError, ConvNN2d, ConvNNAttention, HybridConvNN2d, OperatorConfig
+from convnn.config.checks import check_operator
 from convnn.nn.base import Site
 
 
@@ -40,6 +41,14 @@ def test_output_has_the_memory_format_of_the_input(blend):
     module, x = ConvNN2d(4, 8, 5, padding=1, blend=blend, bias=False), torch.randn(2, 4, 6, 6)
     assert module(x).is_contiguous()
     assert module(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_no_convolution_stands_in_where_the_own_token_comes_twice():
+    layer = ConvNN2d(3, 4, 9, blend=0.0, self_again=-0.1)
+    plain = ConvNN2d(3, 4, 9, blend=0.0, self_again=-0.1, fast=False)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 3, 6, 6)
+    assert torch.equal(layer(x), plain(x))
 
 
 def test_set_spectrum_keeps_parameters_and_state_dict():
@@ -241,9 +250,11 @@ def test_dropout_on_the_output_drops_channels_and_leaves_the_weights():
         ({"self_again": -0.1, "self_first": False}, "self_again needs .*self_first=true and .*slots=rank"),
         ({"self_score": 1.0, "slots": "raster"}, "self_score needs .*slots=rank"),
         ({"self_score": 1.0}, "self_score needs .*weighting=softmax or score"),
+        ({"self_again": 0.1, "similarity": "euclidean"}, "self_again needs .*similarity=cosine or dot"),
+        ({"branch_input": "split"}, "branch_input=split does not apply"),
         ({"score_step": 0.0}, "score_step=0.0 must lie in"),
     ],
 )
 def test_settings_of_scores_that_contradict_each_other(settings, message):
     with pytest.raises(ConfigError, match=message):
-        ConvNN2d(3, 4, 9, **settings)
+        check_operator(OperatorConfig(**settings))

@@ -136,7 +136,22 @@ def test_folders_that_hold_no_runs_are_not_entered(tmp_path):
     for place in ("report/r", ".hidden/r", "run/checkpoints/r"):
         write_run(tmp_path / place, seed=5)
     write_run(tmp_path / "deep" / "er" / "r", seed=6)
-    assert sorted(read_runs([tmp_path])["folder"]) == ["deep/er/r", "run"]
+    assert sorted(read_runs([tmp_path])["folder"]) == ["deep/er/r", "report/r", "run"]
+
+
+def test_a_configuration_of_another_project_hides_no_runs(tmp_path):
+    write_run(tmp_path / "run")
+    (tmp_path / "config.yaml").write_text("defaults: []\n")
+    assert [folder.rsplit("/", 1)[-1] for folder in read_runs([tmp_path])["folder"]] == ["run"]
+
+
+def test_an_edited_configuration_takes_no_result_for_its_own(tmp_path):
+    for old, new in (("k: 9", "k: 4"), ("lr: 0.001", "lr: 0.5")):
+        path = write_run(tmp_path / new[-3:].strip()) / "config.yaml"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+    runs = read_runs([tmp_path])
+    assert set(runs["status"]) == {"damaged"} and all("config.yaml is not that of result" in r for r in runs["reason"])
 
 
 def test_where_runs_are_kept_and_computed_does_not_vary(tmp_path):
@@ -168,7 +183,10 @@ def test_partial_sweep_lists_each_point_once(tmp_path):
     ]
     invalid = [{"overrides": ["operator.k=0"], "reason": "operator.k=0 is below 1"}]
     root = write_sweep(tmp_path / "sweep", points, invalid)
-    write_run(root / "points" / "done", {"operator.k": 4, "operator.blend": 0.0}, fingerprint=f"{0:016x}")
+    run = write_run(root / "points" / "done", {"operator.k": 4, "operator.blend": 0.0})
+    known = json.loads((run / "result.json").read_text())["fingerprint"]
+    (root / "plan.json").write_text((root / "plan.json").read_text().replace(f"{0:016x}", known))
+    (root / "status" / f"{0:016x}.json").rename(root / "status" / f"{known}.json")
     write_run(root / "points" / "killed", {"operator.k": 9, "operator.blend": 0.5}, status=None)
     report = make_report([root], tmp_path / "out")
     rows = by_name(report.runs)
@@ -361,7 +379,7 @@ def test_hundreds_of_runs_take_seconds_and_no_torch(tmp_path):
     for i in range(300):
         (tmp_path / f"r{i}").mkdir()
         for name, text in files.items():
-            text = text.replace("seed: 0", f"seed: {i}").replace('"fingerprint": "', f'"fingerprint": "{i}-')
+            text = text.replace("seed: 0", f"seed: {i + 1}").replace('"fingerprint"', '"before"')
             (tmp_path / f"r{i}" / name).write_text(text)
     code = f"""if True:
         import sys, time

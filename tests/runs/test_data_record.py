@@ -10,7 +10,7 @@ from folder_runs import CHANGES, copied, folder_config, remove_one, rename_class
 from helpers import tiny
 from training import stop_after
 
-from convnn.config.load import load_config
+from convnn.config.load import load_config, read_values
 from convnn.data.datasets import load_dataset
 from convnn.errors import ConfigError
 from convnn.runs.checkpoint import load_checkpoint
@@ -86,11 +86,12 @@ def test_data_that_moved_is_the_same(data, tmp_path):
     root, where = write_pets(tmp_path / "pets"), tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 1)
-        run(folder_config(root, where, data=data))
+        run(folder_config(root, where, "tracker.project=mine", data=data))
     moved = root.rename(tmp_path / "moved")
     done = again(moved, where, data=data)
     assert done["status"] == "complete" and done["steps"] == 2
-    assert load_config(where).data.root == str(moved)  # where the programs look for it now
+    kept = read_values(where)
+    assert kept["data"]["root"] == str(moved) and kept["tracker"]["project"] == "mine"  # where programs look for it now
     back = moved.rename(tmp_path / "again")
     for policy in ("skip", "resume"):
         assert again(back, where, policy, data=data) == done
@@ -111,7 +112,12 @@ def test_the_folder_named_after_the_old_place_is_found(tmp_path, monkeypatch):
     assert len(reads) == 2 and [folder] == list((tmp_path / "runs").iterdir())
     remove_one(tmp_path / "moved")  # other images: another run, in a folder of its own
     run(folder_config("moved", "null", "run.root=runs", "run.if_exists=resume"))
-    assert len(list((tmp_path / "runs").iterdir())) == 2
+    both = sorted((tmp_path / "runs").iterdir())
+    assert len(both) == 2
+    for place in ("pets", "moved"):  # of two runs of one configuration each is found by its data
+        (tmp_path / place).rename(tmp_path / f"{place} again")
+        run(folder_config(f"{place} again", "null", "run.root=runs", "run.if_exists=resume"))
+    assert sorted((tmp_path / "runs").iterdir()) == both
 
 
 def test_data_that_is_gone_is_told(finished, tmp_path, caplog):

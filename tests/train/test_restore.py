@@ -8,6 +8,7 @@ import torch
 import yaml
 from folder_runs import CHANGES, copied, folder_config, remove_one, rename_class, swap_names, write_pets
 from helpers import tiny
+from PIL import Image
 from training import stop_after
 
 from convnn.cli.evaluate import evaluate
@@ -137,6 +138,17 @@ def test_each_program_says_what_it_needs_of_the_images(finished, tmp_path, capsy
     PROGRAMS["export"](where)  # which uses the names of the classes alone
     image = root / "test" / "dog" / "1.png"
     PROGRAMS["visualize"](where, f"image={image}")
+
+
+def test_images_have_the_size_that_they_had_in_the_run(tmp_path, capsys):
+    """The side is the median over all files, of which only the test images must be the run's."""
+    root, where = write_pets(tmp_path / "pets"), tmp_path / "run"
+    result = run(folder_config(root, where, "data.load_size=null"))
+    for path in (root / "train").rglob("*.png"):
+        Image.open(path).resize((40, 40)).save(path)
+    evaluate([f"run={where}", "device=cpu"])
+    assert json.loads(capsys.readouterr().out)["top1"] == result["top1_last"]
+    assert load_run(load_config(where), where, "last").image_size == 12
 
 
 def test_another_folder_is_evaluated_when_it_is_named(finished, tmp_path, capsys, caplog):

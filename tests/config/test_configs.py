@@ -40,6 +40,7 @@ def test_groups_are_those_of_the_design():
 
 
 @pytest.mark.parametrize("operator", CONV)
+@pytest.mark.long
 def test_operator_on_convolutions(operator, tmp_path):
     # Depthwise makes no 64 channels out of 3, nor 4 out of 64.
     exclude = ["swap.exclude=[conv1,layer1.0.conv1]"] if operator == "depthwise_conv2d" else []
@@ -47,11 +48,13 @@ def test_operator_on_convolutions(operator, tmp_path):
 
 
 @pytest.mark.parametrize("operator", ATTENTION)
+@pytest.mark.long
 def test_operator_on_attention(operator, tmp_path):
     assert one_step([*TINY_VIT, f"operator={operator}"], tmp_path)["layers_replaced"] == 2
 
 
 @pytest.mark.parametrize("swap", GROUPS["swap"])
+@pytest.mark.long
 def test_swap(swap, tmp_path):
     base = TINY_VIT if swap == "all_attention" else TINY
     replaced = one_step([*base, f"swap={swap}"], tmp_path)["layers_replaced"]

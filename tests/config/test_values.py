@@ -154,6 +154,7 @@ def test_names_may_be_swept_and_are_not_told_to_be_quoted():
         (f"tracker.group={'g' * 129}", r"tracker\.group"),
     ],
 )
+@pytest.mark.long
 def test_names_that_wandb_refuses_are_refused_at_once(override, says, tmp_path):
     with pytest.raises(ConfigError, match=says):
         compose_config(["tracker=wandb", override])

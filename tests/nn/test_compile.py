@@ -63,6 +63,7 @@ def test_the_default_compiler_agrees(preset):
 
 
 @pytest.mark.parametrize("preset, name", [("hybrid", "resnet18"), ("spectrum", "resnet18"), ("kvt", "vit")])
+@pytest.mark.long
 def test_swapped_models_export(preset, name):
     kwargs = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24}
     model = timm.create_model("vit_tiny_patch16_224", **kwargs) if name == "vit" else timm.create_model(name)

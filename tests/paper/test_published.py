@@ -97,6 +97,7 @@ def test_a_careful_row_keeps_the_recipe():
 
 
 @pytest.mark.parametrize("name", ROWS)
+@pytest.mark.long
 def test_rows_compose_and_have_the_published_size(name):
     """A few rows of each table; the next test takes all of them."""
     assert check_sizes(name, slice(0, None, len(load_table(name).rows) // 6)) > 0

@@ -161,6 +161,7 @@ def test_a_disk_that_is_full_for_the_list_or_an_encoder(place, monkeypatch):
 
 
 @pytest.mark.parametrize("at", range(1, 9, 2))
+@pytest.mark.long
 def test_a_kill_between_the_renames_is_mended_by_the_next_report(at, place, monkeypatch):
     replace, calls = Path.replace, []
 

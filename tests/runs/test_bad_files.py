@@ -71,6 +71,7 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("fault", CHECKPOINTS)
+@pytest.mark.long
 def test_group08_checkpoints(fault, call, begun):
     spoil, hint = CHECKPOINTS[fault]
     shutil.copytree(begun, "r")

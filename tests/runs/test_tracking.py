@@ -41,6 +41,7 @@ def test_wandb_offline_run_is_written_and_kept_across_resumes(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["online", "disabled"])
+@pytest.mark.long
 def test_wandb_never_prompts_or_blocks(mode, tmp_path, capsys):
     start = time.monotonic()
     result = run(tiny("tracker=wandb", f"tracker.mode={mode}", "swap.last=2", f"run.dir={tmp_path}/r"))

@@ -21,6 +21,7 @@ def plan(*given, **options):
 
 
 @pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.long
 def test_every_grid_is_valid_and_says_its_name(grid):
     options = sweep_options([f"grid={grid}"])
     found = make_plan(options, [])

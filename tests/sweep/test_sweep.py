@@ -99,6 +99,7 @@ def test_faults_of_real_runs(launcher, tmp_path):
     assert "loss is not finite" in records["diverge"]["reason"]
 
 
+@pytest.mark.long
 def test_failed_points_can_be_left_alone(driver, tmp_path):
     overrides = ["+sweep.points={raise:['data.name=raise'],good:['seed=1']}"]
     assert sweep(driver, tmp_path, *overrides)[0] == 1
@@ -139,6 +140,7 @@ def test_signals_leave_checkpoints_and_no_process(signum, launcher, driver, tmp_
     assert code == 0 and "3 complete" in text
 
 
+@pytest.mark.long
 def test_a_killed_sweep_takes_its_child_along(driver, tmp_path):
     process = sweep(driver, tmp_path, "data.name=sleep", wait=False)
     wait_for("sweep/points/*/ready", tmp_path)

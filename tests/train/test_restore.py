@@ -84,6 +84,7 @@ EDITS = {
 
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("name", EDITS)
+@pytest.mark.long
 def test_an_edited_configuration_is_refused(name, program, finished, tmp_path):
     _, where = copied(finished, tmp_path)
     changes, said = EDITS[name]
@@ -195,6 +196,7 @@ RESAMPLE = [
 
 
 @pytest.mark.parametrize("more", [(), ("data.val_fraction=0.25", "train.ema=0.5"), ("seed=5", "train.max_steps=7")])
+@pytest.mark.long
 def test_resampled_candidates_are_those_of_the_run(more, tmp_path):
     result = run(tiny(*RESAMPLE, *more, f"run.dir={tmp_path}/r"))
     rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]

@@ -45,6 +45,7 @@ def test_resumed_run_equals_uninterrupted_run(stop, more, tmp_path, monkeypatch)
     assert equal_states(states[0]["ema"], states[1]["ema"])
 
 
+@pytest.mark.long
 def test_seeds_decide_the_outcome(tmp_path):
     a, b, c = (run(tiny(f"seed={s}", f"run.dir={tmp_path}/{i}")) for i, s in enumerate((0, 0, 1)))
     states = [load_checkpoint(tmp_path / str(i) / "checkpoints" / "last.pt")["model"] for i in range(3)]

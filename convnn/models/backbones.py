@@ -30,6 +30,9 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_chans: int = 3,
             raise ConfigError(f"backbone.module={config.module} cannot be imported: {error}") from error
     _check_name(config.name)
     _check_kwargs(config.kwargs, num_classes, in_chans)
+    loads = "pretrained" if config.pretrained else "kwargs.checkpoint_path"
+    if config.init == "torch" and (config.pretrained or "checkpoint_path" in config.kwargs):
+        raise ConfigError(f"backbone.init=torch would draw anew what backbone.{loads} loads; set it to timm")
     kwargs = timm_kwargs(config, num_classes, in_chans, image_size)
     try:
         model = timm.create_model(config.name, pretrained=config.pretrained, **kwargs)
@@ -53,9 +56,6 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_chans: int = 3,
     if config.pos_embed != "learned":
         _fixed_positions(model, config.name, config.pos_embed)
     if config.init == "torch":
-        loaded = ["pretrained"] * config.pretrained + ["kwargs.checkpoint_path"] * ("checkpoint_path" in kwargs)
-        if loaded:
-            raise ConfigError(f"backbone.init=torch would draw anew what backbone.{loaded[0]} loads; set it to timm")
         draw_as_torch(model)
     if config.norm_eps is not None:
         norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
@@ -154,7 +154,7 @@ def sequence_positions(tokens: int, dim: int) -> torch.Tensor:
     Channels 2i and 2i + 1 turn by 10000^(-2i / dim) radians a token (arXiv 1706.03762, section 3.5).
     """
     angle = torch.arange(tokens)[:, None] * 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :dim].float()
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()
 
 
 @torch.no_grad()

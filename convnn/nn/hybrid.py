@@ -253,10 +253,8 @@ class HybridConvNNAttention(_Hybrid):
         options: dict[str, Any] = {"qkv_bias": layer.qkv.bias is not None, "proj_bias": bias}
         options |= {"attn_drop": layer.attn_drop.p, "proj_drop": layer.proj_drop.p}
         parts = [Attention(width, heads, **options) for width in (own, total - own)]
-        for part in parts:
-            part.to(layer.qkv.weight.device, layer.qkv.weight.dtype)
-            init_linear(part.qkv, part.qkv, init)
-            init_linear(part.proj, part.proj, init)
+        for linear in (parts[1].qkv, parts[1].proj):
+            init_linear(linear, linear, init)
         hybrid = cls(ConvNNAttention.from_layer(parts[0], config, init, site), parts[1], split=True)
         return hybrid.to(layer.qkv.weight.device, layer.qkv.weight.dtype)
 

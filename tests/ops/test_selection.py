@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from convnn import ConvNN2d, ConvNNAttention
 from convnn.ops import scores
+from convnn.ops.aggregation import with_own_scores
 from convnn.ops.candidates import candidate_tokens
 from convnn.ops.geometry import Geometry, window_order
 from convnn.ops.selection import select_neighbors
@@ -273,3 +274,10 @@ def test_grid_points_at_the_nearest_tokens_or_those_before():
     for rounding, expected in (("nearest", [0, 3, 5, 8]), ("floor", [0, 2, 5, 8])):
         selection = Selection(k=1, candidates="grid", num_candidates=4, grid_rounding=rounding)
         assert candidate_tokens(Geometry(1, 9), selection, pads=True, training=False).tolist() == expected
+
+
+def test_the_own_token_is_weighed_by_the_scores_that_are_given():
+    score, index = torch.arange(8.0).view(1, 1, 2, 4), torch.tensor([[[[5, 1, 5, 2], [6, 0, 1, 2]]]])
+    assert with_own_scores(score, index, None, None) is score
+    assert with_own_scores(score, index, -0.1, 1.0)[0, 0].tolist() == [[1, 1, pytest.approx(-0.1), 3], [1, 5, 6, 7]]
+    assert with_own_scores(score, index, -0.1, None)[0, 0, :, 0].tolist() == [0, 4]

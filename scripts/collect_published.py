@@ -6,7 +6,9 @@ import csv
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -35,6 +37,8 @@ OWN_AGAIN = "own token first, and once more among the candidates with the score 
 OWN_ONE = "own token weighed by the score 1, as published"
 ROTARY = "no rotary positions, no zero keys beside the sequence"
 DROPS = "the authors' dropout stays on at evaluation"
+OWN_SCORE = "the own token's similarity counts 1.1 in the softmax, as published"
+FARTHEST = "the authors' softmax weighs neighbours by their distance itself, the farthest most"
 FUSED = "published convolution baseline: with the 1x1 convolution of the hybrid"
 
 
@@ -191,6 +195,102 @@ def _batch(line: Line, usual: str, notes: list[str]) -> list[str]:
     return [] if size in ("", usual) else [f"train.batch_size={size}"]
 
 
+# ----------------------------------------------------------------------- rows whose runs are in no collected file
+
+
+REPOSITORY = "Convolutional-Nearest-Neighbor"
+NO_FIGURE = "published figure not at hand"
+
+
+def learned() -> Iterator[PaperRow]:
+    """Yield the branching runs of the learned variant."""
+    layer = ["projection=linear", "weighting=softmax", "aggregation=separable", "inner_bias=true"]
+    layer += ["bias=false", "branch_bias=true"]
+    kinds = [
+        ("cosine", ["self_score=1.1"], OWN_SCORE),
+        ("euclidean", ["similarity=euclidean", "self_score=0.1"], FARTHEST),
+    ]
+    sizes = [(0.5, 129055363, None), (1.0, 125858691, 0.32629281)]
+    for data, (kind, own, note), rate, (ratio, params, gflops) in product(
+        ("cifar10", "cifar100"), kinds, ("1e-05", "5e-05", "0.0001", "0.0005", "0.001"), sizes
+    ):
+        settings = [f"operator.{o}" for o in [f"branch_ratio={ratio:g}", *layer, *own]]
+        name, overrides = f"{data}-{kind}-r{ratio:g}-lr{rate}", [f"data={data}", f"optim.lr={rate}", *settings]
+        if kind == "cosine" and data == "cifar10":
+            source = f"{REPOSITORY}:Final_Output/loss_test_cos/VGG11-CIFAR10"
+            yield _made(name, overrides, [note], source=source, params=params, gflops=gflops)
+        else:
+            yield _made(name, overrides, [note])
+
+
+def shuffled() -> Iterator[PaperRow]:
+    """Yield the branching runs with pixel shuffle."""
+    published: dict[tuple[str, float], dict[str, Any]] = {
+        ("cifar10", 0.5): {
+            "params": 199152778, "gflops": 0.30754035, "top1_best": 75.4492, "top1_last": 74.8145,
+            "top1_last5_mean": 74.7109, "top5_best": 97.6660,
+        },
+        ("cifar10", 1.0): {"params": 268289866},
+    }  # fmt: skip
+    for data in ("cifar10", "cifar100"):
+        for ratio in (0.5, 1.0):
+            figures = published.get((data, ratio), {})
+            folder = f"pixelshuf_test/VGG11-CIFAR10/BranchingConvNN_K9_col_col_br{1000 * ratio:04.0f}_s42"
+            yield _made(
+                f"{data}-shuffle2-r{ratio:g}",
+                [f"data={data}", "operator.shuffle=2", f"operator.branch_ratio={ratio:g}"],
+                [],
+                source=f"{REPOSITORY}:Final_Output/{folder}",
+                **figures,
+            )
+
+
+def types() -> Iterator[PaperRow]:
+    """Yield the runs of the kinds of Conv1d in the attention layer."""
+    best = {"depthwise": (75.3, 48.4), "conv": (74.0, 47.2), "separable": (71.9, 44.4)}
+    for place, data in enumerate(("cifar10", "cifar100")):
+        for kind, accuracy in best.items():
+            own = ["operator=convnn_attention", "operator.k=9", "operator.dropout_on=output"]
+            yield _made(
+                f"{data}-convnn-all-k9-{kind}",
+                [f"data={data}", *own, f"operator.aggregation={kind}"],
+                ["read from a result folder's summary, to one decimal"],
+                top1_best=accuracy[place],
+                source=f"{REPOSITORY}-Attention:Final_Output/Conv_test---",
+            )
+
+
+def hybrids() -> Iterator[PaperRow]:
+    """Yield the runs of hybrid attention."""
+    for data in ("cifar10", "cifar100"):
+        for ratio in (0.25, 0.5, 0.75):
+            own = ["operator=hybrid_attention", "operator.k=9", "operator.dropout_on=output"]
+            own.append(f"operator.branch_ratio={ratio:g}")
+            source = f"{REPOSITORY}-Attention:Final_Output"
+            yield _made(f"{data}-hybrid-r{ratio:g}", [f"data={data}", *own], [], source=source)
+
+
+def _made(
+    name: str, overrides: list[str], notes: list[str], *, source: str = f"{REPOSITORY}:Final_Output", **figures: Any
+) -> PaperRow:
+    """Return a row; what is not among ``figures`` was not at hand."""
+    empty = dict.fromkeys(("params", "gflops", "top1_best", "top1_last", "top1_last5_mean", "top5_best"))
+    notes = notes if figures.get("top1_best") else [*notes, NO_FIGURE]
+    row = f"differs: {FARTHEST}" if FARTHEST in notes else "equal"
+    return PaperRow(
+        row=name, overrides=tuple(overrides), epochs=150, seed=42, source=source, function=row,
+        note="; ".join(notes), **(empty | figures),
+    )  # fmt: skip
+
+
+MADE: dict[str, Callable[[], Iterator[PaperRow]]] = {
+    "vgg11_learned": learned,
+    "vgg11_shuffle": shuffled,
+    "vit_tiny_types": types,
+    "vit_tiny_hybrid": hybrids,
+}
+
+
 # ---------------------------------------------------------------------------------------------- tables and files
 
 Describe = Callable[[Line], tuple[str, list[str], list[str]]]
@@ -210,10 +310,11 @@ def collect(source: Path) -> dict[str, list[PaperRow]]:
     read = {name: _read(source / f"{name}.csv") for name in TABLES}
     kvt = [line for line in read["vit_tiny_k"] if line["layer"] == "KvtAttention" and line["k"] == "9"]
     read["vit_tiny_baselines"] += kvt
-    return {
+    found = {
         name: [_row(line, describe, source / f"{name}.csv") for line in _final(read[name])]
         for name, describe in TABLES.items()
     }
+    return found | {name: list(rows()) for name, rows in MADE.items()}
 
 
 TABLES: dict[str, Describe] = {

@@ -39,7 +39,7 @@ def contradiction(o: OperatorConfig) -> str | None:
     foreign: dict[str, Any] = {"border": "nearest", "layout": "grid", "head_dim": None, "dropout_on": "weights"}
     foreign["branch_input"] = "all"
     if o.kind == ATTENTION:
-        foreign = {"projection": "identity", "coordinates": False, "shuffle": 1}
+        foreign = {"projection": "identity", "coordinates": False, "shuffle": 1, "inner_bias": False}
     for key, neutral in foreign.items():
         if getattr(o, key) != neutral:
             default = "null" if neutral is None else neutral
@@ -52,6 +52,8 @@ def contradiction(o: OperatorConfig) -> str | None:
         return f"{{p}}.aggregation=max_relative needs {{p}}.weighting=ones, not {o.weighting}"
     if o.coordinates and o.aggregation not in ("conv", "separable"):
         return f"{{p}}.coordinates=true needs {{p}}.aggregation=conv or separable, not {o.aggregation}"
+    if o.inner_bias and o.aggregation != "separable":
+        return f"{{p}}.inner_bias=true needs {{p}}.aggregation=separable, not {o.aggregation}"
     for key in ("self_again", "self_score"):
         if getattr(o, key) is not None and not (o.self_first and o.slots == "rank"):
             return f"{{p}}.{key} needs {{p}}.self_first=true and {{p}}.slots=rank"

@@ -160,6 +160,9 @@ class OperatorConfig(Mixing, Selection, _Named):
     """Convolutions only: pixel unshuffle by this factor before the layer and shuffle after it (channels x factor^2)."""
     bias: bool | None = None
     """Bias of the output (the attention's projection); null: as the replaced layer."""
+    inner_bias: bool = later(False)
+    """Convolutions with aggregation=separable: biases inside the layer too, of the slot weights, and of the 1x1 where a
+    projection follows it (the paper's learned variant, whose output has none)."""
     branch_ratio: float | None = number(None, 0, 1)
     """Share of the output channels from the neighbour branch, the rest from the replaced kind of layer; null: none."""
     branch_kernel: int | None = number(None, 1)

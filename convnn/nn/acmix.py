@@ -17,9 +17,7 @@ from convnn.nn.attention import add_ring
 from convnn.nn.base import Site, options, pair, refuse_transfer
 from convnn.nn.conv import check_conv
 from convnn.ops.geometry import Geometry, Pair
-from convnn.ops.neighborhood import Neighborhood, find_neighborhood
-from convnn.ops.settings import Mixing, Selection
-from convnn.ops.shortcuts import attend
+from convnn.ops.neighborhood import Neighborhood
 
 
 class ACmix2d(nn.Module):
@@ -27,8 +25,9 @@ class ACmix2d(nn.Module):
 
     Stage 1 projects to queries, keys and values. Stage 2 turns them into a k x k convolution (each tap a learned mix
     of the 3 H projected maps, shifted and added up) and into attention over a window, and adds both with learned
-    weights that start at one half: ``alpha * attention + beta * convolution``. Both see the map zero-padded; padding
-    is no candidate of the attention.
+    weights that start at one half: ``alpha * attention + beta * convolution``. The convolution sees the map
+    zero-padded; the window of the attention is reflected at the border, so that a token may stand in it several times.
+    The keys are moved by an embedding of their position, a 1x1 convolution of coordinates.
 
     Args:
         in_channels: C.
@@ -65,6 +64,7 @@ class ACmix2d(nn.Module):
         self.kernel_size, self.stride, self.padding = pair(kernel_size), pair(stride), pair(padding)
         taps, self.head_dim = math.prod(self.kernel_size), out_channels // heads
         self.qkv = nn.Conv2d(in_channels, 3 * out_channels, 1)
+        self.position = nn.Conv2d(2, self.head_dim, 1)
         self.mix = nn.Linear(3 * heads, taps, bias=False)
         self.shift = nn.Parameter(torch.empty(out_channels, taps, *self.kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
@@ -81,7 +81,7 @@ class ACmix2d(nn.Module):
         """(B, C, h, w) -> (B, O, h', w')."""
         b, _, h, w = x.shape
         maps, q, k, v, geometry = self._project(x)
-        attended = attend(q, k, v, geometry, self._window(), pads=False, temperature=1.0, dropout=0.0)
+        attended = F.scaled_dot_product_attention(q, k, v, self._times_in_window(geometry, q).log())
         attended = attended.mT.reshape(b, self.out_channels, *geometry.out_shape)
         tap_maps = self.mix(maps.movedim(1, -1)).movedim(-1, 2)  # (B, D, h * w, taps) -> (B, D, taps, h * w)
         tap_maps = tap_maps.reshape(b, -1, h, w)
@@ -89,32 +89,44 @@ class ACmix2d(nn.Module):
         convolved = F.conv2d(tap_maps, self.shift, self.bias, self.stride, self.padding, groups=self.head_dim)
         return self.alpha * attended + self.beta * convolved
 
-    def _window(self) -> Selection:
-        return Selection(
-            k=self.window**2,
-            k_policy="clamp",
-            similarity="dot",
-            candidates="window",
-            num_candidates=self.window // 2,
-            pad_candidates=False,
-            self_first=False,
-        )
+    def _times_in_window(self, geometry: Geometry, like: Tensor) -> Tensor:
+        """Return how often each token stands in each query's window, reflected at the border: (Q, h * w)."""
+        queries = geometry.query_index(like.device)
+        shape, offsets = (geometry.height, geometry.width), torch.arange(self.window, device=like.device)
+        per_axis = []
+        for own, side, padding in zip(geometry.coordinates(queries), shape, self.padding, strict=True):
+            at = own[:, None] - padding + offsets - self.window // 2  # (Q, window)
+            period = max(2 * side - 2, 1)  # there and back, without the border pixels twice
+            at = at % period
+            per_axis.append(F.one_hot(torch.minimum(at, period - at) if side > 1 else at, side).sum(1))
+        rows, cols = per_axis
+        return (rows[:, :, None] * cols[:, None]).flatten(1).to(like.dtype)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Geometry]:
-        """Return the projected maps (B, 3 H, D, h * w), queries (B, H, Q, D), keys and values (B, H, N, D)."""
+        """Return the projected maps (B, 3 H, D, h * w), queries (B, H, Q, D), keys and values (B, H, h * w, D).
+
+        The published score is q_i (k_j + p_i - p_j), p the positions' embedding; p_i is the same for all j, so that the
+        softmax is that of q_i (k_j - p_j).
+        """
         b, _, h, w = x.shape
         maps = self.qkv(x).view(b, 3 * self.heads, self.head_dim, h * w)
         q, k, v = maps.view(b, 3, self.heads, self.head_dim, h * w).mT.unbind(1)  # (B, H, h * w, D)
+        places = Geometry(h, w).positions(x.device).to(x.dtype)  # column and row, (h * w, 2)
+        k = k - self.position(places.t().view(2, h, w)).flatten(1).t()
         geometry = Geometry(h, w, self.kernel_size, self.stride, self.padding)
-        q, k, v = (add_ring(t, geometry) for t in (q, k, v))
-        return maps, q[:, :, geometry.query_index(x.device)], k, v, geometry
+        return maps, add_ring(q, geometry)[:, :, geometry.query_index(x.device)], k, v, geometry
 
     @torch.no_grad()
     def neighborhood(self, x: Tensor) -> Neighborhood:
-        """Return what the attention path attends to, largest weight first; padding is never valid."""
+        """Return what the attention path attends to, largest weight first: each token of the window once."""
         _, q, k, _, geometry = self._project(x)
-        softmax = Mixing(weighting="softmax", aggregation="sum")
-        return find_neighborhood(q, k, geometry, self._window(), softmax, blend=1.0, window=self.kernel_size)
+        times = self._times_in_window(geometry, q)
+        score = q @ k.mT / math.sqrt(self.head_dim) + times.log()
+        weights, index = score.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+        most = int((times > 0).sum(1).max())
+        weights, index = weights[..., :most], index[..., :most]
+        valid = times.expand_as(score).gather(-1, index) > 0
+        return Neighborhood(geometry.inner_tokens(x.device)[index], valid, weights, geometry, self.kernel_size)
 
     def extra_repr(self) -> str:
         """State the configuration in one line."""

@@ -107,8 +107,10 @@ class ConvNN2d(NeighborLayer):
         rows = {"conv": out, "depthwise": out, "separable": mixed}.get(self.aggregation)
         self.weight = nn.Parameter(torch.empty(rows, mixed // self.mix_groups, self.k)) if rows else None
         inner = {"separable": mixed, "max_relative": 2 * wide}.get(self.aggregation)
-        self.pointwise = nn.Linear(inner, out, bias=False) if inner else None
-        self.qkv = nn.Linear(wide, 3 * wide, bias=False) if self.settings.projection == "linear" else None
+        projected, biased = self.settings.projection == "linear", self.settings.inner_bias
+        self.slot_bias = nn.Parameter(torch.empty(mixed)) if biased else None
+        self.pointwise = nn.Linear(inner, out, bias=biased and projected) if inner else None
+        self.qkv = nn.Linear(wide, 3 * wide, bias=False) if projected else None
         self.proj = nn.Linear(wide if self.aggregation == "sum" else out, out, bias=False) if self.qkv else None
         self.bias = nn.Parameter(torch.empty(out)) if bias else None
 
@@ -121,6 +123,8 @@ class ConvNN2d(NeighborLayer):
                 nn.init.ones_(self.weight)
             else:
                 nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+            if self.slot_bias is not None:
+                nn.init.uniform_(self.slot_bias, -1 / math.sqrt(fan), 1 / math.sqrt(fan))
         for linear in (self.pointwise, self.qkv, self.proj):
             if linear is not None:
                 linear.reset_parameters()
@@ -208,6 +212,8 @@ class ConvNN2d(NeighborLayer):
         )
         if self.aggregation == "max_relative":
             y = torch.cat([v[:, :, queries], y], dim=-1)
+        if self.slot_bias is not None:
+            y = y + self.slot_bias
         for linear in (self.pointwise, self.proj):
             if linear is not None:
                 y = linear(y)

@@ -202,11 +202,15 @@ def profiled_conv(layer: ConvNN2d, height: int, width: int) -> int | None:
     """Return what the authors' count has of a neighbour layer on a map: its similarities, not its aggregation.
 
     2 N M C for N tokens of the padded map, which are all queries. Coordinates in the similarity add two channels and
-    the products that scale both parts, N (C + 2). A grid adds 2 M for its indices. None for other settings.
+    the products that scale both parts, N (C + 2). A grid adds 2 M for its indices. The learned variant adds N K C for
+    the products of its weights; its projections are Conv1d. A shuffle by s counts on the smaller map, C s^2 channels.
+    None for other settings.
     """
     s = layer.selection
     mixed = s.mix == "concat" and 0 < layer.blend < 1
-    plain = s.similarity == "cosine" and layer.qkv is None and layer.shuffle == 1 and layer.mixing.weighting == "ones"
+    learned = layer.qkv is not None and layer.mixing.weighting == "softmax" and not mixed and s.candidates == "all"
+    plain = s.similarity == "cosine" and (learned or (layer.qkv is None and layer.mixing.weighting == "ones"))
+    height, width = height // layer.shuffle, width // layer.shuffle
     if not plain or not (mixed or layer.blend == 1) or s.candidates not in ("all", "random", "grid"):
         return None
     tokens = layer.geometry(height, width).num_tokens
@@ -216,8 +220,9 @@ def profiled_conv(layer: ConvNN2d, height: int, width: int) -> int | None:
     elif s.candidates == "grid" and s.num_candidates <= height:
         candidates = s.num_candidates**2
         extra = 2 * candidates
-    channels = layer.in_channels + 2 * mixed
-    return 2 * tokens * candidates * channels + extra + mixed * tokens * channels
+    channels = layer.in_channels * layer.shuffle**2 + 2 * mixed
+    extra += tokens * channels * (mixed + layer.k * learned)
+    return 2 * tokens * candidates * channels + extra
 
 
 def profiled_attention(layer: ConvNNAttention, tokens: int, *, sampled_keys: bool = True) -> int | None:

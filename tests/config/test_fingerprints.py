@@ -10,6 +10,7 @@ from convnn.config.identity import fingerprint
 
 VIT = ["backbone=vit_tiny", "swap=all_attention"]
 FIRST_VISION_GRAPH = "operator.similarity=euclidean operator.pad_candidates=true operator.k_policy=error"
+FIRST_LEARNED = "operator.similarity=dot operator.self_first=false operator.self_score=null operator.inner_bias=false"
 PINNED = {
     "experiment=quickstart": "ce79e6585b1fe2b7",
     "operator=acmix": "3ee1fb9fd69a9e3f",
@@ -18,7 +19,7 @@ PINNED = {
     "operator=convnn": "9a08866e4ab9cf29",
     "operator=convnn_attention": "a0819eb3dc5f32a3",
     "operator=convnn_coordinates": "0ff74f4cde83305f",
-    "operator=convnn_learned": "61d977af1f6a3140",
+    f"operator=convnn_learned {FIRST_LEARNED}": "61d977af1f6a3140",
     "operator=depthwise_conv2d": "ce81a44efa43b3c5",
     "operator=hybrid": "2ee682ccb6a59e51",
     "operator=hybrid_attention operator.branch_input=all": "1b5cef36ae387736",

@@ -67,6 +67,7 @@ def test_processes_that_start_at_once_all_read_whole_files(trial, packed):
     assert len(names(root)) == 7 and len(list(root.iterdir())) == 2  # no lock is left
 
 
+@pytest.mark.long
 def test_one_unpacks_and_the_others_find_it_done(packed, monkeypatch):
     root, expected = packed
     calls, whole = [], utils.extract_archive
@@ -83,6 +84,7 @@ def test_an_archive_is_unpacked_without_a_download_too(packed):
     assert same(load_dataset(config(root)), expected)
 
 
+@pytest.mark.long
 def test_damaged_files_are_replaced_and_others_kept(packed):
     root, expected = packed
     load_dataset(config(root))
@@ -94,6 +96,7 @@ def test_damaged_files_are_replaced_and_others_kept(packed):
     assert (folder / "notes.txt").read_text() == "mine" and len(names(root)) == 8
 
 
+@pytest.mark.long
 def test_a_process_killed_while_it_unpacks_leaves_no_half_file(packed, monkeypatch):
     root, expected = packed
 

@@ -33,6 +33,7 @@ def test_a_validation_folder_beside_test_is_the_validation_set(name, root, lines
     refused(root, f"train lacks 'bird'; {name} lacks 'cat'")
 
 
+@pytest.mark.long
 def test_the_best_checkpoint_is_chosen_on_the_validation_folder(root, tmp_path):
     shutil.copytree(root / "test", root / "val")
     (root / "val" / "cat" / "0.png").unlink()

@@ -238,6 +238,7 @@ def streamed(root, *overrides):
     return tiny(*data, *more, "train.mixup=0.4", "backbone.drop_rate=0.2", *overrides)
 
 
+@pytest.mark.long
 def test_a_resumed_stream_equals_an_uninterrupted_one(root, tmp_path, monkeypatch):
     from training import stop_after
 

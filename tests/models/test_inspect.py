@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from helpers import equal_states
 
 from convnn import ConvNN2d, ConvNNAttention, neighbors_of, swap_layers
+from convnn.nn.attention import add_ring
 
 TINY_RESNET = {"num_classes": 3, "channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1]}
 
@@ -128,7 +129,7 @@ def test_hybrids_and_peers_answer_too():
     layer = model.layer4[0].conv2
     x = torch.randn(1, 8, 4, 5)
     answer, (_, _, _, v, geometry) = layer.neighborhood(x), layer._project(x)
-    heads = heads_by_hand(v[0], answer)
+    heads = heads_by_hand(add_ring(v, geometry)[0], answer)
     attended = torch.cat([h.T for h in heads])[None].unflatten(2, geometry.out_shape)
     with torch.no_grad():
         layer.alpha.fill_(1)

@@ -47,6 +47,7 @@ def test_every_preset_compiles_in_one_graph(preset):
 
 
 @pytest.mark.parametrize("options", [{"candidates": "random", "num_candidates": 9}, {"blend": 0.5}, {"mix": "concat"}])
+@pytest.mark.long
 def test_other_settings_compile_too(options):
     layer = ConvNN2d(4, 4, 9, **({"blend": 0.4} | options)).eval()
     x = torch.randn(2, 4, 6, 7)

@@ -2,13 +2,14 @@
 
 import oracles
 import pytest
+import timm
 import torch
 from comparing import close, compare
 from timm.layers.attention import Attention
 from timm.models.convit import GPSA
 from torch import nn
 
-from convnn import ConfigError, ConvNN2d, OperatorConfig
+from convnn import ConfigError, ConvNN2d, OperatorConfig, swap_layers
 from convnn.config.compose import compose_config
 from convnn.nn.acmix import ACmix2d
 from convnn.nn.base import Site, layer_settings
@@ -65,17 +66,28 @@ def test_gated_positional_attention_with_prefix_on_a_wide_grid():
     compare(module, reference, x)
 
 
-@pytest.mark.parametrize("stride, padding, kernel, window", [(1, 1, 3, 3), (2, 1, 3, 5), (1, 0, 3, 3), (1, 2, 5, 7)])
-def test_acmix_equals_loop_reference(stride, padding, kernel, window):
+@pytest.mark.parametrize(
+    "stride, padding, kernel, window, size",
+    [
+        (1, 1, 3, 3, (6, 5)),
+        (2, 1, 3, 5, (6, 5)),
+        (1, 0, 3, 3, (6, 5)),
+        (1, 2, 5, 7, (6, 5)),
+        (2, 1, 3, 7, (2, 3)),  # a window beyond what the border can mirror once
+        (1, 1, 3, 7, (1, 4)),
+    ],
+)
+def test_acmix_equals_loop_reference(stride, padding, kernel, window, size):
     torch.manual_seed(0)
     module = ACmix2d(3, 8, kernel, stride, padding, heads=2, window=window).double()
     nn.init.normal_(module.bias)
     module.alpha.data.fill_(0.3)
-    x = torch.randn(2, 3, 6, 5, dtype=torch.float64)
+    x = torch.randn(1, 3, *size, dtype=torch.float64)
     geometry = {"kernel": kernel, "stride": stride, "padding": padding, "window": window}
 
     def reference(x):
-        args = (module.qkv.weight[:, :, 0, 0], module.qkv.bias, module.mix.weight, module.bias)
+        position = module.position.weight[:, :, 0, 0], module.position.bias
+        args = (module.qkv.weight[:, :, 0, 0], module.qkv.bias, position, module.mix.weight, module.bias)
         return oracles.acmix(x, *args, module.alpha, module.beta, heads=2, **geometry)
 
     close(module(x), reference(x))
@@ -88,6 +100,25 @@ def test_acmix_equals_loop_reference(stride, padding, kernel, window):
         grads.append([leaf.grad] + [p.grad for p in module.parameters() if p.requires_grad])
     for a, b in zip(*grads, strict=True):
         close(a, b)
+
+
+def test_acmix_has_the_published_parameters():
+    net = timm.create_model("resnet50", num_classes=1000)
+    swap_layers(net, {"match": "layer*.conv2"}, OperatorConfig(name="acmix", target="convnn.ACmix2d"))
+    # That of the authors' ResNet-50 (Panxuran/ACmix) with seven-wide windows and four heads.
+    assert sum(p.numel() for p in net.parameters()) == 18_333_976
+
+
+def test_acmix_names_each_token_of_its_window_once():
+    torch.manual_seed(0)
+    module = ACmix2d(3, 4, heads=2, window=5)
+    found = module.neighborhood(torch.randn(1, 3, 4, 4))
+    assert found.index.shape == (1, 2, 16, 16) and not found.is_padding.any()
+    tokens = found.index.masked_fill(~found.valid, -1).sort(-1).values
+    assert ((tokens.diff(dim=-1) > 0) | (tokens[..., 1:] < 0)).all()  # each once
+    # At a corner the window reaches three rows and columns, and mirrors two of them.
+    assert found.valid[0, 0, 0].sum() == 9 and found.valid[0, 0, 5].sum() == 16
+    assert (found.weights.sum(-1) - 1).abs().max() < 1e-6
 
 
 def test_vision_graph_layer_is_max_relative_over_feature_neighbours():

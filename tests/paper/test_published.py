@@ -25,13 +25,20 @@ ROWS = {
     "resnet50_imagenet": 22,
     "vgg11_branching": 54,
     "vgg11_k": 78,
+    "vgg11_learned": 40,
     "vgg11_lr": 30,
     "vgg11_n": 118,
+    "vgg11_shuffle": 4,
     "vit_base_imagenet": 26,
     "vit_tiny_baselines": 16,
+    "vit_tiny_hybrid": 6,
     "vit_tiny_k": 76,
     "vit_tiny_n": 52,
+    "vit_tiny_types": 6,
 }
+PUBLISHED_SIZES = {"resnet50_imagenet": 5, "vit_base_imagenet": 9, "vgg11_learned": 10, "vgg11_shuffle": 2}
+PUBLISHED_SIZES |= {"vit_tiny_hybrid": 0, "vit_tiny_types": 0}
+"""Rows whose size was published, in tables where not all were."""
 compose = Composer()
 
 
@@ -53,8 +60,8 @@ def test_tables_and_their_rows():
         assert len({row.row for row in table.rows}) == len(table.rows)
         for row in table.rows:
             assert row.source.startswith("Convolutional-Nearest-Neighbor") and ":" in row.source
-            assert row.top1_last is not None
-            assert row.top1_best is None or row.top1_best >= row.top1_last
+            assert row.top1_last is not None or "not at hand" in row.note or name == "vit_tiny_types"
+            assert None in (row.top1_best, row.top1_last) or row.top1_best >= row.top1_last
         assert bool(table.needs) == name.endswith("imagenet")
 
 
@@ -100,14 +107,14 @@ def test_a_careful_row_keeps_the_recipe():
 @pytest.mark.long
 def test_rows_compose_and_have_the_published_size(name):
     """A few rows of each table; the next test takes all of them."""
-    assert check_sizes(name, slice(0, None, len(load_table(name).rows) // 6)) > 0
+    some = check_sizes(name, slice(0, None, max(len(load_table(name).rows) // 6, 1)))
+    assert (some > 0) == (PUBLISHED_SIZES.get(name) != 0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_composes_and_has_the_published_size(name):
-    expected = {"resnet50_imagenet": 5, "vit_base_imagenet": 9}.get(name, ROWS[name])
-    assert check_sizes(name, slice(None)) == expected
+    assert check_sizes(name, slice(None)) == PUBLISHED_SIZES.get(name, ROWS[name])
 
 
 def check_sizes(name, part):

@@ -241,6 +241,7 @@ def test_a_sweep_without_a_valid_point_is_reported(tmp_path):
 # ------------------------------------------------------------------------------------- pictures and pages
 
 
+@pytest.mark.long
 def test_pictures_for_a_grid(tmp_path):
     report = make_report([grid(tmp_path)], tmp_path / "out")
     assert [p.name for p in report.pictures] == ["over_blend", "heatmap", "gflops", "seconds", "spectrum", "curves"]
@@ -250,6 +251,7 @@ def test_pictures_for_a_grid(tmp_path):
     assert "± one sample standard deviation" in report.pictures[0].caption
 
 
+@pytest.mark.long
 def test_no_pictures_where_nothing_varies_and_old_ones_go(tmp_path):
     write_run(tmp_path / "r", epochs=1)
     make_report([grid(tmp_path / "runs", ks=(4, 9), seeds=(0,))], tmp_path / "out")
@@ -264,6 +266,7 @@ def test_no_pictures_where_nothing_varies_and_old_ones_go(tmp_path):
     ]
 
 
+@pytest.mark.long
 def test_random_search_text_keys_and_failures_alone_are_drawn_or_skipped(tmp_path):
     for i in range(5):
         write_run(tmp_path / "random" / f"r{i}", {"optim.lr": 10.0**-i, "optim.weight_decay": 0.01 * i})
@@ -352,6 +355,7 @@ def test_script_writes_and_prints(tmp_path):
     assert rows[0]["version_hydra-core"] == "1.3" and rows[0]["params"] == "11000000" and rows[0]["val_top1_best"] == ""
 
 
+@pytest.mark.long
 def test_script_fails_with_one_line(tmp_path):
     for args in ([tmp_path], [tmp_path, "outt=x"]):
         done = script(*args)
@@ -373,6 +377,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
         make_report([tmp_path], tmp_path / "out")
 
 
+@pytest.mark.long
 def test_hundreds_of_runs_take_seconds_and_no_torch(tmp_path):
     template = write_run(tmp_path / "r")
     files = {f.name: f.read_text() for f in template.iterdir()}

@@ -38,6 +38,7 @@ def again(place):
     return make_report([place / "runs" / "b0.0-k4-s0"], place / "out")
 
 
+@pytest.mark.long
 def test_pictures_of_the_user_stay_and_stale_ones_of_ours_go(place):
     mine = ["over_time.png", "run1_photo.png", "curves_mine.svg", "layers_of_onions.png", "notes.html"]
     for name in mine:

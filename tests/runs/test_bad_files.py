@@ -104,6 +104,7 @@ def full(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.long
 def test_group10_a_disk_that_is_full_or_read_only_at_the_start(call, monkeypatch):
     assert_refused(call, "train.py", [*SMALL, "run.dir=/proc/none/r"], r"run\.dir=/proc/none/r cannot be written")
     with monkeypatch.context() as patch:
@@ -113,6 +114,7 @@ def test_group10_a_disk_that_is_full_or_read_only_at_the_start(call, monkeypatch
         assert_refused(call, "train.py", [*SMALL, "run.dir=a/b"], r"run\.dir=a/b cannot be written: No space left")
 
 
+@pytest.mark.long
 def test_group10_a_disk_that_fills_up_in_mid_checkpoint(call, monkeypatch):
     save, calls = torch.save, iter(range(100))
 
@@ -142,6 +144,7 @@ def test_group17_a_folder_in_use_or_of_another_run(call, begun):
     folder.close()
 
 
+@pytest.mark.long
 def test_overwrite_removes_the_old_run_only_once_the_new_one_is_possible(call, begun):
     shutil.copytree(begun, "r")
     args = [*TINY, "run.dir=r", "run.if_exists=overwrite"]

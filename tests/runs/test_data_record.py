@@ -97,6 +97,7 @@ def test_data_that_moved_is_the_same(data, tmp_path):
         assert again(back, where, policy, data=data) == done
 
 
+@pytest.mark.long
 def test_the_folder_named_after_the_old_place_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = write_pets(tmp_path / "pets")

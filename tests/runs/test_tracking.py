@@ -51,6 +51,7 @@ def test_wandb_never_prompts_or_blocks(mode, tmp_path, capsys):
     assert (tmp_path / "r" / "wandb").exists() == (mode == "online")
 
 
+@pytest.mark.long
 def test_online_with_a_key_but_no_network_goes_on_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")

@@ -326,14 +326,30 @@ def convnn_attention(
     return torch.stack(out)
 
 
-def acmix(x, qkv, qkv_bias, mix, bias, alpha, beta, *, heads, kernel, stride, padding, window):
-    """ACmix with shift kernels: F_out = alpha F_att + beta F_conv (arXiv 2111.14556, equations 6-12)."""
+def reflected(place, side):
+    """The place within 0 .. side - 1 that a place beyond it mirrors, border pixels not repeated."""
+    while side > 1 and not 0 <= place < side:
+        place = -place if place < 0 else 2 * (side - 1) - place
+    return place if side > 1 else 0
+
+
+def acmix(x, qkv, qkv_bias, position, mix, bias, alpha, beta, *, heads, kernel, stride, padding, window):
+    """ACmix with shift kernels: F_out = alpha F_att + beta F_conv (arXiv 2111.14556, equations 6-12).
+
+    The window mirrors the map at its border; the score is q_i (k_j + p_i - p_j), ``position`` (weight, bias) giving
+    each place's p from its column and row, -1 to 1.
+    """
     batch, _, height, width = x.shape
     out = qkv.shape[0] // 3
     d = out // heads
     out_rows = (height + 2 * padding - kernel) // stride + 1
     out_cols = (width + 2 * padding - kernel) // stride + 1
     y = x.new_zeros(batch, out, out_rows, out_cols)
+
+    def p_at(row, col):
+        place = [2 * n / (side - 1) - 1 if side > 1 else -1.0 for n, side in ((col, width), (row, height))]
+        return position[0] @ x.new_tensor(place) + position[1]
+
     for b in range(batch):
         maps = torch.einsum("oc,chw->ohw", qkv, x[b]) + qkv_bias[:, None, None]
         q, k, v = (m.view(heads, d, height, width) for m in maps.split(out))
@@ -341,14 +357,18 @@ def acmix(x, qkv, qkv_bias, mix, bias, alpha, beta, *, heads, kernel, stride, pa
             for j in range(out_cols):
                 r, c = i * stride + kernel // 2 - padding, j * stride + kernel // 2 - padding
                 near = [
-                    (rr, cc)
+                    (reflected(rr, height), reflected(cc, width))
                     for rr in range(r - window // 2, r + window // 2 + 1)
                     for cc in range(c - window // 2, c + window // 2 + 1)
-                    if 0 <= rr < height and 0 <= cc < width
                 ]
                 attended = []
                 for h in range(heads):
-                    scores = torch.stack([q[h, :, r, c] @ k[h, :, rr, cc] / math.sqrt(d) for rr, cc in near])
+                    scores = torch.stack(
+                        [
+                            q[h, :, r, c] @ (k[h, :, rr, cc] + p_at(r, c) - p_at(rr, cc)) / math.sqrt(d)
+                            for rr, cc in near
+                        ]
+                    )
                     p = torch.softmax(scores, 0)
                     attended.append(sum(p[n] * v[h, :, rr, cc] for n, (rr, cc) in enumerate(near)))
                 convolved = []

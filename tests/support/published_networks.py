@@ -47,7 +47,7 @@ def places(tokens, dim):
     return table.double()
 
 
-def attend(x, qkv, slots, kind, k, count):
+def attend(x, qkv, slots, kind, k, count, pointwise=None):
     """Softmax-weighted sums of the chosen tokens: (B, N, C) -> (B, N, C)."""
     n, dim = x.shape[1:]
     q, key, v = (x @ w.t() for w in qkv.split(dim))
@@ -73,7 +73,10 @@ def attend(x, qkv, slots, kind, k, count):
         index = torch.cat([own, sample[found]], -1)
         weights = torch.cat([torch.ones_like(score[..., :1]), score.gather(-1, found)], -1)
     chosen = rows_of(v, index) * weights.softmax(-1)[..., None]  # (B, N, K, C)
-    return (chosen * slots.t()).sum(2)
+    if slots.ndim == 3:
+        return torch.einsum("bnkc,ock->bno", chosen, slots)
+    y = (chosen * slots.t()).sum(2)
+    return y if pointwise is None else y @ pointwise.t()
 
 
 def vit(state, x, kind, k=9, count=32):
@@ -88,8 +91,15 @@ def vit(state, x, kind, k=9, count=32):
     for i in range(depth):
         b = below(w, f"blocks.{i}.")
         y = layer_norm(x, b["norm1.weight"], b["norm1.bias"])
-        y = attend(y, b["attn.qkv.weight"], b.get("attn.slot_weight"), kind, k, count)
-        x = x + y @ b["attn.proj.weight"].t()
+        if kind == "hybrid":  # the first channels to neighbours, the rest to full attention, and a linear layer
+            near, full = below(b, "attn.neighbors."), below(b, "attn.attention.")
+            first, rest = y.split([len(near["proj.weight"]), len(full["proj.weight"])], dim=-1)
+            first = attend(first, near["qkv.weight"], near["slot_weight"], "all", k, count) @ near["proj.weight"].t()
+            rest = attend(rest, full["qkv.weight"], None, "attention", k, count) @ full["proj.weight"].t()
+            x = x + torch.cat([first, rest], -1) @ b["attn.pointwise.weight"].t() + b["attn.pointwise.bias"]
+        else:
+            own = b["attn.qkv.weight"], b.get("attn.slot_weight"), kind, k, count, b.get("attn.pointwise.weight")
+            x = x + attend(y, *own) @ b["attn.proj.weight"].t()
         y = layer_norm(x, b["norm2.weight"], b["norm2.bias"]) @ b["mlp.fc1.weight"].t() + b["mlp.fc1.bias"]
         y = y * 0.5 * (1 + torch.erf(y / math.sqrt(2)))
         x = x + y @ b["mlp.fc2.weight"].t() + b["mlp.fc2.bias"]
@@ -135,7 +145,36 @@ def neighbours(x, weight, bias, k, *, position=False, coordinates=False, sample=
     return y.unflatten(2, (h + 2, w + 2))[:, :, 1:-1, 1:-1]
 
 
-def vgg11(state, x, k=9, **options):
+def learned(x, w, k):
+    """Depthwise sums of projected pixels weighed by a softmax, then two 1x1: (B, C, h, w) -> (B, O, h, w)."""
+    h, width = x.shape[2:]
+    tokens = F.pad(x, (1, 1, 1, 1)).flatten(2).transpose(1, 2)
+    q, key, v = (tokens @ part.t() for part in w["qkv.weight"].split(x.shape[1]))
+    unit_q, unit_k = (t / t.norm(dim=-1, keepdim=True).clamp_min(1e-12) for t in (q, key))
+    score = unit_q @ unit_k.transpose(1, 2)
+    own = torch.arange(tokens.shape[1])
+    score[:, own, own] = 1.1
+    index = best(score, k)
+    rho = score.gather(-1, index).softmax(-1)
+    y = (rows_of(v, index) * rho[..., None] * w["weight"][:, 0].t()).sum(2) + w["slot_bias"]
+    y = (y @ w["pointwise.weight"].t() + w["pointwise.bias"]) @ w["proj.weight"].t()
+    return y.transpose(1, 2).unflatten(2, (h + 2, width + 2))[:, :, 1:-1, 1:-1]
+
+
+def folded(x, side):
+    """Pixels of each side x side square become channels: (B, C, h, w) -> (B, C side^2, h / side, w / side)."""
+    b, c, h, w = x.shape
+    x = x.reshape(b, c, h // side, side, w // side, side)
+    return x.permute(0, 1, 3, 5, 2, 4).reshape(b, -1, h // side, w // side)
+
+
+def unfolded(x, side):
+    """The inverse of ``folded``."""
+    b, _, h, w = x.shape
+    return x.reshape(b, -1, side, side, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, -1, h * side, w * side)
+
+
+def vgg11(state, x, k=9, shuffle=1, **options):
     """Logits of a VGG-11 with hybrids, its weights by the names of timm and of the layers: (B, 3, 32, 32)."""
     w = {name: value.double() for name, value in state.items()}
     layout = (0, "M", 1, "M", 2, 3, "M", 4, 5, "M", 6, 7, "M")
@@ -149,8 +188,11 @@ def vgg11(state, x, k=9, **options):
             name.removeprefix(f"features.{i}."): value for name, value in w.items() if name.startswith(f"features.{i}.")
         }
         parts = []
-        if "neighbors.weight" in b:
-            parts.append(neighbours(x, b["neighbors.weight"], b["neighbors.bias"], k, **options))
+        if "neighbors.qkv.weight" in b:
+            parts.append(learned(x, below(b, "neighbors."), k))
+        elif "neighbors.weight" in b:
+            own = neighbours(folded(x, shuffle), b["neighbors.weight"], b["neighbors.bias"], k, **options)
+            parts.append(unfolded(own, shuffle))
         if "conv.weight" in b:
             parts.append(F.conv2d(x, b["conv.weight"], b["conv.bias"], padding="same"))
         x = torch.cat(parts, 1)

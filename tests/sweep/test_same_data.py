@@ -15,6 +15,8 @@ from convnn.sweep.plan import make_plan, read_plan
 from convnn.sweep.sweep import run_sweep
 from convnn.train.run import run
 
+pytestmark = pytest.mark.long
+
 GIVEN = [*TINY, *FOLDER]
 
 

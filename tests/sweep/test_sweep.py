@@ -162,6 +162,7 @@ def test_two_sweeps_at_once_run_no_point_twice(driver, tmp_path):
     assert all("4 complete" in text for text in texts)
 
 
+@pytest.mark.long
 def test_invalid_points_stop_everything_or_are_left_out(driver, tmp_path):
     code, text = sweep(driver, tmp_path, "operator.k=0,9")
     assert code == 2 and "invalid  operator.k=0: operator.k=0 must lie in" in text
@@ -242,6 +243,7 @@ def test_odd_folder_names(driver, tmp_path):
         assert code == 0 and "1 complete" in text and (place / "points").is_dir(), (name, text)
 
 
+@pytest.mark.long
 def test_a_point_that_waits_for_its_gpu_is_waited_for(driver, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setenv("TMPDIR", str(tmp_path))

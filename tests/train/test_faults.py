@@ -106,6 +106,7 @@ def begun(interrupted, tmp_path):
     return tiny(*HARD, f"run.dir={tmp_path}/r", "run.if_exists=resume"), tmp_path / "r"
 
 
+@pytest.mark.long
 def test_the_best_checkpoint_stands_in_when_the_last_two_are_damaged(begun, whole):
     config, folder = begun
     last, previous = folder / "checkpoints" / "last.pt", folder / "checkpoints" / "last.previous.pt"

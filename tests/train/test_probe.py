@@ -114,6 +114,7 @@ RISKY = ["operator.candidates=random", "operator.num_candidates=24", "operator.e
 RISKY += ["backbone.drop_rate=0.2", "train.ema=0.9", "swap=first_half"]
 
 
+@pytest.mark.long
 def test_measuring_changes_neither_weights_nor_metrics(tmp_path):
     for name, more in (("with", []), ("without", ["diagnostics.enabled=false"])):
         run(tiny(*RISKY, *more, f"run.dir={tmp_path}/{name}"))

@@ -132,6 +132,7 @@ def test_other_class_names_are_refused(program, finished, tmp_path):
     assert "the run lacks 'owl'" in refusal(program, where, f"data_root={tmp_path}/three")
 
 
+@pytest.mark.long
 def test_each_program_says_what_it_needs_of_the_images(finished, tmp_path, capsys):
     root, where = copied(finished, tmp_path)
     remove_one(root)

@@ -28,6 +28,7 @@ def test_run_folder_contents(tmp_path):
     assert "layer1.0.conv1" in swap and "ConvNN2d k=9" in swap
 
 
+@pytest.mark.long
 def test_if_exists(tmp_path):
     where = f"run.dir={tmp_path}/r"
     first = run(tiny(where))
@@ -78,6 +79,7 @@ def test_too_few_candidates_name_the_layer(tmp_path):
         run(tiny("operator.k=40", f"run.dir={tmp_path}/r"))
 
 
+@pytest.mark.long
 def test_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, monkeypatch):
     where = f"run.dir={tmp_path}/r"
     with monkeypatch.context() as patch:

@@ -137,6 +137,7 @@ def test_max_steps_ends_in_mid_epoch_with_an_evaluation(tmp_path):
 
 
 @pytest.mark.parametrize("checkpoint", ["last", "best"])
+@pytest.mark.long
 def test_reloaded_checkpoint_scores_the_same(checkpoint, tmp_path):
     config = tiny(
         "operator=spectrum",

@@ -54,6 +54,7 @@ def test_backends_are_compared_on_cuda_only(monkeypatch):
             ours()
 
 
+@pytest.mark.long
 def test_the_script_writes_its_table_and_picture(tmp_path, call):
     code, err = call("scripts/benchmark.py", ["quick=true", "groups=neighbours", f"out={tmp_path}"])
     assert code == 0, err

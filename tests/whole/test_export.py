@@ -61,6 +61,7 @@ def check_equal(plain, where, weights, side):
 
 
 @pytest.mark.parametrize("name", ["stem of timm", "one head", "three heads"])
+@pytest.mark.long
 def test_timm_alone_loads_it(name, runs, tmp_path):
     found, warnings, printed = exported(runs / name, f"out={tmp_path}/x/w.pt")
     assert found["differs"] == printed["differs"] == [] and warnings == ""
@@ -141,6 +142,7 @@ def my_resnet(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None
 """
 
 
+@pytest.mark.long
 def test_a_model_from_elsewhere_names_its_module(tmp_path, monkeypatch):
     (tmp_path / "my_nets.py").write_text(MINE)
     monkeypatch.syspath_prepend(tmp_path)

@@ -60,6 +60,7 @@ def rows(folder):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.long
 def test_a_resumed_half_arrives_at_the_whole(name, old):
     (half, layers), (whole, layers_of_whole) = rows(old / f"{name}_half"), rows(old / f"{name}_whole")
     assert len(half) == 3 and half == [pytest.approx(row, rel=1e-4) for row in whole]

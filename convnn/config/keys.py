@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -118,10 +119,12 @@ def check_keys(values: Mapping[str, Any], schema: type = Config, prefix: str = "
             check_keys(rule, SwapRule, f"{prefix}rules.{name}.")
 
 
+@lru_cache
 def schema_node(schema: type) -> DictConfig:
     """Return a dataclass as OmegaConf takes it, with values that may be set.
 
-    OmegaConf makes the fields of frozen dataclasses read-only, which would refuse every override of ``operator``.
+    It is one for all, which merging copies. OmegaConf makes the fields of frozen dataclasses read-only, which would
+    refuse every override of ``operator``.
     """
     node = OmegaConf.structured(schema)
     for child in [node, *(node[key] for key in node if OmegaConf.is_dict(node._get_node(key)))]:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from helpers import TINY, TINY_VIT, tiny, write_cifar, write_image_folder
+from presets import PRESETS
 
 from convnn.config.compose import compose_config, config_groups
 from convnn.config.identity import differences, fingerprint, identity, run_name
@@ -13,7 +14,7 @@ from convnn.paper.counts import model_cost
 from convnn.train.run import run
 
 GROUPS = config_groups()
-CONV = [o for o in GROUPS["operator"] if compose_config([f"operator={o}"]).operator.kind == "conv"]
+CONV = [name for name, operator in PRESETS.items() if operator.kind == "conv"]
 ATTENTION = [o for o in GROUPS["operator"] if o not in CONV]
 
 

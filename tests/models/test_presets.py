@@ -6,12 +6,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from presets import PRESETS
 
 from convnn import swap_layers
-from convnn.config.compose import compose_config, config_groups
 from convnn.errors import ConfigError
-
-PRESETS = {name: compose_config([f"operator={name}"]).operator for name in config_groups()["operator"]}
 
 # Presets whose weights can come from the replaced layer, and what that takes.
 TRANSFER = {

@@ -7,12 +7,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from presets import PRESETS
 
 from convnn import ConfigError, ConvNN2d, ConvNNAttention, OperatorConfig, swap_layers
-from convnn.config.compose import compose_config, config_groups
+from convnn.config.compose import compose_config
 from convnn.nn.base import Site
-
-PRESETS = {name: compose_config([f"operator={name}"]).operator for name in config_groups()["operator"]}
 
 
 def replaced(preset):

@@ -6,16 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import tiny
+from presets import PRESETS
 from torch import nn
 
-from convnn.config.compose import compose_config, config_groups
 from convnn.config.schema import SwapRule
 from convnn.models.swap import swap_layers
 from convnn.runs.folder import open_run_folder
 from convnn.train.run import run_trainer
 from convnn.train.trainer import Trainer
-
-PRESETS = {o: compose_config([f"operator={o}"]).operator for o in config_groups()["operator"]}
 
 
 def randomised(layer):

@@ -30,7 +30,8 @@ def kinds_of_rows():
                 own = [re.sub(rf"operator\.({'|'.join(NUMBERS)})=.*", r"\1", o) for o in row.overrides]
                 kind = name[:3], *(o for o in own if not o.startswith(("data=", "optim.lr=")))
                 kinds.setdefault(kind, []).append((name, row.row))
-    return sorted({rows[i] for rows in kinds.values() for i in (0, -1)})
+    chosen = sorted({rows[i] for rows in kinds.values() for i in (0, -1)})
+    return [pytest.param(*row, marks=pytest.mark.long if row[0] == "vgg11_shuffle" else ()) for row in chosen]
 
 
 def images_of(side, seed=0):

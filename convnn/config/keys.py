@@ -141,7 +141,7 @@ def typed(schema: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     """
     check_keys(values, schema, prefix)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(schema_node(schema), _with_choices(values, schema)))  # type: ignore[return-value]
+        return OmegaConf.to_object(OmegaConf.merge(schema_node(schema), _with_choices(values, schema)))  # type: ignore[return-value, arg-type]
     except OmegaConfBaseException as error:
         raise ConfigError(f"{prefix}{error.full_key}: {first_line(error)}") from error
 

@@ -79,7 +79,8 @@ class Report:
 
     def follows(self) -> str:
         """Name the keys that differ but are not in the table, since they follow from those that are."""
-        left_out = [key for key in varying_keys(self.summary) if key not in main_keys(self.summary)]
+        shown = main_keys(self.summary)
+        left_out = [key for key in varying_keys(self.summary) if key not in shown]
         return f"Also different, following from the columns shown: {', '.join(left_out)}." if left_out else ""
 
     def problems(self) -> Table:

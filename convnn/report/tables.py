@@ -238,9 +238,10 @@ def main_keys(frame: pd.DataFrame) -> list[str]:
     Names (``*.name``) are always among them.
     """
     keys = varying_keys(frame)
+    texts = {key for key in keys if not is_numeric(frame, key)}
     kept = [key for key in keys if key.endswith(".name")]
     for key in keys:
-        if key not in kept and not _follows(frame, key, [k for k in kept if not is_numeric(frame, k)]):
+        if key not in kept and not _follows(frame, key, [k for k in kept if k in texts]):
             kept.append(key)
     return [key for key in keys if key in kept]
 

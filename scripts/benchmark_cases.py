@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import timm
@@ -115,13 +115,60 @@ class NaiveConvNNAttention(nn.Module):
         return self.proj(y.mT.unflatten(0, (b, self.heads)).transpose(1, 2).reshape(b, n, c))
 
 
-def layer_step(make: Callable[[], nn.Module], shape: Sequence[int], backward: bool = True) -> Callable[..., Step]:
-    """Return the builder of a layer's forward, or forward and backward, pass."""
+def photographs(count: int, side: int) -> tuple[Tensor, Tensor]:
+    """Return crops of scikit-learn's two photographs, normalised, (count, 3, side, side), and of which each is.
+
+    They are made a quarter as large first, so that 32 pixels show as much as they do in CIFAR.
+    """
+    from sklearn.datasets import load_sample_images
+
+    generator = torch.Generator().manual_seed(0)
+    photos = [torch.tensor(photo)[::4, ::4].permute(2, 0, 1).float() / 255 for photo in load_sample_images().images]
+    labels = torch.arange(count) % len(photos)
+    crops = []
+    for label in labels.tolist():
+        top, left = (int(torch.randint(0, n - side + 1, (), generator=generator)) for n in photos[label].shape[1:])
+        crops.append(photos[label][:, top : top + side, left : left + side])
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)))
+    return (torch.stack(crops) - mean) / std, labels
+
+
+@lru_cache(maxsize=1)
+def activations(count: int, channels: int, side: int) -> Tensor:
+    """Return what stands behind a convolution, BatchNorm and ReLU that learned to tell the photographs apart."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        stem = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU())
+        head = nn.Linear(channels, 2)
+        images, labels = photographs(64, side)
+        optimizer = torch.optim.AdamW([*stem.parameters(), *head.parameters()], 1e-2)
+        for _ in range(30):
+            optimizer.zero_grad()
+            F.cross_entropy(head(stem(images).mean((2, 3))), labels).backward()
+            optimizer.step()
+    with torch.no_grad():
+        return stem.eval()(photographs(count, side)[0])
+
+
+def noise(*shape: int) -> Tensor:
+    """Return Gaussian noise."""
+    return torch.randn(*shape)
+
+
+def real(count: int, channels: int, side: int, _: int) -> Tensor:
+    """Return images if they are to have three channels, else activations."""
+    return photographs(count, side)[0] if channels == 3 else activations(count, channels, side)
+
+
+def layer_step(
+    make: Callable[[], nn.Module], shape: Sequence[int], backward: bool = True, inputs: Callable[..., Tensor] = noise
+) -> Callable[..., Step]:
+    """Return the builder of a layer's forward, or forward and backward, pass on ``inputs(*shape)``."""
 
     def build(device: torch.device) -> Step:
         torch.manual_seed(0)
         layer = make().to(device)
-        x = torch.randn(*shape, device=device, requires_grad=backward)
+        x = inputs(*shape).to(device).requires_grad_(backward)
 
         def step() -> None:
             if not backward:
@@ -173,6 +220,11 @@ def operator_cases(quick: bool, compiled: bool) -> list[Case]:
         "ConvNN2d blend 1": lambda: ConvNN2d(64, 128, 9),
         "ConvNN2d random 32": lambda: ConvNN2d(64, 128, 9, candidates="random", num_candidates=32),
     }
+    first: dict[str, Callable[[], nn.Module]] = {
+        "F.conv2d": lambda: nn.Conv2d(3, 64, 3, padding=1),
+        "ConvNN2d blend 0.5": lambda: ConvNN2d(3, 64, 9, blend=0.5),
+        "ConvNN2d blend 1": lambda: ConvNN2d(3, 64, 9),
+    }
     attention: dict[str, Callable[[int], nn.Module]] = {
         "fused attention": lambda h: Attention(dim, h),
         "naive": lambda h: NaiveConvNNAttention(dim, h, 9),
@@ -186,6 +238,15 @@ def operator_cases(quick: bool, compiled: bool) -> list[Case]:
     for backward in (False, True):
         what = "forward+backward" if backward else "forward"
         cases += [Case(f"conv {what}", name, n, 9, layer_step(make, shape, backward)) for name, make in conv.items()]
+        cases += [
+            Case(f"conv {what}, activations", name, n, 9, layer_step(make, shape, backward, real))
+            for name, make in conv.items()
+            if name != "naive"
+        ]
+        cases += [
+            Case(f"conv {what}, images", name, n, 9, layer_step(make, (batch, 3, side, side), backward, real))
+            for name, make in first.items()
+        ]
         for heads in (1, 3):
             group, sequence = f"attention {heads} heads {what}", (batch, 197, dim)
             cases += [

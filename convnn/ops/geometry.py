@@ -98,10 +98,16 @@ class Geometry:
         one fixed order at every position; with Euclidean distance that fails from 7 x 7 on.
         """
         own, other = self.coordinates(queries), self.coordinates(keys)
-        offsets = [self.steps(axis, own[axis], other[axis]) for axis in (0, 1)]
-        if metric == "chebyshev":
-            return torch.maximum(offsets[0], offsets[1])
-        return (offsets[0].square() + offsets[1].square()).sqrt()
+        rows, cols = (self.steps(axis, own[axis], other[axis]) for axis in (0, 1))
+        return _length(rows, cols, metric)
+
+    def distance_to_all(self, queries: Tensor, metric: str = "chebyshev") -> Tensor:
+        """Return ``distance`` from queries (Q,) to every token, axis by axis: (Q, N); 0 to prefix tokens."""
+        own = self.coordinates(queries[:, None])
+        every = (torch.arange(side, device=queries.device) for side in self.padded_shape)
+        rows, cols = (self.steps(axis, own[axis], other) for axis, other in enumerate(every))
+        grid = _length(rows[:, :, None], cols[:, None], metric).flatten(1)
+        return torch.cat([grid.new_zeros(len(grid), self.prefix), grid], dim=1) if self.prefix else grid
 
     def steps(self, axis: int, own: Tensor, other: Tensor) -> Tensor:
         """Return the distance along one axis from queries in rows (or columns) ``own`` to tokens in ``other``."""
@@ -116,6 +122,10 @@ class Geometry:
         if radius[0] != radius[1]:  # along an axis where the kernel is 1 wide, all but the query's own line is far
             steps = steps * (max(radius) / radius[axis] if radius[axis] else far)
         return steps
+
+
+def _length(rows: Tensor, cols: Tensor, metric: str) -> Tensor:
+    return torch.maximum(rows, cols) if metric == "chebyshev" else (rows.square() + cols.square()).sqrt()
 
 
 def window_order(kernel: Pair) -> Tensor:

@@ -8,8 +8,9 @@ Shapes: B batch, H heads, Q queries, N tokens, M candidates, D channels per head
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from convnn.ops.topk import runs_at_once
 
 # Scores held at once; more go through in chunks. On a CPU a chunk should stay in the cache (measured: 4 times faster
 # than all at once for 4096 x 1156 scores), on a GPU it should only bound memory (64 Mi scores: 256 MiB in float32).
-CHUNK_SCORES = {"cpu": 1 << 18}
+CHUNK_SCORES = {"cpu": 1 << 19}
 CHUNK_SCORES_ELSEWHERE = 1 << 26
 
 
@@ -145,8 +146,8 @@ class Scores:
             self.q, keys, self.bias = score_terms(self.terms.q, keys, self.selection.similarity)
             self.keys = keys.mT
 
-    def blocks(self) -> Iterator[list[Block]]:
-        """Yield all scores: for each part of the queries its blocks, one for each part of the images and heads.
+    def blocks(self) -> Iterator[list[Callable[[], Block]]]:
+        """Yield what computes the scores: for each part of the queries its blocks, one for each part of the items.
 
         What depends on positions alone is computed once for each part of the queries. Graphs that are compiled, traced
         or transformed get one block of everything: loops over sizes would fix the size of the batch.
@@ -167,9 +168,11 @@ class Scores:
                 itself = own[:, None] == tokens
                 taken = itself if outside is None else outside | itself
             distance = self._distance(own) if self.by_position or self.terms.mixed else None
+            if self.terms.mixed and distance is not None and not isinstance(self.terms.share, Tensor):
+                distance = (1 - self.terms.share) * distance  # once for all blocks
             starts = range(0, items, item_step) if runs_at_once() and items else (0,)
             pieces = (slice(start, start + item_step) for start in starts)
-            yield [self._block(here, part, own, distance, outside, taken) for here in pieces]
+            yield [partial(self._block, here, part, own, distance, outside, taken) for here in pieces]
 
     def _block(
         self,
@@ -194,8 +197,12 @@ class Scores:
 
     def _distance(self, own: Tensor) -> Tensor:
         """Return the distance from queries on the tokens ``own`` to every candidate, (Q, M); as a share if blended."""
-        distance = self.geometry.distance(own[:, None], self.tokens, self.selection.distance)
-        distance = distance.masked_fill(self.tokens < self.geometry.prefix, torch.inf)
+        if self.all:
+            distance = self.geometry.distance_to_all(own, self.selection.distance)
+        else:
+            distance = self.geometry.distance(own[:, None], self.tokens, self.selection.distance)
+        if self.geometry.prefix:
+            distance = distance.masked_fill(self.tokens < self.geometry.prefix, torch.inf)
         return distance if self.by_position else distance.to(self.q.dtype) / self.geometry.extent
 
     def _score(
@@ -210,13 +217,16 @@ class Scores:
             score = score + self.bias[items]
         if not self.ranged:
             return score, None, None
-        low = _within(score, outside, torch.inf).amin(-1, keepdim=True)
+        low = _within(score, outside, torch.inf).amin(-1, keepdim=True)  # aminmax takes ten times as long
         high = _within(score, outside, -torch.inf).amax(-1, keepdim=True)
         if self.terms.mixed and distance is not None:
-            share = self.terms.share[items] if isinstance(self.terms.share, Tensor) else self.terms.share
+            share = self.terms.share
+            if isinstance(share, Tensor):
+                share = share[items]
+                distance = (1 - share) * distance
             least, largest = span(low, high, self.terms.floor[items, part])
             # As blend_scores does, in place: the block is the largest thing here.
-            score.sub_(least).div_(largest - least).mul_(share).sub_((1 - share) * distance)
+            score.sub_(least).div_(largest - least).mul_(share).sub_(distance)
         return score, low, high
 
     def similarity_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,11 @@ Shapes: B batch, H heads, Q queries, N tokens, M candidates, K neighbours, D cha
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -17,6 +20,7 @@ from convnn.ops.neighbors import Neighbors, join
 from convnn.ops.scores import Block, Scores, Search, at_end, precise
 from convnn.ops.settings import Selection
 from convnn.ops.slots import in_slots
+from convnn.ops.threads import run_blocks
 from convnn.ops.topk import stable_topk
 from convnn.ops.triton import dispatch, launch
 
@@ -106,7 +110,16 @@ def rank(search: Search) -> Neighbors:
     scores, k = Scores(search), search.selection.k
     # Where a query can have fewer than k neighbours, the last slots hold fillers that do not count.
     short = search.selection.candidates in RELATIVE or k > len(scores.tokens)
-    parts = [[_ranked(scores, block, short) for block in blocks] for blocks in scores.blocks()]
+    counts: list[int] = []
+
+    def jobs() -> Iterator[Callable[[], Piece]]:
+        for blocks in scores.blocks():
+            counts.append(len(blocks))
+            for block in blocks:
+                yield partial(_ranked, scores, block, short)
+
+    pieces = iter(run_blocks(jobs(), search.q.device))
+    parts = [list(islice(pieces, count)) for count in counts]
     size = scores.batch, scores.heads
     if not parts:  # no query
         return Neighbors(torch.empty(*size, 0, k, dtype=torch.int64, device=search.q.device))
@@ -120,8 +133,9 @@ def rank(search: Search) -> Neighbors:
 Piece = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
-def _ranked(scores: Scores, block: Block, short: bool) -> Piece:
+def _ranked(scores: Scores, compute: Callable[[], Block], short: bool) -> Piece:
     """Return the best candidates of a block, (items, part, K), which of them are valid, and the range of the scores."""
+    block = compute()
     first = int(scores.selection.self_first)  # slots that are not ranked: the query itself
     ranked = stable_topk(block.score, scores.selection.k - first)
     index, valid = scores.tokens[ranked], None

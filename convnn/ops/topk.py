@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from convnn.ops import native
+
 
 def runs_at_once() -> bool:
     """Return whether values can be looked at: not in compiled or traced graphs, nor in transforms of ``torch.func``."""
@@ -19,13 +21,16 @@ def runs_at_once() -> bool:
 def stable_topk(score: Tensor, k: int) -> Tensor:
     """Return the indices of the k largest of the last axis, larger first, ties to the lower index.
 
-    ``torch.topk`` leaves ties open and breaks them differently on each device. On a CPU its choice is put right where
-    the values show ties, at a cost that grows with the rows that have them. Elsewhere, where looking would wait for the
+    ``torch.topk`` leaves ties open and breaks them differently on each device. On a CPU ``native`` keeps the rule as it
+    goes; without numba the choice of ``torch.topk`` is put right where the values show ties, at a cost that grows with
+    the rows that have them. Elsewhere, where looking would wait for the
     device, and in graphs the score and the index are packed into one key, so that no two keys are equal.
     """
     if score.device.type == "cpu" and k < score.shape[-1] and runs_at_once():
+        found = native.best_of_rows(score.reshape(-1, score.shape[-1]), k)
+        if found is not None:
+            return found.view(*score.shape[:-1], k)
         values, index = score.topk(k + 1, dim=-1)
-
         if bool((values[..., 1:] < values[..., :-1]).all()):
             return index[..., :k]
         if not values[..., 0].isnan().any():  # which comes first

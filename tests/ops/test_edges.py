@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from convnn import ConvNN2d, ConvNNAttention
-from convnn.ops import aggregation, edges, functional
+from convnn.ops import aggregation, edges, functional, native
 from convnn.ops.topk import stable_topk
 
 OPTIONS = [
@@ -134,9 +134,12 @@ def test_a_traced_layer_computes_the_same():
     torch.testing.assert_close(torch.jit.trace(layer, x)(other), layer(other))
 
 
-def test_topk_with_and_without_ties():
+@pytest.mark.parametrize("compiled", [True, False])
+def test_topk_with_and_without_ties(compiled, monkeypatch):
     """Ties in few rows, in many and in all of them, within the k and at their border: against a stable sort."""
     torch.manual_seed(0)
+    if not compiled:
+        monkeypatch.setattr(native, "installed", lambda: False)
     for levels, tied in itertools.product((1, 3, 30, 1000), (1, 10, 50)):
         score = torch.randn(2, 25, 40).flatten(0, 1)
         score[:tied] = torch.randint(levels, (tied, 40)).float()

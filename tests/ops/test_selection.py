@@ -1,12 +1,14 @@
 """Total order, candidates, slots and the policies around them."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convnn import ConvNN2d, ConvNNAttention
-from convnn.ops import scores
+from convnn.ops import native, scores
 from convnn.ops.aggregation import with_own_scores
 from convnn.ops.candidates import candidate_tokens
 from convnn.ops.geometry import Geometry, window_order
@@ -23,7 +25,9 @@ def test_stable_topk_orders_by_score_then_index(scores, data):
     k = data.draw(st.integers(1, len(scores)))
     expected = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k]
     for dtype in (torch.float32, torch.float64):
-        assert stable_topk(torch.tensor(scores, dtype=dtype), k).tolist() == expected
+        for installed in (native.installed(), False):
+            with mock.patch.object(native, "installed", lambda installed=installed: installed):
+                assert stable_topk(torch.tensor(scores, dtype=dtype), k).tolist() == expected
 
 
 @pytest.mark.parametrize("m", [1, 3, 5, 7])
@@ -281,3 +285,21 @@ def test_the_own_token_is_weighed_by_the_scores_that_are_given():
     assert with_own_scores(score, index, None, None) is score
     assert with_own_scores(score, index, -0.1, 1.0)[0, 0].tolist() == [[1, 1, pytest.approx(-0.1), 3], [1, 5, 6, 7]]
     assert with_own_scores(score, index, -0.1, None)[0, 0, :, 0].tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("metric", ["chebyshev", "euclidean"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kernel": (3, 3), "padding": (1, 1), "stride": (2, 1)},
+        {"kernel": (3, 5), "padding": (2, 4), "dilation": (2, 2)},
+        {"kernel": (1, 3), "padding": (0, 1)},
+        {"prefix": 2, "margin": (1, 1)},
+    ],
+)
+def test_distances_axis_by_axis_are_those_of_all_pairs(metric, options):
+    geometry = Geometry(5, 7, **options)
+    queries, tokens = geometry.query_index()[geometry.prefix :], torch.arange(geometry.num_tokens)
+    found, want = (geometry.distance_to_all(queries, metric), geometry.distance(queries[:, None], tokens, metric))
+    assert torch.equal(found[:, geometry.prefix :], want[:, geometry.prefix :])

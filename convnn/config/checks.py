@@ -20,7 +20,7 @@ from convnn.config.schema import (
     TrackerConfig,
 )
 from convnn.errors import ConfigError
-from convnn.ops.settings import check_fields, check_range
+from convnn.ops.settings import GRAPHS, check_fields, check_range
 from convnn.ops.triton.limits import backend_limit
 
 _RAND_AUGMENT = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?|-t(weights|3aw|3a))*")
@@ -37,19 +37,23 @@ def check_operator(operator: OperatorConfig, prefix: str = "operator") -> None:
 def contradiction(o: OperatorConfig) -> str | None:
     """Return why operator settings cannot go together, ``{p}`` standing for the prefix of the keys, or None."""
     foreign: dict[str, Any] = {"border": "nearest", "layout": "grid", "head_dim": None, "dropout_on": "weights"}
-    foreign["branch_input"] = "all"
+    foreign |= {"branch_input": "all", "causal": False, "token_dilation": 1}
     if o.kind == ATTENTION:
         foreign = {"projection": "identity", "coordinates": False, "shuffle": 1, "inner_bias": False}
     for key, neutral in foreign.items():
         if getattr(o, key) != neutral:
             default = "null" if neutral is None else neutral
             return f"{{p}}.{key}={getattr(o, key)} does not apply to operators of kind {o.kind}; leave it at {default}"
-    if o.kind == ATTENTION and o.aggregation == "max_relative":
-        return "{p}.aggregation=max_relative is for operators of kind conv; use conv, depthwise, separable or sum"
+    if o.kind == ATTENTION and o.aggregation in GRAPHS:
+        return f"{{p}}.aggregation={o.aggregation} is for operators of kind conv; use conv, depthwise, separable or sum"
     if o.kind == ATTENTION and o.slots == "window" and o.border != "zeros":
         return "{p}.slots=window needs a window: set {p}.border=zeros, or {p}.slots=rank"
-    if o.aggregation == "max_relative" and o.weighting != "ones":
-        return f"{{p}}.aggregation=max_relative needs {{p}}.weighting=ones, not {o.weighting}"
+    if o.aggregation in GRAPHS and o.weighting != "ones":
+        return f"{{p}}.aggregation={o.aggregation} needs {{p}}.weighting=ones, not {o.weighting}"
+    if o.rank_step > 1 and o.slots != "rank":
+        return "{p}.rank_step needs {p}.slots=rank: a neighbour's slot is its rank"
+    if o.causal and o.border == "shift":
+        return "{p}.causal=true has windows that end at the query; set {p}.candidates=window, not {p}.border=shift"
     if o.coordinates and o.aggregation not in ("conv", "separable"):
         return f"{{p}}.coordinates=true needs {{p}}.aggregation=conv or separable, not {o.aggregation}"
     if o.inner_bias and o.aggregation != "separable":

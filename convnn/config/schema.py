@@ -146,6 +146,9 @@ class OperatorConfig(Mixing, Selection, _Named):
     layout: str = choice("grid", "sequence")
     """Attention only: tokens lie on the ``grid`` of patches, prefix tokens (CLS) apart, or all on one line in their
     order (``sequence``): positions, windows and candidate grids then have one dimension."""
+    token_dilation: int = later(number(1, 1))
+    """Attention only: distances count steps of this many tokens, and tokens between them are farther than all others
+    (NATTEN's dilation); convolutions keep the dilation of the replaced layer."""
     head_dim: int | None = number(None, 1)
     """Attention only: channels per head of queries, keys and values; null: as the replaced layer."""
     dropout_on: str = later(choice("weights", "output"))
@@ -264,7 +267,7 @@ class OptimConfig:
     momentum: float = number(0.9, 0, 1, below=True)
     """For optimizers that have one."""
     decay_norm_and_bias: bool = False
-    """Apply weight decay to biases and normalisation weights too."""
+    """Apply weight decay to all that is trained: biases, normalisation weights and the class token too."""
     sched: str = "cosine"
     """``constant``, ``cosine``, ``tanh``, ``poly``, ``step`` or ``multistep``; updated every step."""
     warmup_epochs: int = number(0, 0)

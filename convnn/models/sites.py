@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable
+from typing import Any
 
 from timm.layers.attention import Attention
 from torch import nn
 
 from convnn.config.schema import CONV, SwapRule
 from convnn.errors import ConfigError
+from convnn.nn.sources import attention_classes
 
 _HEADS = ("pre_logits", "head", "head_dist", "fc", "classifier")
 
 
 def find_sites(model: nn.Module, kind: str) -> dict[str, nn.Module]:
     """Return the layers of a kind that may be replaced, in forward order: all but the classifier head's."""
-    wanted = nn.Conv2d if kind == CONV else Attention
+    wanted: Any = nn.Conv2d if kind == CONV else (Attention, *attention_classes())
     inside = tuple(f"{name}." for name, m in model.named_modules() if name and is_operator(m))
     return {
         name: module

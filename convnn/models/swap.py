@@ -19,6 +19,7 @@ from convnn.errors import ConfigError
 from convnn.models.flops import Cost, count_operations, on_meta
 from convnn.models.sites import is_operator, select_sites, some
 from convnn.nn.base import NeighborLayer, Site, TokenGrid
+from convnn.nn.sources import replaceable
 from convnn.ops.settings import check_choice
 from convnn.text import aligned
 
@@ -124,7 +125,11 @@ def swap_layers(
         build = _builder(claim.operator.target)
         try:
             check_replaceable(name, claim.layer)
-            new = build(claim.layer, claim.operator, init, _site(model, name, grids))
+            plain, prefix = replaceable(claim.layer, init, name)
+            site = _site(model, name, grids)
+            if prefix is not None:
+                site = replace(site, num_prefix_tokens=prefix)
+            new = build(plain, claim.operator, init, site)
             new_layers[name] = like(claim.layer, new.train(claim.layer.training), name)
         except ConfigError as error:
             refused[name] = error

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from convnn.config.schema import ATTENTION, OperatorConfig
 from convnn.errors import ConfigError
 from convnn.nn.base import NeighborLayer, Site, TokenGrid, grid_of, layer_settings
+from convnn.ops.candidates import is_relative
 from convnn.ops.functional import neighbor_aggregate
 from convnn.ops.geometry import Geometry, Pair
 from convnn.ops.neighborhood import Neighborhood, find_neighborhood
@@ -139,19 +140,26 @@ class ConvNNAttention(NeighborLayer):
             ValueError: if the tokens after the prefix are neither ``grid_size`` nor a square.
         """
         if self.layout == "sequence":
-            return Geometry(1, num_tokens)
+            return Geometry(1, num_tokens, dilation=(1, self.settings.token_dilation))
         height, width = grid_of(num_tokens, self.num_prefix_tokens, self.grid_size, self.token_grid)
-        radius = math.isqrt(self.k_max) // 2
+        radius, step = math.isqrt(self.k_max) // 2, self.settings.token_dilation
+        prefix, dilation = self.num_prefix_tokens, (step,) * 2
         if self.border == "zeros":
-            side, ring = (2 * radius + 1,) * 2, (radius,) * 2
-            return Geometry(height, width, kernel=side, padding=ring, prefix=self.num_prefix_tokens)
+            side, ring = (2 * radius + 1,) * 2, (step * radius,) * 2
+            return Geometry(height, width, kernel=side, padding=ring, dilation=dilation, prefix=prefix)
+        if self.border == "shift" and step > 1 and (2 * radius + 1) * step > min(height, width):
+            raise ValueError(
+                f"a {2 * radius + 1} wide window with token_dilation={step} does not fit into a {height}x{width} grid; "
+                "lower k or token_dilation"
+            )
         margin = (radius,) * 2 if self.border == "shift" else (0, 0)
-        return Geometry(height, width, prefix=self.num_prefix_tokens, margin=margin)
+        return Geometry(height, width, dilation=dilation, prefix=prefix, margin=margin)
 
     def layout_of(self, num_tokens: int) -> Geometry:
         """Return where the tokens of a sequence of this length lie, as far as this layer cares."""
         # Without positions or a grid of candidates a plain sequence of any length will do.
-        whole = self.selection.candidates in ("all", "random") and self.border != "zeros"
+        relative = is_relative(self.selection)
+        whole = self.selection.candidates in ("all", "random") and self.border != "zeros" and not relative
         if self.layout == "grid" and self.blend_logit is None and self.blend == 1 and whole:
             return Geometry(1, num_tokens - self.num_prefix_tokens, prefix=self.num_prefix_tokens)
         return self.geometry(num_tokens)
@@ -255,6 +263,7 @@ class ConvNNAttention(NeighborLayer):
         s = self.selection
         plain = self.mixing.weighting == "softmax" and s.similarity == "dot" and self.border == "nearest"
         plain = plain and self.mixing.self_score is None and s.self_again is None
+        plain = plain and not s.causal and s.rank_step == 1
         scaled = self.temperature == 1 or isinstance(self.q_norm, nn.Identity)
         if not plain or s.candidates != "all" or self.aggregation in ("conv", "separable") or not scaled:
             raise ValueError(f"it is no self-attention: {self._spectrum_repr()}")
@@ -320,10 +329,11 @@ class ConvNNAttention(NeighborLayer):
         )
         new.q_norm, new.k_norm = copy_norm(layer.q_norm, init), copy_norm(layer.k_norm, init)
         new.token_grid = site.token_grid
+        new.to(layer.qkv.weight.device, layer.qkv.weight.dtype)  # before anything is copied, which would be rounded
         new.reset_slots(preserve=init == "transfer")
         init_linear(new.qkv, layer.qkv, init)
         init_linear(new.proj, layer.proj, init)
-        return new.to(layer.qkv.weight.device, layer.qkv.weight.dtype)
+        return new
 
 
 def add_ring(x: Tensor, geometry: Geometry) -> Tensor:

@@ -22,6 +22,9 @@ from convnn.ops.neighborhood import Neighborhood, find_neighborhood
 from convnn.ops.shortcuts import convolve, is_convolution
 from convnn.ops.slots import kernel_to_slots, slots_to_kernel
 
+_OPERATION = {"edge": "max_relative", "sage": "max_relative", "gin": "sum"}
+"""What the operator does for the aggregations that the layer completes."""
+
 
 class ConvNN2d(NeighborLayer):
     """Convolutional nearest neighbours on a feature map, a drop-in for ``nn.Conv2d`` (arXiv 2511.14137).
@@ -106,10 +109,14 @@ class ConvNN2d(NeighborLayer):
         self.mix_groups = {"depthwise": wide, "separable": mixed}.get(self.aggregation, self.groups)
         rows = {"conv": out, "depthwise": out, "separable": mixed}.get(self.aggregation)
         self.weight = nn.Parameter(torch.empty(rows, mixed // self.mix_groups, self.k)) if rows else None
-        inner = {"separable": mixed, "max_relative": 2 * wide}.get(self.aggregation)
+        inner = {"separable": mixed, "max_relative": 2 * wide, "edge": wide, "sage": 2 * wide, "gin": wide}
+        inner_width = inner.get(self.aggregation)
         projected, biased = self.settings.projection == "linear", self.settings.inner_bias
         self.slot_bias = nn.Parameter(torch.empty(mixed)) if biased else None
-        self.pointwise = nn.Linear(inner, out, bias=biased and projected) if inner else None
+        self.pointwise = nn.Linear(inner_width, out, bias=biased and projected) if inner_width else None
+        before = {"edge": out, "sage": wide}.get(self.aggregation)
+        self.neighbor_map = nn.Linear(wide, before, bias=False) if before else None
+        self.eps = nn.Parameter(torch.empty(())) if self.aggregation == "gin" else None
         self.qkv = nn.Linear(wide, 3 * wide, bias=False) if projected else None
         self.proj = nn.Linear(wide if self.aggregation == "sum" else out, out, bias=False) if self.qkv else None
         self.bias = nn.Parameter(torch.empty(out)) if bias else None
@@ -125,7 +132,9 @@ class ConvNN2d(NeighborLayer):
                 nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
             if self.slot_bias is not None:
                 nn.init.uniform_(self.slot_bias, -1 / math.sqrt(fan), 1 / math.sqrt(fan))
-        for linear in (self.pointwise, self.qkv, self.proj):
+        if self.eps is not None:
+            nn.init.zeros_(self.eps)
+        for linear in (self.neighbor_map, self.pointwise, self.qkv, self.proj):
             if linear is not None:
                 linear.reset_parameters()
                 fan = linear.in_features
@@ -198,23 +207,33 @@ class ConvNN2d(NeighborLayer):
             positions = geometry.positions(v.device).to(v.dtype)
             v = torch.cat([v, positions.expand(*v.shape[:-1], 2)], dim=-1)
         queries = geometry.query_index(x.device)
+        own = v[:, :, queries]
+        if self.neighbor_map is not None:
+            v = self.neighbor_map(v)
         y = neighbor_aggregate(
             q[:, :, queries],
             k,
             v,
             geometry,
             self.selection,
-            self.mixing,
+            replace(self.mixing, aggregation=_OPERATION.get(self.aggregation, self.aggregation)),
             blend=self.blend_value(),
             weight=self.weight,
             groups=self.mix_groups,
             training=self.training,
         )
-        if self.aggregation == "max_relative":
-            y = torch.cat([v[:, :, queries], y], dim=-1)
+        if self.aggregation == "sage":
+            y = y + v[:, :, queries]
+        if self.aggregation in ("max_relative", "sage"):
+            y = torch.cat([own, y], dim=-1)
+        if self.aggregation == "edge":  # the largest of W x_i + V (x_j - x_i) is W x_i + the largest V x_j - V x_i
+            assert self.pointwise is not None
+            y = self.pointwise(own) + y
+        if self.eps is not None:
+            y = y + (1 + self.eps) * own
         if self.slot_bias is not None:
             y = y + self.slot_bias
-        for linear in (self.pointwise, self.proj):
+        for linear in (self.pointwise if self.aggregation != "edge" else None, self.proj):
             if linear is not None:
                 y = linear(y)
         if self.bias is not None:
@@ -299,10 +318,11 @@ class ConvNN2d(NeighborLayer):
             )
         except ValueError as error:
             raise ConfigError(f"'{site.name}': {error}; exclude it (swap.exclude)") from error
+        new.to(layer.weight.device, layer.weight.dtype)  # before anything is copied, which would be rounded
         if init == "transfer":
             check_transfer(layer, config, site, new.mix_groups)
             new.load_conv(layer.weight[:out], None if layer.bias is None else layer.bias[:out])
-        return new.to(layer.weight.device, layer.weight.dtype)
+        return new
 
 
 def check_transfer(layer: nn.Conv2d, config: OperatorConfig, site: Site, groups: int) -> None:

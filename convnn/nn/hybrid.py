@@ -224,6 +224,7 @@ class HybridConvNNAttention(_Hybrid):
                 attn_drop=layer.attn_drop.p,
                 proj_drop=layer.proj_drop.p,
             )
+            attention.to(layer.qkv.weight.device, layer.qkv.weight.dtype)
             attention.q_norm, attention.k_norm = copy_norm(layer.q_norm, init), copy_norm(layer.k_norm, init)
             init_linear(attention.qkv, layer.qkv, init)
             init_linear(attention.proj, layer.proj, init, first=own)

@@ -18,6 +18,11 @@ RELATIVE = ("window", "stride")
 """Kinds of candidates that depend on the query."""
 
 
+def is_relative(selection: Selection) -> bool:
+    """Return whether a query's candidates depend on where it is, so that it can have fewer than others."""
+    return selection.candidates in RELATIVE or selection.causal
+
+
 def fixed_subset(total: int, count: int, seed: int) -> list[int]:
     """Return ``count`` of ``range(total)``, sorted; the same ones for the same seed on every device."""
     return sorted(random.Random(seed).sample(range(total), count))
@@ -75,29 +80,37 @@ def candidate_tokens(
 
 
 def out_of_reach(geometry: Geometry, selection: Selection, queries: Tensor, tokens: Tensor) -> Tensor | None:
-    """Return which tokens ``candidates=window`` or ``stride`` keeps from a query, (Q, M) bool, or None: none."""
-    if selection.candidates not in RELATIVE:
+    """Return which tokens the candidates or ``causal`` keep from a query, (Q, M) bool, or None: none."""
+    if not is_relative(selection):
         return None
-    if selection.candidates == "window":
+    if selection.candidates not in RELATIVE:
+        away = torch.zeros(len(queries), len(tokens), dtype=torch.bool, device=queries.device)
+    elif selection.candidates == "window":
         away = geometry.distance(queries[:, None], tokens) > selection.num_candidates
     else:
         own, other = geometry.coordinates(queries[:, None]), geometry.coordinates(tokens)
         steps = [(a - b) % selection.num_candidates for a, b in zip(own, other, strict=True)]
         away = steps[0] + steps[1] > 0
+    if selection.causal:
+        own, other = geometry.coordinates(queries[:, None]), geometry.coordinates(tokens)
+        away = away | (other[0] > own[0]) | (other[1] > own[1])
     return away & (tokens >= geometry.prefix) & (queries >= geometry.prefix)[:, None]
 
 
 def most_candidates(geometry: Geometry, selection: Selection, tokens: Tensor | None) -> tuple[int, int]:
     """Return how many of the candidate ``tokens`` a query can have at most: one on the grid, and any.
 
-    They differ for ``candidates=window`` and ``stride``, which prefix queries are not bound to.
+    They differ for ``candidates=window`` and ``stride``, which prefix queries are not bound to. With ``causal`` some
+    have fewer.
     """
     every = geometry.num_tokens if tokens is None else len(tokens)
     if selection.candidates not in RELATIVE:
         return every, every
     count = selection.num_candidates
     if selection.candidates == "window":
-        rows, cols = (min(2 * count + 1, side) for side in geometry.padded_shape)
+        reach = count + 1 if selection.causal else 2 * count + 1
+        lanes = zip(geometry.padded_shape, geometry.dilation, strict=True)
+        rows, cols = (min(reach, -(-side // d)) for side, d in lanes)
     else:
         rows, cols = (-(-side // count) for side in geometry.padded_shape)
     on_grid = min(geometry.prefix + rows * cols, every)

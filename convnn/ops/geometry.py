@@ -30,7 +30,8 @@ class Geometry:
     prefix: int = 0
     margin: Pair = (0, 0)
     """Half the attention window where it is to stay inside the map, as in NATTEN: a query nearer to the edge than this
-    measures distances from the nearest position that is this far inside, so that its window shifts inwards. 0: off."""
+    measures distances from the nearest position that is this far inside, so that its window shifts inwards; in steps of
+    the dilation. 0: off."""
 
     @property
     def padded_shape(self) -> Pair:
@@ -109,13 +110,22 @@ class Geometry:
         grid = _length(rows[:, :, None], cols[:, None], metric).flatten(1)
         return torch.cat([grid.new_zeros(len(grid), self.prefix), grid], dim=1) if self.prefix else grid
 
+    def window_centre(self, axis: int, own: Tensor) -> Tensor:
+        """Return the row (or column) that queries in rows ``own`` measure from: their own, or see ``margin``."""
+        side, margin, d = self.padded_shape[axis], self.margin[axis], self.dilation[axis]
+        if not margin:
+            return own
+        lane = own % d  # only tokens of one lane are whole steps apart
+        last = (side - 1 - lane).div(d, rounding_mode="floor")
+        step = own.div(d, rounding_mode="floor").clamp(min=margin)
+        return torch.minimum(step, last - margin) * d + lane
+
     def steps(self, axis: int, own: Tensor, other: Tensor) -> Tensor:
         """Return the distance along one axis from queries in rows (or columns) ``own`` to tokens in ``other``."""
-        side, margin, d = self.padded_shape[axis], self.margin[axis], self.dilation[axis]
+        d = self.dilation[axis]
         far = sum(self.padded_shape)  # more than any distance on the map
         radius = [m // 2 for m in self.kernel]
-        centre = own.clamp(margin, side - 1 - margin) if margin else own
-        delta = (centre - other).abs()
+        delta = (self.window_centre(axis, own) - other).abs()
         steps = (delta / d if d > 1 else delta).to(torch.float32)
         if d > 1:
             steps = steps + far * (delta % d != 0)

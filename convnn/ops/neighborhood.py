@@ -83,7 +83,7 @@ class Neighborhood:
             step, radius, margin = g.dilation[axis], self.window[axis] // 2, g.margin[axis]
             if margin:  # near the edge the window's centre lies further inside than the query, see Geometry.margin
                 here = own[axis][:, None]
-                delta = delta + here - here.clamp(margin, g.padded_shape[axis] - 1 - margin)
+                delta = delta + here - g.window_centre(axis, here)
             inside = inside & (delta % step == 0) & (delta.abs() <= step * radius)
         return inside
 

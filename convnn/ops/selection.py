@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from convnn.ops.candidates import RELATIVE, candidate_tokens, most_candidates
+from convnn.ops.candidates import candidate_tokens, is_relative, most_candidates
 from convnn.ops.geometry import Geometry
 from convnn.ops.neighbors import Neighbors, join
 from convnn.ops.scores import Block, Scores, Search, at_end, precise
@@ -90,8 +90,13 @@ def possible_k(geometry: Geometry, selection: Selection, candidates: Tensor | No
         ValueError: if k exceeds the candidates and ``k_policy`` is ``error``.
     """
     available, most = most_candidates(geometry, selection, candidates)
-    if selection.k <= available:
+    if spanned(selection) <= available:
         return selection.k
+    if selection.rank_step > 1 and selection.k_policy == "error":
+        raise ValueError(
+            f"k={selection.k} with rank_step={selection.rank_step} needs {spanned(selection)} candidates of the "
+            f"{available} of a {geometry.height}x{geometry.width} map; lower either or set k_policy=clamp"
+        )
     if selection.k_policy == "error":
         raise ValueError(
             f"k={selection.k} exceeds the {available} candidates of a {geometry.height}x{geometry.width} map "
@@ -99,7 +104,13 @@ def possible_k(geometry: Geometry, selection: Selection, candidates: Tensor | No
         )
     outsiders = selection.candidates in ("random", "grid") or geometry.queries_on_ring
     beside = (candidates is not None and outsiders) or selection.self_again is not None
-    return min(selection.k, most + int(selection.self_first and beside))
+    reach = most + int(selection.self_first and beside)
+    return min(selection.k, 1 + (reach - 1) // selection.rank_step)
+
+
+def spanned(selection: Selection) -> int:
+    """Return how many of a query's candidates, best first, its neighbours span."""
+    return 1 + (selection.k - 1) * selection.rank_step
 
 
 def rank(search: Search) -> Neighbors:
@@ -109,7 +120,7 @@ def rank(search: Search) -> Neighbors:
     """
     scores, k = Scores(search), search.selection.k
     # Where a query can have fewer than k neighbours, the last slots hold fillers that do not count.
-    short = search.selection.candidates in RELATIVE or k > len(scores.tokens)
+    short = is_relative(search.selection) or k > len(scores.tokens)
     counts: list[int] = []
 
     def jobs() -> Iterator[Callable[[], Piece]]:
@@ -137,7 +148,10 @@ def _ranked(scores: Scores, compute: Callable[[], Block], short: bool) -> Piece:
     """Return the best candidates of a block, (items, part, K), which of them are valid, and the range of the scores."""
     block = compute()
     first = int(scores.selection.self_first)  # slots that are not ranked: the query itself
-    ranked = stable_topk(block.score, scores.selection.k - first)
+    ranked = stable_topk(block.score, spanned(scores.selection) - first)
+    if scores.selection.rank_step > 1:
+        start = scores.selection.rank_step - 1 if first else 0
+        ranked = ranked[..., start :: scores.selection.rank_step]
     index, valid = scores.tokens[ranked], None
     if short:
         # Prefix tokens can have a score of -inf too, but come before the tokens that were taken out.

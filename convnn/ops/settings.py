@@ -74,9 +74,18 @@ class Selection:
     self_again: float | None = later(number(None))
     """With self_first: score at which a query's own token stands among its candidates once more, as in the authors'
     sampled runs (-0.1); null: it does not."""
+    causal: bool = later(False)
+    """Attention only: a query sees the tokens in no row below and no column right of it, as in NATTEN's causal windows;
+    with layout=sequence those up to itself. Prefix tokens see and are seen."""
+    rank_step: int = later(number(1, 1))
+    """Of the candidates, best first, every n-th is a neighbour, as in ViG's dilated graphs; 1: the k best."""
     slots: str = choice("rank", "raster", "window")
     """Weight slot of a neighbour: ``rank`` (best first), ``raster`` (by position, as kernel taps) or ``window``
     (a neighbour inside the kernel window meets its own tap, the others fill the free taps, best first)."""
+
+
+GRAPHS = ("max_relative", "edge", "sage", "gin")
+"""The aggregations of vision graphs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +99,11 @@ class Mixing:
     self_score: float | None = later(number(None))
     """With self_first: similarity that a query's own token is weighed by, as in the authors' sampled runs (1); null:
     its own."""
-    aggregation: str = choice("conv", "depthwise", "separable", "sum", "max_relative")
+    aggregation: str = choice("conv", "depthwise", "separable", "sum", *GRAPHS)
     """``conv`` (full or grouped weights per slot), ``depthwise`` (a weight per slot and channel), ``separable``
-    (depthwise, then 1x1), ``sum``, or ``max_relative`` (vision graphs: largest difference to the query, then 1x1)."""
+    (depthwise, then 1x1), ``sum``, or those of vision graphs, for convolutions: ``max_relative`` (largest difference to
+    the query, then 1x1), ``edge`` (largest of a 1x1 of the query and the difference), ``sage`` (largest of a 1x1 of the
+    neighbours, then a 1x1 with the query) and ``gin`` (sum with (1 + eps) times the query, eps learned, then 1x1)."""
     straight_through: bool = False
     """Let a gradient reach the selection: forward as ever, backward as if each neighbour were weighed by the softmax
     of its selection score. Always on where the blend is learned."""

@@ -28,6 +28,7 @@ def is_convolution(geometry: Geometry, selection: Selection, mixing: Mixing, ble
         and selection.distance == "chebyshev"
         and selection.candidates == "all"
         and selection.self_again is None
+        and selection.rank_step == 1
     )
 
 
@@ -43,7 +44,7 @@ def attends_to_all(geometry: Geometry, selection: Selection, mixing: Mixing, *, 
     """Return whether every candidate is a neighbour and the order is lost, so that ``attend`` may stand in."""
     if mixing.weighting != "softmax" or mixing.aggregation != "sum" or mixing.straight_through:
         return False
-    if mixing.self_score is not None or selection.self_again is not None:
+    if mixing.self_score is not None or selection.self_again is not None or selection.rank_step > 1:
         return False
     if selection.similarity == "euclidean" or selection.candidates == "random":
         return False

@@ -36,7 +36,7 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
     if get_optimizer_info(optim.name).second_order:
         raise ConfigError(f"optim.name={optim.name} needs second derivatives, which train.py does not compute")
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model,
             optim.name,
             lr=optim.lr,
@@ -44,6 +44,10 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
             momentum=optim.momentum,
             filter_bias_and_bn=not optim.decay_norm_and_bias,
         )
+        if optim.decay_norm_and_bias:  # timm leaves out what a model names, such as the class token
+            for group in optimizer.param_groups:
+                group["weight_decay"] = optim.weight_decay
+        return optimizer
     except Exception as error:  # optional packages, devices, arguments
         raise ConfigError(f"optim.name={optim.name} cannot be used here: {error or type(error).__name__}") from error
 

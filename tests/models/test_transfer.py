@@ -121,3 +121,21 @@ def test_transfers_without_meaning_are_refused(change, message):
 
     with pytest.raises(ConfigError, match=message):
         ConvNN2d.from_layer(nn.Conv2d(4, 8, 3, padding=1), OperatorConfig(**change), "transfer", Site("here"))
+
+
+@pytest.mark.parametrize("operator", [CONV, CONV | {"branch_ratio": 0.5, "target": "convnn.HybridConvNN2d"}])
+def test_a_convolution_in_float64_is_transferred_whole(operator):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)).double(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    before = model(x)
+    swap_layers(model, {}, operator, init="transfer")
+    assert (model(x) - before).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("hybrid", [{}, {"branch_ratio": 0.5, "target": "convnn.HybridConvNNAttention"}])
+def test_attention_in_float64_is_transferred_whole(hybrid):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Attention(12, 3, qkv_bias=True)).double(), torch.randn(2, 9, 12, dtype=torch.float64)
+    before = model(x)
+    swap_layers(model, {}, replace(ATTENTION, **hybrid), init="transfer")
+    assert (model(x) - before).abs().max() < 1e-14

@@ -58,7 +58,7 @@ def built(table, row):
     return config.operator, model, images_of(side)
 
 
-def published(table, operator, state, x):
+def published(table, operator, state, x, **training):
     count = operator.num_candidates
     if table.startswith("vit"):
         kinds = {"mhsa": "attention", "kvt": "kvt", "hybrid_attention": "hybrid"}
@@ -66,7 +66,7 @@ def published(table, operator, state, x):
         return vit(state, x, kind, operator.k, count)
     sample = count if operator.candidates == "random" else None
     position = operator.mix == "concat"
-    options = {"position": position, "coordinates": operator.coordinates, "sample": sample}
+    options = {"position": position, "coordinates": operator.coordinates, "sample": sample, **training}
     return vgg11(state, x, operator.k, operator.shuffle, **options)
 
 

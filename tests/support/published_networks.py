@@ -1,6 +1,7 @@
 """The paper's networks, written from its description and the published layers' behaviour, in plain float64.
 
-They take the weights of a network of ours and share no formula with it. Each is a forward pass at evaluation.
+They take the weights of a network of ours and share no formula with it. Each is a forward pass at evaluation; VGG's
+also while training, without dropout.
 """
 
 import math
@@ -174,7 +175,7 @@ def unfolded(x, side):
     return x.reshape(b, -1, side, side, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, -1, h * side, w * side)
 
 
-def vgg11(state, x, k=9, shuffle=1, **options):
+def vgg11(state, x, k=9, shuffle=1, training=False, **options):
     """Logits of a VGG-11 with hybrids, its weights by the names of timm and of the layers: (B, 3, 32, 32)."""
     w = {name: value.double() for name, value in state.items()}
     layout = (0, "M", 1, "M", 2, 3, "M", 4, 5, "M", 6, 7, "M")
@@ -199,7 +200,11 @@ def vgg11(state, x, k=9, shuffle=1, **options):
         x = torch.einsum("oc,bchw->bohw", b["pointwise.weight"].flatten(1), x) + b["pointwise.bias"][:, None, None]
         n = below(w, f"features.{i + 1}.")
         x = x.transpose(1, 3)
-        x = (x - n["running_mean"]) / (n["running_var"] + 1e-5).sqrt() * n["weight"] + n["bias"]
+        mean, variance = n["running_mean"], n["running_var"]
+        if training:
+            mean = x.mean((0, 1, 2))
+            variance = (x - mean).pow(2).mean((0, 1, 2))
+        x = (x - mean) / (variance + 1e-5).sqrt() * n["weight"] + n["bias"]
         x = x.transpose(1, 3).clamp_min(0)
     x = x.expand(-1, -1, 7, 7).flatten(1)  # the 1 x 1 map, pooled up
     for name in ("pre_logits.fc1", "pre_logits.fc2"):

@@ -3,14 +3,16 @@
 import math
 
 import pytest
+import timm
 import torch
 from helpers import tiny
 
+from convnn.config.compose import compose_config
 from convnn.config.identity import identity
 from convnn.config.schema import OptimConfig
 from convnn.errors import ConfigError
 from convnn.runs.metrics import read_metrics
-from convnn.train.optim import make_scheduler
+from convnn.train.optim import make_optimizer, make_scheduler
 from convnn.train.run import run
 
 WARM = {"warmup_epochs": 2, "warmup_lr": 0.4}
@@ -102,3 +104,14 @@ def test_what_a_schedule_cannot_do_is_refused(optim, message):
 def test_keys_of_other_schedules_are_no_part_of_the_identity():
     assert not {"decay_epochs", "milestones", "decay_rate", "power"} & set(identity(tiny())["optim"])
     assert identity(tiny("optim.sched=poly", "optim.power=2"))["optim"]["power"] == 2
+
+
+@pytest.mark.parametrize("name, everything", [("paper", True), ("adamw", False)])
+def test_what_is_decayed(name, everything):
+    """The authors' AdamW decays everything; timm leaves out vectors and the class token."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+    groups = make_optimizer(model, compose_config([f"optim={name}"]).optim).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+    assert "head.weight" in decayed
+    assert ("cls_token" in decayed) == ("norm.bias" in decayed) == everything

@@ -17,6 +17,9 @@ def selection_limit(selection: Selection) -> str | None:
     """Return why the kernel of similarity and top-k does not serve a selection by features."""
     if selection.candidates in ("window", "stride"):
         return f"{{p}}.candidates={selection.candidates} is not served; use all, random or grid"
+    if selection.causal or selection.rank_step > 1:
+        name = "causal=true" if selection.causal else f"rank_step={selection.rank_step}"
+        return f"{{p}}.{name} is not served"
     for name in ("self_again", "score_step"):
         if getattr(selection, name) is not None:
             return f"{{p}}.{name} is not served; leave it at null"

@@ -1,4 +1,4 @@
-"""The k best of each row in one pass on a CPU, compiled by numba where that is installed.
+"""Blends and the k best of each row, one pass each on a CPU, compiled by numba where that is installed.
 
 ``torch.topk`` leaves ties open, so that they must be looked for and put right; here the rule is kept on the way, and
 costs nothing. It runs on one core; ``threads`` gives each core blocks of its own.
@@ -35,12 +35,42 @@ def best_of_rows(score: Tensor, k: int) -> Tensor | None:
     Returns:
         None where the kernel does not serve: without numba, for no or large k, and for rows with NaN.
     """
-    if not installed() or not 0 < k <= MAX_K or score.dtype not in (torch.float32, torch.float64):
-        return None
-    if score.numel() == 0 or score.amax().isnan():
+    if not 0 < k <= MAX_K or not _serves(score):
         return None
     from convnn.ops.native_kernel import best_of_rows as kernel
 
     found = np.empty((len(score), k), np.int64)
     kernel(score.detach().contiguous().numpy(), found)
     return torch.from_numpy(found)
+
+
+def blend_rows(
+    score: Tensor, offset: Tensor, share: float, floor: Tensor, alike: float
+) -> tuple[Tensor, Tensor] | None:
+    """Blend similarities with positions in place; return each row's least and largest similarity.
+
+    Args:
+        score: similarities (items, P, M), contiguous.
+        offset: what position takes off, (P, M).
+        share: of the features.
+        floor: of differences that count, (items, P, 1); see ``similarity.span``.
+        alike: as ``similarity.ALIKE``.
+
+    Returns:
+        (items, P, 1) twice; None where the kernel does not serve: ``score`` is then as it was.
+    """
+    if not score.is_contiguous() or not _serves(score):
+        return None
+    from convnn.ops.native_kernel import blend_rows as kernel
+
+    low, high = torch.empty_like(floor), torch.empty_like(floor)
+    rows, kind = score.view(-1, score.shape[-1]).numpy(), score.numpy().dtype.type
+    flat = [t.contiguous().view(-1).numpy() for t in (floor, low, high)]
+    kernel(rows, offset.contiguous().numpy(), kind(share), flat[0], kind(alike), *flat[1:])
+    return low, high
+
+
+def _serves(score: Tensor) -> bool:
+    if not installed() or score.device.type != "cpu" or score.dtype not in (torch.float32, torch.float64):
+        return False
+    return score.numel() > 0 and not score.amax().isnan()

@@ -80,3 +80,33 @@ def best_of_rows(score, found):
                 places[place] = column
         for slot in range(k):
             found[r, slot] = places[slot]
+
+
+@numba.njit(nogil=True, error_model="numpy", cache=True, fastmath={"nnan", "nsz"})
+def _range(row):
+    """Return the least and the largest number of a row. None may be NaN."""
+    least = most = row[0]
+    for column in range(len(row)):
+        least = min(least, row[column])
+        most = max(most, row[column])
+    return least, most
+
+
+@numba.njit(nogil=True, error_model="numpy", cache=True)
+def blend_rows(score, offset, share, floor, alike, low, high):
+    """Turn similarities (R, M) into blends in place, as ``Scores`` does; note each row's range in ``low``, ``high``.
+
+    ``offset`` (P, M) is what position takes off, for each P rows the same; ``floor`` (R,) and ``alike`` are those of
+    ``similarity.span``. None may be NaN.
+    """
+    for r in range(len(score)):
+        row, off = score[r], offset[r % len(offset)]
+        least, most = _range(row)
+        low[r], high[r] = least, most
+        width = most - least
+        if width <= max(alike * max(abs(least), abs(most)), floor[r]):
+            for column in range(len(row)):
+                row[column] = -off[column]
+        else:
+            for column in range(len(row)):
+                row[column] = (row[column] - least) / width * share - off[column]

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from convnn.ops import native
 from convnn.ops.candidates import out_of_reach
 from convnn.ops.geometry import Geometry
 from convnn.ops.precision import product
@@ -217,10 +218,14 @@ class Scores:
             score = score + self.bias[items]
         if not self.ranged:
             return score, None, None
+        share = self.terms.share
+        if self.terms.mixed and distance is not None and outside is None and not isinstance(share, Tensor):
+            found = runs_at_once() and native.blend_rows(score, distance, share, self.terms.floor[items, part], ALIKE)
+            if found:
+                return score, *found
         low = _within(score, outside, torch.inf).amin(-1, keepdim=True)  # aminmax takes ten times as long
         high = _within(score, outside, -torch.inf).amax(-1, keepdim=True)
         if self.terms.mixed and distance is not None:
-            share = self.terms.share
             if isinstance(share, Tensor):
                 share = share[items]
                 distance = (1 - share) * distance

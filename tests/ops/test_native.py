@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from convnn import ConvNN2d
 from convnn.ops import native, topk
+from convnn.ops.similarity import ALIKE, span
 
 pytest.importorskip("numba")
 
@@ -69,6 +71,32 @@ def test_both_paths_choose_alike(kind, monkeypatch):
     compiled = topk.stable_topk(score, 9)
     monkeypatch.setattr(native, "installed", lambda: False)
     assert torch.equal(topk.stable_topk(score, 9), compiled)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["any", "few values", "one value"])
+@pytest.mark.parametrize("floor", [0.0, 10.0])
+def test_blends_are_those_of_torch_to_the_last_bit(kind, dtype, floor, monkeypatch):
+    torch.manual_seed(0)
+    for items, rows, columns in ((1, 7, 50), (3, 5, 33), (2, 1, 1)):
+        score = scores(items * rows, columns, kind, dtype).view(items, rows, columns)
+        offset, lowest = torch.rand(rows, columns, dtype=dtype), torch.full((items, rows, 1), floor, dtype=dtype)
+        low, high = score.amin(-1, keepdim=True), score.amax(-1, keepdim=True)
+        least, most = span(low, high, lowest)
+        want = (score - least) / (most - least) * 0.3 - offset
+        found = native.blend_rows(score, offset, 0.3, lowest, ALIKE)
+        assert torch.equal(score, want) and all(map(torch.equal, found, (low, high)))
+    spoiled = score.fill_(torch.nan)
+    assert native.blend_rows(spoiled, offset, 0.3, lowest, ALIKE) is None
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "euclidean", "dot"])
+def test_a_blend_chooses_alike_on_both_paths(similarity, monkeypatch):
+    torch.manual_seed(0)
+    layer, x = ConvNN2d(3, 4, blend=0.5, similarity=similarity), (4 * torch.rand(2, 3, 9, 9)).round()
+    compiled = layer.neighborhood(x).index
+    monkeypatch.setattr(native, "installed", lambda: False)
+    assert torch.equal(layer.neighborhood(x).index, compiled)
 
 
 def test_it_is_loaded_only_for_a_choice_on_a_cpu():

@@ -129,7 +129,8 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
     groups = list(dict.fromkeys(row["group"] for row in rows))
     columns = min(3, len(groups))
     height = -(-len(groups) // columns)
-    figure, axes = plt.subplots(height, columns, figsize=(6 * columns, 3.4 * height), squeeze=False)
+    size = (6 * columns, 3.4 * height)
+    figure, axes = plt.subplots(height, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, group in zip(axes.flat, groups, strict=False):
         own = [row for row in rows if row["group"] == group]
         axis.set_title(group)
@@ -151,7 +152,6 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
     for axis in list(axes.flat)[len(groups) :]:
         axis.axis("off")
     figure.suptitle(title)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 

@@ -126,7 +126,7 @@ class ConvNN2d(NeighborLayer):
         fan = 1
         if self.weight is not None:
             fan = self.weight[0].numel()
-            if self.mixing.weighting == "softmax" and self.aggregation in ("depthwise", "separable"):
+            if self.mixing.weighting.startswith("softmax") and self.aggregation in ("depthwise", "separable"):
                 nn.init.ones_(self.weight)
             else:
                 nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))

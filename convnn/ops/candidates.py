@@ -56,11 +56,14 @@ def candidate_tokens(
         axes = []
         for side, pad in zip((geometry.height, geometry.width), geometry.padding, strict=True):
             count = min(selection.num_candidates, side)
-            if selection.grid_rounding == "floor":  # in float32, whose rounding errors decide between two tokens
+            if selection.grid_rounding != "nearest":  # in float32, whose rounding errors decide between two tokens
                 points = torch.linspace(0, side - 1, count, dtype=torch.float32)
             else:
                 points = torch.linspace(0, side - 1, count, dtype=torch.float64).round()
-            axes.append(points.long().to(device) + pad)
+            axes.append(points.long().to(device) + (0 if selection.grid_rounding == "sheared" else pad))
+        if selection.grid_rounding == "sheared":  # the authors' number: column times the height, and the row
+            tokens = (axes[1][:, None] * geometry.height + axes[0]).flatten() + geometry.prefix
+            return torch.cat([prefix, tokens])
         grid = (axes[0][:, None] * columns + axes[1]).flatten() + geometry.prefix
         return torch.cat([prefix, grid])
     if any(geometry.padding) and not pads:

@@ -136,7 +136,9 @@ def neighbor_weights(
         return valid
     score = neighbor_similarity(q, k, found.index, selection.similarity, graph)
     score = with_own_scores(score, found.index, selection.self_again, mixing.self_score) / mixing.temperature
-    if mixing.weighting == "softmax":
+    if mixing.weighting == "softmax_far":
+        score = -score
+    if mixing.weighting.startswith("softmax"):
         if found.valid is not None:
             score = score.masked_fill(~found.valid, -torch.inf)
         rho = score.softmax(dim=-1)

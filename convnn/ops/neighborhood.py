@@ -128,7 +128,9 @@ def find_neighborhood(
         scores = [pair_similarity(own, keys[head, chosen], selection.similarity) for own, keys, chosen in images]
         own = with_own_scores(torch.stack(scores), index, selection.self_again, mixing.self_score)
         weights = own / mixing.temperature
-        if mixing.weighting == "softmax":
+        if mixing.weighting == "softmax_far":
+            weights = -weights
+        if mixing.weighting.startswith("softmax"):
             weights = weights.masked_fill(~valid, -torch.inf).softmax(dim=-1)
         weights = weights.masked_fill(~valid, 0)
     return Neighborhood(index, valid, weights, seen or geometry, window)

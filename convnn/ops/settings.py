@@ -60,8 +60,10 @@ class Selection:
     ``window`` (at most num_candidates tokens away along each axis) or ``stride`` (a multiple of it away on each)."""
     num_candidates: int = number(32, 1)
     """Number of random candidates, side of the candidate grid, radius of the window, or the stride."""
-    grid_rounding: str = later(choice("nearest", "floor"))
-    """Tokens at which the points of a candidate grid lie: the ``nearest``, or ``floor``: that before (the authors')."""
+    grid_rounding: str = later(choice("nearest", "floor", "sheared"))
+    """Tokens at which the points of a candidate grid lie: the ``nearest``; ``floor``: those before (the authors'); or
+    ``sheared``: those before, numbered as if there were no zero ring, so that they lie askew (the authors'
+    convolutions)."""
     eval_candidates: str = choice("same", "all", "resample")
     """Random candidates at evaluation: ``same`` (one fixed seeded subset), ``all`` or ``resample`` (as the paper):
     drawn for every batch, by the run's seed, the step and the batch's first image."""
@@ -92,8 +94,9 @@ GRAPHS = ("max_relative", "edge", "sage", "gin")
 class Mixing:
     """What becomes of a query's neighbours."""
 
-    weighting: str = choice("ones", "softmax", "score")
-    """``ones``, or the neighbours' feature similarity over the temperature: its ``softmax``, or itself (``score``)."""
+    weighting: str = choice("ones", "softmax", "score", "softmax_far")
+    """``ones``, or the neighbours' feature similarity over the temperature: its ``softmax``, itself (``score``), or the
+    softmax of its negative (``softmax_far``: the least alike weigh most, as in the authors' Euclidean learned runs)."""
     temperature: float = number(1.0, 0, above=True)
     """Divides the similarity."""
     self_score: float | None = later(number(None))

@@ -303,3 +303,27 @@ def test_distances_axis_by_axis_are_those_of_all_pairs(metric, options):
     queries, tokens = geometry.query_index()[geometry.prefix :], torch.arange(geometry.num_tokens)
     found, want = (geometry.distance_to_all(queries, metric), geometry.distance(queries[:, None], tokens, metric))
     assert torch.equal(found[:, geometry.prefix :], want[:, geometry.prefix :])
+
+
+def test_a_sheared_grid_is_numbered_without_the_ring():
+    geometry = Geometry(6, 6, kernel=(3, 3), padding=(1, 1))
+    selection = Selection(candidates="grid", num_candidates=3, grid_rounding="sheared")
+    found = candidate_tokens(geometry, selection, pads=True, training=False)
+    assert found.tolist() == [6 * column + row for column in (0, 2, 5) for row in (0, 2, 5)]
+    selection = Selection(candidates="grid", num_candidates=7, grid_rounding="sheared")
+    assert candidate_tokens(geometry, selection, pads=True, training=False) is None  # finer than the map: all of it
+
+
+def test_the_least_alike_may_weigh_most():
+    torch.manual_seed(0)
+    far, near = (
+        ConvNN2d(2, 2, 3, weighting=kind, aggregation="sum", similarity="euclidean")
+        for kind in ("softmax_far", "softmax")
+    )
+    x = torch.randn(1, 2, 4, 4)
+    a, b = far.neighborhood(x), near.neighborhood(x)
+    assert torch.equal(a.index, b.index)
+    assert (a.weights[..., 0] < a.weights[..., -1]).all() and (b.weights[..., 0] > b.weights[..., -1]).all()
+    tokens = torch.nn.functional.pad(x, (1, 1, 1, 1)).flatten(2)[0].T
+    want = (tokens[a.index[0, 0]] * a.weights[0, 0, :, :, None]).sum(1) + far.bias
+    torch.testing.assert_close(far(x)[0].flatten(1).T, want)

@@ -117,7 +117,17 @@ def with_coordinates(x):
     return torch.stack([cols, rows]).expand(len(x), 2, h, w)
 
 
-def neighbours(x, weight, bias, k, *, position=False, coordinates=False, sample=None):
+def sheared(height, width, side):
+    """The authors' grid on a map of a ring: floored points, numbered as if there were no ring: (side^2,)."""
+    numbers = [
+        int(c) * height + int(r)
+        for r in torch.linspace(0, height - 1, side)
+        for c in torch.linspace(0, width - 1, side)
+    ]
+    return torch.tensor(sorted(numbers))
+
+
+def neighbours(x, weight, bias, k, *, position=False, coordinates=False, sample=None, grid=None):
     """Full convolution over the k most similar pixels, own first, of a map in a ring of zeros.
 
     (B, C, h, w) -> (B, O, h, w).
@@ -132,13 +142,13 @@ def neighbours(x, weight, bias, k, *, position=False, coordinates=False, sample=
     unit = near / near.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     score, n = unit @ unit.transpose(1, 2), near.shape[1]
     own = torch.arange(n)
-    if sample is None or sample > n:
+    if (sample is None or sample > n) and (grid is None or grid > h):
         score[:, own, own] = 1.1
         index = best(score, k)
     else:
-        tokens = fixed_subset(n, sample)
+        tokens = sheared(h, w, grid) if grid else fixed_subset(n, sample)
         score = score[..., tokens]
-        score[:, tokens, torch.arange(sample)] = -0.1
+        score[:, tokens, torch.arange(len(tokens))] = -0.1
         index = torch.cat([own[None, :, None].expand(len(x), n, 1), tokens[best(score, k - 1)]], -1)
     values = torch.cat([x, with_coordinates(x)], 1) if coordinates else x
     chosen = rows_of(values.flatten(2).transpose(1, 2), index)  # (B, N, K, C)
@@ -146,16 +156,23 @@ def neighbours(x, weight, bias, k, *, position=False, coordinates=False, sample=
     return y.unflatten(2, (h + 2, w + 2))[:, :, 1:-1, 1:-1]
 
 
-def learned(x, w, k):
-    """Depthwise sums of projected pixels weighed by a softmax, then two 1x1: (B, C, h, w) -> (B, O, h, w)."""
+def learned(x, w, k, euclidean=False):
+    """Depthwise sums of projected pixels weighed by a softmax, then two 1x1: (B, C, h, w) -> (B, O, h, w).
+
+    By distance the nearest are chosen, and the softmax is of their squared distances.
+    """
     h, width = x.shape[2:]
     tokens = F.pad(x, (1, 1, 1, 1)).flatten(2).transpose(1, 2)
     q, key, v = (tokens @ part.t() for part in w["qkv.weight"].split(x.shape[1]))
-    unit_q, unit_k = (t / t.norm(dim=-1, keepdim=True).clamp_min(1e-12) for t in (q, key))
-    score = unit_q @ unit_k.transpose(1, 2)
     own = torch.arange(tokens.shape[1])
-    score[:, own, own] = 1.1
-    index = best(score, k)
+    if euclidean:
+        score = (q[:, :, None] - key[:, None]).pow(2).sum(-1)
+        score[:, own, own] = -0.1
+    else:
+        unit_q, unit_k = (t / t.norm(dim=-1, keepdim=True).clamp_min(1e-12) for t in (q, key))
+        score = unit_q @ unit_k.transpose(1, 2)
+        score[:, own, own] = 1.1
+    index = best(-score if euclidean else score, k)
     rho = score.gather(-1, index).softmax(-1)
     y = (rows_of(v, index) * rho[..., None] * w["weight"][:, 0].t()).sum(2) + w["slot_bias"]
     y = (y @ w["pointwise.weight"].t() + w["pointwise.bias"]) @ w["proj.weight"].t()
@@ -175,7 +192,7 @@ def unfolded(x, side):
     return x.reshape(b, -1, side, side, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, -1, h * side, w * side)
 
 
-def vgg11(state, x, k=9, shuffle=1, training=False, **options):
+def vgg11(state, x, k=9, shuffle=1, training=False, euclidean=False, **options):
     """Logits of a VGG-11 with hybrids, its weights by the names of timm and of the layers: (B, 3, 32, 32)."""
     w = {name: value.double() for name, value in state.items()}
     layout = (0, "M", 1, "M", 2, 3, "M", 4, 5, "M", 6, 7, "M")
@@ -190,7 +207,7 @@ def vgg11(state, x, k=9, shuffle=1, training=False, **options):
         }
         parts = []
         if "neighbors.qkv.weight" in b:
-            parts.append(learned(x, below(b, "neighbors."), k))
+            parts.append(learned(x, below(b, "neighbors."), k, euclidean))
         elif "neighbors.weight" in b:
             own = neighbours(folded(x, shuffle), b["neighbors.weight"], b["neighbors.bias"], k, **options)
             parts.append(unfolded(own, shuffle))

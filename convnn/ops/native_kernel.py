@@ -59,8 +59,10 @@ def best_of_rows(score, found):
         bound = _bound(row, tops, values) if skips else score.dtype.type(-np.inf)
         kept = 0
         for block in range(len(tops) + 1):
-            if skips and block < len(tops) and tops[block] < bound:
-                continue
+            if skips and block < len(tops):
+                top = tops[block]
+                if top < bound or (kept == k and top <= values[k - 1]):  # equals come too late
+                    continue
             for column in range(block * LANES, min(block * LANES + LANES, columns)):
                 value = row[column]
                 if value < bound:

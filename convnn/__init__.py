@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from convnn.version import __version__
 
 if TYPE_CHECKING:
+    from convnn.config.presets import preset, presets
     from convnn.config.schema import Config, DataConfig, OperatorConfig, SwapRule
     from convnn.data.splits import Dataset, Split
     from convnn.errors import CheckpointError, ConfigError
@@ -55,6 +56,8 @@ _HOME = {
     "neighbor_aggregate": "ops.functional",
     "neighbor_layers": "models.swap",
     "neighbors_of": "models.inspect",
+    "preset": "config.presets",
+    "presets": "config.presets",
     "swap_layers": "models.swap",
 }
 
@@ -85,6 +88,8 @@ __all__ = [
     "neighbor_aggregate",
     "neighbor_layers",
     "neighbors_of",
+    "preset",
+    "presets",
     "swap_layers",
 ]
 

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from convnn.config.checks import check_operator, check_rule
-from convnn.config.keys import own_operator, typed, typed_rule
+from convnn.config.keys import own_operator, typed_rule
+from convnn.config.presets import operator_of
 from convnn.config.schema import OperatorConfig, SwapConfig, SwapRule
 from convnn.config.targets import resolve_target
 from convnn.errors import ConfigError
@@ -75,17 +76,20 @@ class SwapReport:
         return "\n".join([first, rule, *lines[:-1], rule, lines[-1]]) + "\n"
 
 
-Rules = SwapRule | SwapConfig | Mapping[str, Any] | Iterable[SwapRule | Mapping[str, Any]]
+Rule = SwapRule | Mapping[str, Any] | str
+Rules = Rule | SwapConfig | Iterable[Rule]
 
 
 def _named_rules(rules: Rules, operator: OperatorConfig) -> dict[str, SwapRule]:
     if isinstance(rules, SwapConfig):
         return {f"swap.rules.{n}" if rules.rules else n: rule for n, rule in rules.effective_rules().items()}
-    if isinstance(rules, (SwapRule, Mapping)):
+    if isinstance(rules, (SwapRule, Mapping, str)):
         rules = [rules]
     out = {}
     for i, rule in enumerate(rules):
         label = f"rules[{i}]"
+        if isinstance(rule, str):
+            rule = {"match": rule}
         out[label] = rule if isinstance(rule, SwapRule) else typed_rule(rule, operator, label)
     return out
 
@@ -93,8 +97,9 @@ def _named_rules(rules: Rules, operator: OperatorConfig) -> dict[str, SwapRule]:
 def swap_layers(
     model: nn.Module,
     rules: Rules,
-    operator: OperatorConfig | Mapping[str, Any] | None = None,
+    operator: OperatorConfig | Mapping[str, Any] | str | None = None,
     init: str | None = None,
+    **settings: Any,
 ) -> SwapReport:
     """Replace layers of ``model`` in place.
 
@@ -102,9 +107,11 @@ def swap_layers(
 
     Args:
         model: any model; stages and token grids are read from timm's attributes where they exist.
-        rules: one rule or several, as ``SwapRule``, mappings of its fields, or a ``SwapConfig``.
-        operator: what to put in, as ``OperatorConfig`` or a mapping of its fields.
+        rules: one rule or several, as ``SwapRule``, mappings of its fields, globs over names, or a ``SwapConfig``.
+        operator: what to put in: the name of a preset (``convnn.presets()``), an ``OperatorConfig``, or a mapping of
+            its fields, over the preset of its ``name`` if it has one; see ``convnn.preset``.
         init: ``fresh`` or ``transfer``; default: of the SwapConfig, else ``fresh``.
+        **settings: of the operator: ``swap_layers(model, "layer4.*", "hybrid", k=9)``.
 
     Returns:
         One row per replaced layer.
@@ -112,8 +119,7 @@ def swap_layers(
     Raises:
         ConfigError: if a rule matches nothing, two rules claim one layer, or a layer cannot be replaced.
     """
-    if operator is None or isinstance(operator, Mapping):
-        operator = typed(OperatorConfig, operator or {}, "operator.")
+    operator = operator_of(operator, **settings)
     if init is None:
         init = rules.init if isinstance(rules, SwapConfig) else "fresh"
     check_choice("swap.init", init, ("fresh", "transfer"))

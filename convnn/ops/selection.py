@@ -21,7 +21,7 @@ from convnn.ops.scores import Block, Scores, Search, at_end, precise
 from convnn.ops.settings import Selection
 from convnn.ops.slots import in_slots
 from convnn.ops.threads import run_blocks
-from convnn.ops.topk import stable_topk
+from convnn.ops.topk import runs_at_once, stable_topk
 from convnn.ops.triton import dispatch, launch
 
 
@@ -121,16 +121,7 @@ def rank(search: Search) -> Neighbors:
     scores, k = Scores(search), search.selection.k
     # Where a query can have fewer than k neighbours, the last slots hold fillers that do not count.
     short = is_relative(search.selection) or k > len(scores.tokens)
-    counts: list[int] = []
-
-    def jobs() -> Iterator[Callable[[], Piece]]:
-        for blocks in scores.blocks():
-            counts.append(len(blocks))
-            for block in blocks:
-                yield partial(_ranked, scores, block, short)
-
-    pieces = iter(run_blocks(jobs(), search.q.device))
-    parts = [list(islice(pieces, count)) for count in counts]
+    parts = _in_turn(scores, short) if not runs_at_once() else _shared_out(scores, short, search.q.device)
     size = scores.batch, scores.heads
     if not parts:  # no query
         return Neighbors(torch.empty(*size, 0, k, dtype=torch.int64, device=search.q.device))
@@ -142,6 +133,23 @@ def rank(search: Search) -> Neighbors:
 
 
 Piece = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _in_turn(scores: Scores, short: bool) -> list[list[Piece]]:
+    return [[_ranked(scores, block, short) for block in blocks] for blocks in scores.blocks()]
+
+
+def _shared_out(scores: Scores, short: bool, device: torch.device) -> list[list[Piece]]:
+    counts: list[int] = []
+
+    def jobs() -> Iterator[Callable[[], Piece]]:
+        for blocks in scores.blocks():
+            counts.append(len(blocks))
+            for block in blocks:
+                yield partial(_ranked, scores, block, short)
+
+    pieces = iter(run_blocks(jobs(), device))
+    return [list(islice(pieces, count)) for count in counts]
 
 
 def _ranked(scores: Scores, compute: Callable[[], Block], short: bool) -> Piece:

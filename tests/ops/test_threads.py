@@ -126,3 +126,11 @@ def test_another_number_of_threads_is_another_pool():
     torch.set_num_threads(2)
     assert [i for i, _ in names_of(9)] == [i for i, _ in first]
     assert threads._pool.cache_info().currsize == 1
+
+
+@pytest.mark.parametrize("blend", [0.5, 1.0])
+def test_a_graph_is_whole_and_has_no_threads(blend):
+    torch.manual_seed(0)
+    layer, x = ConvNN2d(4, 4, 5, blend=blend), torch.randn(2, 4, 6, 6)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), layer(x))

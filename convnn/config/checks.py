@@ -52,6 +52,8 @@ def contradiction(o: OperatorConfig) -> str | None:
         return f"{{p}}.aggregation={o.aggregation} needs {{p}}.weighting=ones, not {o.weighting}"
     if o.rank_step > 1 and o.slots != "rank":
         return "{p}.rank_step needs {p}.slots=rank: a neighbour's slot is its rank"
+    if o.causal and o.branch_ratio is not None:
+        return "{p}.causal=true leaves a hybrid's attention branch to see all tokens; use operator=convnn_attention"
     if o.causal and o.border == "shift":
         return "{p}.causal=true has windows that end at the query; set {p}.candidates=window, not {p}.border=shift"
     if o.coordinates and o.aggregation not in ("conv", "separable"):

@@ -27,7 +27,8 @@ def preset(name: str, **settings: Any) -> OperatorConfig:
     Raises:
         ConfigError: for an unknown name or setting, with the nearest one, or a setting that contradicts the name.
     """
-    base = typed(OperatorConfig, _values(name), "operator.")
+    whole: Any = OmegaConf.to_container(OmegaConf.create({"operator": _values(name)}), resolve=True)
+    base = typed(OperatorConfig, whole["operator"], "operator.")
     for key in _FIXED:
         if key in settings and settings[key] != getattr(base, key):
             raise ConfigError(
@@ -52,7 +53,7 @@ def operator_of(given: OperatorConfig | Mapping[str, Any] | str | None, **settin
     name = values.pop("name", None)
     if name is None and values.get("kind") == ATTENTION and values.get("target", _ATTENTION) == _ATTENTION:
         return preset("convnn_attention", **values)
-    if name in presets():
+    if name in presets() and not (name == OperatorConfig().name and _differs(name, values)):
         return preset(name, **values)
     return typed(OperatorConfig, values if name is None else {"name": name, **values}, "operator.")
 
@@ -60,15 +61,29 @@ def operator_of(given: OperatorConfig | Mapping[str, Any] | str | None, **settin
 _ATTENTION = "convnn.ConvNNAttention"
 
 
-def _values(name: str) -> dict[str, Any]:
-    """Return the plain values of a preset's file over those that it names as its defaults."""
+def _differs(name: str, values: Mapping[str, Any]) -> bool:
+    """Return whether a mapping is of another layer than the preset: of one whose name was left at the default."""
+    base = _values(name)
+    return any(values.get(key, base.get(key)) != base.get(key) for key in _FIXED)
+
+
+def _values(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the plain values of a preset's file and of those that it names as its defaults, later over earlier ones.
+
+    Raises:
+        ConfigError: for a name that is unknown or stands above itself, or defaults that are no names of operators.
+    """
     known = presets()
     if name not in known:
         raise ConfigError(f"operator={name}: no such option{nearest(name, known)}")
     file = next(path for folder in config_folders() if (path := folder / "operator" / f"{name}.yaml").is_file())
+    if name in above:
+        raise ConfigError(f"{file}: operator={name} is among its own defaults")
     own: Any = OmegaConf.to_container(OmegaConf.load(file))
+    bases = own.pop("defaults", [])
     values: dict[str, Any] = {}
-    for base in own.pop("defaults", []):
-        if isinstance(base, str) and base != "_self_":
-            values |= _values(base.lstrip("/").removeprefix("operator/"))
-    return values | own
+    for base in [*bases, *(["_self_"] if "_self_" not in bases else [])]:
+        if not isinstance(base, str):
+            raise ConfigError(f"{file}: the library takes names of operators as defaults, not {base}")
+        values |= own if base == "_self_" else _values(base.lstrip("/").removeprefix("operator/"), (*above, name))
+    return values

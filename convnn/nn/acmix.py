@@ -84,7 +84,7 @@ class ACmix2d(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, self._times_in_window(geometry, q).log())
         attended = attended.mT.reshape(b, self.out_channels, *geometry.out_shape)
         tap_maps = self.mix(maps.movedim(1, -1)).movedim(-1, 2)  # (B, D, h * w, taps) -> (B, D, taps, h * w)
-        tap_maps = tap_maps.reshape(b, -1, h, w)
+        tap_maps = tap_maps.reshape(b, tap_maps.shape[1] * tap_maps.shape[2], h, w)
         # Channel d * H + i of the convolution reads the taps of head channel d.
         convolved = F.conv2d(tap_maps, self.shift, self.bias, self.stride, self.padding, groups=self.head_dim)
         return self.alpha * attended + self.beta * convolved

@@ -190,7 +190,8 @@ class ConvNNAttention(NeighborLayer):
         if not any(geometry.padding) and geometry.height == 1:  # laid out on a line, as far as the selection cares
             try:
                 size = grid_of(x.shape[1], self.num_prefix_tokens, self.grid_size, self.token_grid)
-                seen = Geometry(*size, prefix=self.num_prefix_tokens)
+                step = self.settings.token_dilation if self.layout == "grid" else 1
+                seen = Geometry(*size, prefix=self.num_prefix_tokens, dilation=(step, step))
             except ValueError:
                 pass
         found = find_neighborhood(

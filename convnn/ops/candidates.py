@@ -89,7 +89,9 @@ def out_of_reach(geometry: Geometry, selection: Selection, queries: Tensor, toke
     if selection.candidates not in RELATIVE:
         away = torch.zeros(len(queries), len(tokens), dtype=torch.bool, device=queries.device)
     elif selection.candidates == "window":
-        away = geometry.distance(queries[:, None], tokens) > selection.num_candidates
+        # Tokens between the steps of a dilation are farther than the map's sides together.
+        reach = min(selection.num_candidates, sum(geometry.padded_shape))
+        away = geometry.distance(queries[:, None], tokens) > reach
     else:
         own, other = geometry.coordinates(queries[:, None]), geometry.coordinates(tokens)
         steps = [(a - b) % selection.num_candidates for a, b in zip(own, other, strict=True)]

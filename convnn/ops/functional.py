@@ -139,9 +139,10 @@ def neighbor_weights(
     if mixing.weighting == "softmax_far":
         score = -score
     if mixing.weighting.startswith("softmax"):
-        if found.valid is not None:
-            score = score.masked_fill(~found.valid, -torch.inf)
-        rho = score.softmax(dim=-1)
+        if found.valid is not None and valid is not None:  # finite, for a query that sees nobody
+            rho = score.masked_fill(~found.valid, torch.finfo(score.dtype).min).softmax(dim=-1) * valid
+        else:
+            rho = score.softmax(dim=-1)
     else:
         rho = score if valid is None else score * valid
     return F.dropout(rho, dropout, training=dropout > 0)

@@ -8,6 +8,7 @@ Shapes: R rows, M candidates, K neighbours.
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -15,14 +16,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convnn.errors import first_line
+
+log = logging.getLogger("convnn")
+
 MAX_K = 32
 """Beyond it ``torch.topk`` is faster: what is kept is sorted by insertion."""
 
 
 @lru_cache(maxsize=1)
 def installed() -> bool:
-    """Return whether numba is."""
-    return find_spec("numba") is not None
+    """Return whether numba is, and works: it needs a NumPy that it knows and a folder for what it compiled."""
+    if find_spec("numba") is None:
+        return False
+    try:
+        import convnn.ops.native_kernel  # noqa: F401
+    except Exception as error:
+        log.warning("numba cannot be used here, plain torch is slower: %s", first_line(error))
+        return False
+    return True
 
 
 def best_of_rows(score: Tensor, k: int) -> Tensor | None:
@@ -63,7 +75,7 @@ def blend_rows(
         return None
     from convnn.ops.native_kernel import blend_rows as kernel
 
-    low, high = torch.empty_like(floor), torch.empty_like(floor)
+    low, high = (torch.empty(floor.shape, dtype=floor.dtype) for _ in range(2))
     rows, kind = score.view(-1, score.shape[-1]).numpy(), score.numpy().dtype.type
     flat = [t.contiguous().view(-1).numpy() for t in (floor, low, high)]
     kernel(rows, offset.contiguous().numpy(), kind(share), flat[0], kind(alike), *flat[1:])

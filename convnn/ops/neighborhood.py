@@ -131,7 +131,7 @@ def find_neighborhood(
         if mixing.weighting == "softmax_far":
             weights = -weights
         if mixing.weighting.startswith("softmax"):
-            weights = weights.masked_fill(~valid, -torch.inf).softmax(dim=-1)
+            weights = weights.masked_fill(~valid, torch.finfo(weights.dtype).min).softmax(dim=-1)
         weights = weights.masked_fill(~valid, 0)
     return Neighborhood(index, valid, weights, seen or geometry, window)
 

@@ -120,7 +120,7 @@ def rank(search: Search) -> Neighbors:
     """
     scores, k = Scores(search), search.selection.k
     # Where a query can have fewer than k neighbours, the last slots hold fillers that do not count.
-    short = is_relative(search.selection) or k > len(scores.tokens)
+    short = is_relative(search.selection) or spanned(search.selection) > len(scores.tokens)
     parts = _in_turn(scores, short) if not runs_at_once() else _shared_out(scores, short, search.q.device)
     size = scores.batch, scores.heads
     if not parts:  # no query

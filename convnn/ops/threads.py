@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from itertools import chain, islice
 from typing import TypeVar
 
 import torch
@@ -30,27 +31,39 @@ def run_blocks(jobs: Iterable[Callable[[], T]], device: torch.device) -> list[T]
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads < 2 or not _unobserved():
         return [job() for job in jobs]
+    coming = iter(jobs)
+    first = list(islice(coming, 2))
+    if len(first) < 2:  # torch's threads share out what one block needs
+        return [job() for job in first]
     results: list[T] = []
     waiting: deque[Future[T]] = deque()
-    pool = None
     # The switches of precision are the process's, not the thread's: set here for as long as any job runs.
     with full_precision():
-        first: Callable[[], T] | None = None
-        for count, job in enumerate(jobs):
-            if count == 0:  # of one job the whole is better shared out
-                first = job
-                continue
-            if pool is None:
-                pool = _pool(os.getpid(), threads)
-                assert first is not None
-                waiting.append(pool.submit(_without_gradients, first))
+        pool = _pool_or_none(threads)
+        for job in chain(first, coming):
             if len(waiting) > 2 * threads:
                 results.append(waiting.popleft().result())
-            waiting.append(pool.submit(_without_gradients, job))
-        if pool is None and first is not None:
-            return [first()]
-        results += [future.result() for future in waiting]
-    return results
+            waiting.append(_started(pool, job))
+        return results + [future.result() for future in waiting]
+
+
+def _pool_or_none(threads: int) -> ThreadPoolExecutor | None:
+    try:
+        return _pool(os.getpid(), threads)
+    except RuntimeError:  # no thread starts any more: the main one has ended
+        return None
+
+
+def _started(pool: ThreadPoolExecutor | None, job: Callable[[], T]) -> Future[T]:
+    """Give a job to a thread; to this one where threads take none any more, since the main one has ended."""
+    if pool is not None:
+        try:
+            return pool.submit(_without_gradients, job)
+        except RuntimeError:
+            pass
+    done: Future[T] = Future()
+    done.set_result(_without_gradients(job))
+    return done
 
 
 def _without_gradients(job: Callable[[], T]) -> T:
@@ -75,7 +88,11 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
         torch.get_num_threads()  # which reads the number of the process once, and would later
         torch.set_num_threads(1)  # of what this thread calls
 
-    for started in [pool.submit(begin) for _ in range(threads)]:
-        started.result()
+    try:
+        for started in [pool.submit(begin) for _ in range(threads)]:
+            started.result()
+    except RuntimeError:
+        together.abort()  # those that started wait for the others
+        raise
     torch.set_num_threads(threads)  # for this thread as before, and for threads to come
     return pool

@@ -251,6 +251,7 @@ def test_bad_options_of_peers_name_the_key(operator, options):
 
 def test_peers_keep_what_the_layer_has_or_refuse():
     conv = ACmix2d.from_layer(nn.Conv2d(4, 4, 3, padding=1, bias=False), OperatorConfig(), "fresh", Site("c"))
+    assert conv(torch.zeros(0, 4, 5, 5)).shape == (0, 4, 5, 5)
     assert conv.bias is None and conv(torch.randn(1, 4, 5, 5)).shape == (1, 4, 5, 5)
     config = OperatorConfig(name="convit", kind="attention", bias=False)
     site = Site("a", 0, (2, 2))

@@ -154,3 +154,38 @@ def test_what_does_not_go_together():
     small = ConvNNAttention(4, 1, 9, blend=0.0, aggregation="sum", border="shift", token_dilation=2, grid_size=(5, 6))
     with pytest.raises(ValueError, match="a 3 wide window with token_dilation=2 does not fit into a 5x6 grid"):
         small(torch.zeros(1, 30, 4))
+
+
+@pytest.mark.parametrize("candidates, count", [("random", 4), ("grid", 2)])
+def test_no_token_comes_twice_where_steps_exceed_the_candidates(candidates, count):
+    torch.manual_seed(0)
+    sample = {"candidates": candidates, "num_candidates": count, "k_policy": "clamp", "rank_step": 2}
+    found = ConvNN2d(3, 4, 9, padding=0, **sample).neighborhood(torch.randn(2, 3, 4, 4))
+    for tokens, valid in zip(found.index.flatten(0, 2), found.valid.flatten(0, 2), strict=True):
+        kept = tokens[valid].tolist()
+        assert len(set(kept)) == len(kept)
+
+
+@pytest.mark.parametrize("border", ["nearest", "zeros"])
+def test_a_query_that_sees_no_candidate_gets_nothing(border):
+    torch.manual_seed(0)
+    sample = {"candidates": "random", "num_candidates": 4, "causal": True, "border": border}
+    module = ConvNNAttention(8, 2, 1, proj_bias=False, **sample)
+    x = torch.randn(1, 36, 8, requires_grad=True)
+    y = module(x)
+    blind = ~module.eval().neighborhood(x).valid[0, 0, :, 0]
+    y.square().sum().backward()
+    assert y.isfinite().all() and all(p.grad.isfinite().all() for p in module.parameters())
+    assert blind.any() and (module(x)[0, blind] == 0).all()
+
+
+def test_a_dilated_window_wider_than_the_map_keeps_its_lane():
+    torch.manual_seed(0)
+    window = {"candidates": "window", "num_candidates": 32, "k_policy": "clamp", "token_dilation": 2}
+    wide = {"aggregation": "sum", "grid_size": (6, 6), **window}
+    fast, plain = (ConvNNAttention(6, 1, 64, fast=fused, **wide).double() for fused in (True, False))
+    plain.load_state_dict(fast.state_dict())
+    x = torch.randn(1, 36, 6, dtype=torch.float64)
+    close(fast(x), plain(x))
+    rows, columns = plain.neighborhood(x).offsets()
+    assert (rows % 2 == 0).all() and (columns % 2 == 0).all()

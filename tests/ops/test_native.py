@@ -111,3 +111,14 @@ layer(x)
 sys.exit(before or "numba" not in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_numba_that_does_not_work_is_done_without(monkeypatch, caplog):
+    native.installed.cache_clear()
+    monkeypatch.setitem(sys.modules, "convnn.ops.native_kernel", None)  # its import fails
+    try:
+        layer, x = ConvNN2d(3, 4), torch.randn(1, 3, 6, 6)
+        assert not native.installed() and layer(x).shape == (1, 4, 6, 6)
+        assert "numba cannot be used here" in caplog.text
+    finally:
+        native.installed.cache_clear()

@@ -1,6 +1,7 @@
 """Blocks shared out among threads: results in order, switches and threads as before, nothing hidden from a mode."""
 
 import multiprocessing
+import subprocess
 import sys
 import threading
 from contextlib import nullcontext
@@ -134,3 +135,36 @@ def test_a_graph_is_whole_and_has_no_threads(blend):
     layer, x = ConvNN2d(4, 4, 5, blend=blend), torch.randn(2, 4, 6, 6)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_a_thread_that_outlives_the_main_one_still_computes():
+    code = """
+import threading, time, torch
+from convnn import ConvNN2d
+torch.set_num_threads(2)
+layer, x = ConvNN2d(4, 4), torch.randn(2, 4, 40, 40)
+def late():
+    time.sleep(0.5)
+    print(layer(x).shape, flush=True)
+threading.Thread(target=late).start()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torch.Size([2, 4, 40, 40])" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_threads_that_cannot_start_leave_none_waiting(monkeypatch):
+    start, began = threading.Thread.start, []
+
+    def second_fails(thread):
+        began.append(thread)
+        if len(began) == 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    threads._pool.cache_clear()
+    monkeypatch.setattr(threading.Thread, "start", second_fails)
+    assert [i for i, _ in names_of(9)] == list(range(9))
+    began[0].join(10)
+    assert not began[0].is_alive() or threads._pool.cache_info().currsize == 0
+    monkeypatch.undo()
+    assert [i for i, _ in names_of(9)] == list(range(9))

@@ -1,5 +1,7 @@
 """Presets by name in the library are those of the command line."""
 
+from dataclasses import asdict
+
 import pytest
 import timm
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 
 import convnn
 from convnn import ConfigError, HybridConvNN2d, OperatorConfig, preset, swap_layers
+from convnn.config.compose import compose_config
 from convnn.config.presets import operator_of
 
 
@@ -75,3 +78,31 @@ def test_an_operator_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.setenv("CONVNN_CONFIG_PATH", str(tmp_path))
     own = preset("mine")
     assert "mine" in convnn.presets() and (own.k, own.target) == (5, "convnn.ConvNNAttention")
+
+
+def test_a_whole_mapping_of_another_kind_is_taken_as_it_is():
+    given = asdict(OperatorConfig(kind="attention", target="convnn.ConvNNAttention", k=4))
+    assert operator_of(given) == OperatorConfig(**given)
+
+
+@pytest.mark.parametrize(
+    "text, k, ratio",
+    [
+        ("defaults: [_self_, hybrid]\nk: 4\nbranch_ratio: 0.25\n", 9, 0.5),
+        ("defaults: [hybrid, _self_]\nk: ${operator.num_candidates}\nnum_candidates: 7\n", 7, 0.5),
+        ("defaults: [hybrid]\nk: 3\n", 3, 0.5),
+    ],
+)
+def test_files_mean_what_they_mean_on_the_command_line(text, k, ratio, tmp_path, monkeypatch):
+    (tmp_path / "operator").mkdir()
+    (tmp_path / "operator" / "mine.yaml").write_text(text)
+    monkeypatch.setenv("CONVNN_CONFIG_PATH", str(tmp_path))
+    own = preset("mine")
+    composed = compose_config(["operator=mine"]).operator
+    assert (own.k, own.branch_ratio) == (composed.k, composed.branch_ratio) == (k, ratio)
+    (tmp_path / "operator" / "mine.yaml").write_text("defaults: [mine, _self_]\n")
+    with pytest.raises(ConfigError, match="mine is among its own defaults"):
+        preset("mine")
+    (tmp_path / "operator" / "mine.yaml").write_text("defaults: [{a: b}]\n")
+    with pytest.raises(ConfigError, match="names of operators as defaults"):
+        preset("mine")

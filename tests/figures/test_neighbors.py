@@ -4,6 +4,7 @@ import json
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -168,12 +169,16 @@ def test_pictures_go_to_wandb_at_the_end_of_a_run(tmp_path):
     (folder,) = (tmp_path / "r" / "wandb").glob("offline-run-*")
     media = {path.name.split("_")[0] for path in (folder / "files" / "media" / "images" / "pictures").iterdir()}
     assert media == {"neighbors", "blends", "diagnostics", "training"}
-    keys = set()
-    for record in wandb_records(next(folder.glob("*.wandb"))):
-        for item in record.history.item:
-            keys.add(item.nested_key[0])
-    assert {"test_top1", "layers/layer4.0.conv1/overlap", "layers/layer4.0.conv1/agreement"} <= keys
-    assert {"pictures/neighbors", "pictures/diagnostics"} <= keys
+    wanted = {"test_top1", "layers/layer4.0.conv1/overlap", "layers/layer4.0.conv1/agreement"}
+    wanted |= {"pictures/neighbors", "pictures/diagnostics"}
+    deadline = time.monotonic() + 60
+    while not wanted <= (keys := logged_keys(next(folder.glob("*.wandb")))) and time.monotonic() < deadline:
+        time.sleep(0.5)  # W&B's own process writes the file, and may not be done yet
+    assert wanted <= keys
+
+
+def logged_keys(path):
+    return {item.nested_key[0] for record in wandb_records(path) for item in record.history.item}
 
 
 def wandb_records(path):
@@ -188,6 +193,8 @@ def wandb_records(path):
             at += left
             continue
         length, kind = struct.unpack_from("<HB", data, at + 4)
+        if at + 7 + length > len(data):  # not written to its end yet
+            return
         part += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or last part

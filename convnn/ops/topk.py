@@ -23,8 +23,8 @@ def stable_topk(score: Tensor, k: int) -> Tensor:
 
     ``torch.topk`` leaves ties open and breaks them differently on each device. On a CPU ``native`` keeps the rule as it
     goes; without numba the choice of ``torch.topk`` is put right where the values show ties, at a cost that grows with
-    the rows that have them. Elsewhere, where looking would wait for the
-    device, and in graphs the score and the index are packed into one key, so that no two keys are equal.
+    the rows that have them. Elsewhere, where looking would wait for the device, and in graphs the score and the index
+    are packed into one key, so that no two keys are equal.
     """
     if score.device.type == "cpu" and k < score.shape[-1] and runs_at_once():
         found = native.best_of_rows(score.reshape(-1, score.shape[-1]), k)

@@ -60,6 +60,15 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
+def size(count: float) -> str:
+    """Return a number of bytes in words, in powers of 1000: ``3.6 GB``."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB" if count < 1000 else f"{count:,.0f} TB"
+
+
 def command_line(command: Sequence[str]) -> str:
     """Return a command as a shell takes it: a script of the checkout is run by uv, an installed program by itself."""
     return ("uv run " if command[0].endswith(".py") else "") + shlex.join(command)

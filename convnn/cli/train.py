@@ -9,6 +9,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
+from convnn.cli.early import check_early
 from convnn.cli.folders import take_config_folders
 from convnn.cli.program import guarded, run_program, setup_logging
 from convnn.config.compose import compose_config, from_hydra
@@ -24,7 +25,7 @@ def check_arguments(argv: Sequence[str]) -> None:
     follow_parent()
     if any(arg.startswith("-") for arg in argv):
         return
-    guarded(lambda: compose_config(argv), debug="debug=true" in [a.lower() for a in argv])
+    guarded(lambda: check_early(compose_config(argv)), debug="debug=true" in [a.lower() for a in argv])
 
 
 def run_job(values: DictConfig) -> float | None:

@@ -107,6 +107,23 @@ def check_rule(rule: SwapRule, prefix: str) -> None:
         raise ConfigError(f"{prefix}: give one of {' and '.join(given)}, not both")
 
 
+def check_kind(rule: SwapRule, operator: OperatorConfig, prefix: str) -> None:
+    """Raise ConfigError when a rule asks for layers of the kind that the operator does not replace."""
+    if rule.kind not in ("auto", operator.kind):
+        way = {CONV: "swap=all_conv", ATTENTION: "swap=all_attention"}[operator.kind]
+        raise ConfigError(
+            f"operator={operator.name} replaces {operator.kind} layers, but {prefix}.kind={rule.kind}; "
+            f"set {way} or choose another operator"
+        )
+
+
+def check_kinds(config: Config) -> None:
+    """Raise ConfigError where an operator does not replace what its rule asks for."""
+    for name, rule in config.swap.effective_rules().items():
+        prefix = f"swap.rules.{name}" if config.swap.rules else "swap"
+        check_kind(rule, own_operator(rule, config.operator, prefix), prefix)
+
+
 def check_schedule(schedule: ScheduleConfig, operator: OperatorConfig, prefix: str = "operator") -> None:
     """Raise ConfigError when a scheduled value can leave the operator's range."""
     bounds = {"blend": (0.0, 1.0), "k": (1.0, math.inf), "temperature": (0.0, math.inf)}

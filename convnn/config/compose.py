@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from convnn.config.folders import CONF_DIR, config_folders, config_groups
-from convnn.config.keys import all_keys, nearest, schema_node, text_keys, unknown_key_error
+from convnn.config.keys import all_keys, as_list, list_keys, nearest, schema_node, text_keys, unknown_key_error
 from convnn.config.load import to_config
 from convnn.config.overrides import PLACES, key_of, quoted
 from convnn.config.schema import Config
@@ -30,6 +30,19 @@ COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 """What Hydra raises for overrides and files that it cannot compose; see ``translate``."""
 
 ConfigStore.instance().store(name="schema", node=schema_node(Config))
+
+
+_ELSEWHERE = {"grid": "sweep.py grid=NAME", "table": "scripts/reproduce.py table=NAME"}
+"""Folders of conf/ that are no groups of a run."""
+
+
+def _options(*more: str) -> str:
+    """Return the groups of a run, and ``more``, with their options, a line each, for ``--help``."""
+    groups = {group: options for group, options in config_groups().items() if group in more or group not in _ELSEWHERE}
+    return "\n".join(f"{group}: {', '.join(options)}" for group, options in groups.items())
+
+
+OmegaConf.register_new_resolver("convnn_groups", _options, replace=True)
 
 
 class UserFolders(SearchPathPlugin):
@@ -64,10 +77,6 @@ def from_hydra(values: DictConfig) -> Config:
     return to_config(OmegaConf.to_container(values, resolve=True))
 
 
-_ELSEWHERE = {"grid": "sweep.py grid=NAME", "table": "scripts/reproduce.py table=NAME"}
-"""Folders of conf/ that are no groups of a run."""
-
-
 def translate(error: Exception, overrides: Sequence[str], schema: type = Config) -> ConfigError:
     """Say what Hydra means in one line."""
     text = str(error)
@@ -87,6 +96,9 @@ def translate(error: Exception, overrides: Sequence[str], schema: type = Config)
             return unknown_key_error(key, schema)
         if key in _ELSEWHERE:
             return ConfigError(f"{key}= is no part of this command; use {_ELSEWHERE[key]}")
+        leaves = [k for k in all_keys(schema) if k.endswith(f".{key}")]
+        if leaves:
+            return unknown_key_error(key, schema)
         return ConfigError(f"unknown key '{key}'{nearest(key, [*all_keys(schema), *groups])}")
     if "Ambiguous value for argument" in text or "requires --multirun" in text:
         given = next((o for o in overrides if "," in o or "(" in o), "")
@@ -102,6 +114,9 @@ def translate(error: Exception, overrides: Sequence[str], schema: type = Config)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if key and error.__cause__ is not None:
         lines = [first_line(error.__cause__)]
+    value = next((o.partition("=")[2] for o in overrides if key and key_of(o) == key), "")
+    if key in list_keys(schema) and value and not value.startswith("["):
+        return as_list(str(key), value)
     shown = next((o for o in overrides if key and o.lstrip("+~").startswith(f"{key}=")), key)
     return ConfigError(f"{shown}: {lines[0]}" if shown else " ".join(lines[:2]))
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
-from convnn.config.schema import Config
+from convnn.config.schema import SMALL_IMAGE, Config
 
 FIRST_NAMES = {
     "convnn.ACmix2d": "convnn.peers.ACmix2d",
@@ -23,7 +23,7 @@ FIRST_NAMES = {
 it the name of its run folder and its place in a sweep's plan, must not change when a class moves."""
 
 _DEFAULT = Config()
-_NOT_IDENTITY = ("run", "tracker", "diagnostics", "device", "debug")
+_NOT_IDENTITY = ("run", "tracker", "diagnostics", "checkpoint", "device", "debug")
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -39,18 +39,52 @@ def identity_of(values: Mapping[str, Any]) -> dict[str, Any]:
         unused.add("root")
     if values["data"].get("val_fraction"):  # beside images held out, a validation folder is left out or refused
         unused.add("val_folder")
-    own = {"data": unused, "operator": {"backend"}}
+    own = {"data": unused, "operator": {"backend"}, "train": {"log_every"}}
     kept |= {group: {k: v for k, v in values[group].items() if k not in own[group]} for group in own}
     for section in fields(Config):
         if section.name in kept and is_dataclass(getattr(_DEFAULT, section.name)):
             kept[section.name] = _without_new_defaults(kept[section.name], getattr(_DEFAULT, section.name))
     kept["operator"] = _first_named(kept["operator"])
     kept["swap"] = kept["swap"] | {"operator": _first_named(kept["swap"]["operator"])}
+    kept["backbone"], kept["swap"]["init"] = kept["backbone"] | {"stem": _stem(values)}, _init(values)
     kept["swap"]["rules"] = {
         name: rule | {"operator": _first_named(rule.get("operator", {}))}
         for name, rule in kept["swap"]["rules"].items()
     }
     return kept
+
+
+_SIDES = {"convnn.data.load_cifar": 32, "convnn.data.load_digits": 8, "convnn.data.load_synthetic": 32}
+
+
+def known_side(values: Mapping[str, Any]) -> int | None:
+    """Return the side in pixels of the images that the network will see, from the plain values of a configuration.
+
+    None if only the data can tell.
+    """
+    data, target = values["data"], values["data"]["target"]
+    own = None if target in ("convnn.data.load_cifar", "convnn.data.load_digits") else data["load_size"]
+    found: int | None = data["image_size"] or values["backbone"]["image_size"] or own or _SIDES.get(target)
+    return found
+
+
+def _stem(values: Mapping[str, Any]) -> str:
+    """Return the stem that ``auto`` means, so that it is the same run as one that names it; ``auto`` if unknown."""
+    stem, side = values["backbone"]["stem"], known_side(values)
+    if stem != "auto" or side is None:
+        return str(stem)
+    return "small" if side < SMALL_IMAGE else "default"
+
+
+def loads_weights(backbone: Mapping[str, Any]) -> bool:
+    """Return whether a backbone starts from weights of a file."""
+    return bool(backbone["pretrained"] or "checkpoint_path" in backbone["kwargs"])
+
+
+def _init(values: Mapping[str, Any]) -> str:
+    """Return the initial weights that ``auto`` means, likewise; beside loaded weights it means what it says."""
+    init = values["swap"]["init"]
+    return "fresh" if init == "auto" and not loads_weights(values["backbone"]) else str(init)
 
 
 def _without_new_defaults(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
@@ -63,6 +97,26 @@ def _first_named(operator: Mapping[str, Any]) -> dict[str, Any]:
     """Return operator settings whose target, if they have one, bears its first name."""
     target = {"target": FIRST_NAMES.get(operator["target"], operator["target"])} if "target" in operator else {}
     return {**operator, **target}
+
+
+def effect(config: Config) -> dict[str, Any]:
+    """Return the identity less what has no effect: runs that are alike in it train the same network alike.
+
+    Without a swap no operator counts and no schedule moves; a scheduled blend or temperature is not the operator's own;
+    all candidates need no number of them.
+    """
+    kept = identity(config)
+    schedule = {
+        name: track if track["shape"] != "constant" else {"shape": "constant"}
+        for name, track in kept["schedule"].items()
+    }
+    if not config.swap.effective_rules():
+        return {key: value for key, value in kept.items() if key not in ("operator", "swap", "schedule")}
+    unused = {name for name in ("blend", "temperature") if schedule[name]["shape"] != "constant"}
+    if kept["operator"]["candidates"] == "all" and not any(r.operator for r in config.swap.effective_rules().values()):
+        unused.add("num_candidates")
+    operator = {key: value for key, value in kept["operator"].items() if key not in unused}
+    return kept | {"schedule": schedule, "operator": operator}
 
 
 def fingerprint(config: Config) -> str:

@@ -49,6 +49,23 @@ def text_keys(schema: type = Config, prefix: str = "") -> list[str]:
     return keys
 
 
+def list_keys(schema: type = Config, prefix: str = "") -> list[str]:
+    """Return the dotted keys that take a list."""
+    keys = []
+    for f in fields(schema):
+        default = f.default_factory() if callable(f.default_factory) else None
+        if is_dataclass(default):
+            keys += list_keys(type(default), f"{prefix}{f.name}.")
+        elif str(f.type).startswith("list"):
+            keys.append(prefix + f.name)
+    return keys
+
+
+def as_list(key: str, value: Any) -> ConfigError:
+    """Return the error for a single value where a list is needed."""
+    return ConfigError(f"{key}={value} is one value where a list is needed; write '{key}=[{value}]'")
+
+
 _FREE = (
     "backbone.kwargs",
     "operator.options",
@@ -68,6 +85,9 @@ def unknown_key_error(key: str, schema: type = Config) -> ConfigError:
     if free:
         example = key if key != free else f"{free}.KEY"
         return ConfigError(f"'{key}' is not set yet; add an entry with a plus sign: +{example}=VALUE")
+    same = [k for k in known if k.rpartition(".")[2] == leaf and k != key]
+    if same:
+        return ConfigError(f"unknown key '{key}'; did you mean {' or '.join(map(repr, same[:3]))}?")
     siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent]
     close = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.5)
     if close:
@@ -143,6 +163,9 @@ def typed(schema: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     try:
         return OmegaConf.to_object(OmegaConf.merge(schema_node(schema), _with_choices(values, schema)))  # type: ignore[return-value, arg-type]
     except OmegaConfBaseException as error:
+        value = values.get(str(error.full_key))
+        if error.full_key in list_keys(schema) and not isinstance(value, (list, Mapping)):
+            raise as_list(f"{prefix}{error.full_key}", value) from error
         raise ConfigError(f"{prefix}{error.full_key}: {first_line(error)}") from error
 
 

@@ -83,6 +83,8 @@ class DataConfig:
 
 
 CONV, ATTENTION = "conv", "attention"
+SMALL_IMAGE = 64
+"""Images below this many pixels a side get the small stem, with ``stem=auto``."""
 
 
 @dataclass
@@ -95,8 +97,9 @@ class BackboneConfig:
     """Python module to import first, for models registered outside timm with ``timm.models.register_model``."""
     pretrained: bool = False
     """Load timm's pretrained weights (needs a network or a filled cache)."""
-    stem: str = choice("default", "small")
-    """``default``, or ``small``: 3x3 stride-1 first convolution without max-pooling, for images below 64 pixels."""
+    stem: str = choice("default", "small", "auto")
+    """``default``; ``small``: 3x3 stride-1 first convolution without max-pooling; or ``auto``: ``small`` for images
+    below 64 pixels."""
     image_size: int | None = number(None, 1)
     """Side in pixels that images are resized to; null keeps the size of the data set."""
     patch_size: int | None = number(None, 1)
@@ -212,8 +215,9 @@ class SwapRule:
 class SwapConfig(SwapRule):
     """The swap policy: one rule given here, or several named ones in ``rules``."""
 
-    init: str = choice("fresh", "transfer")
-    """``fresh`` weights, or ``transfer`` those of the replaced layer."""
+    init: str = choice("auto", "fresh", "transfer")
+    """``fresh`` weights; ``transfer`` those of the replaced layer; or ``auto``: in a backbone that loads its weights
+    ``transfer`` where the operator defines it, else ``fresh``."""
     rules: dict[str, Any] = field(default_factory=dict)
     """Named rules, each with the keys above; when given they stand instead of it. No layer may be claimed twice."""
 
@@ -308,6 +312,8 @@ class TrainConfig:
     """Decay of the exponential moving average of the weights, which is then what gets evaluated; null: off."""
     amp: str = choice("auto", "bf16", "off")
     """``auto`` (bf16 on CUDA, float32 elsewhere), ``bf16`` or ``off``."""
+    log_every: int | None = number(None, 1)
+    """Steps between two lines of progress where no terminal shows a bar; null: about every 30 seconds."""
     channels_last: bool = False
     """Memory format of images and convolution weights. On a CPU without AVX-512, torch 2.15 crashes with it in
     1x1 convolutions that have a stride and fewer than 8 channels."""
@@ -356,6 +362,19 @@ class DiagnosticsConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """What stays of a run's checkpoints when it is complete; no part of its identity.
+
+    While it trains there are the newest one and the one before it, to go on from, and the weights of the best epoch.
+    """
+
+    keep: str = choice("all", "last", "best")
+    """The weights of the ``last`` epoch, of the ``best`` one, or of both (``all``)."""
+    optimizer: bool = True
+    """Keep the optimizer's state with the last weights, so that the run can be given more epochs."""
+
+
+@dataclass
 class RunConfig:
     """The run folder."""
 
@@ -381,6 +400,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
     seed: int = number(0, 0, 2**32 - 1)
     device: str = "auto"

@@ -18,7 +18,7 @@ from convnn.config.schema import DataConfig
 from convnn.data.checks import checked, warn_of_missing
 from convnn.data.cifar import load_cifar
 from convnn.data.classes import class_order, listed
-from convnn.data.folders import counted, list_images, split_folders
+from convnn.data.folders import counted, list_images, say_what_is_left_out, split_folders
 from convnn.data.images import image_size, in_threads, open_image, open_square
 from convnn.data.splits import Dataset, FileSplit, Split, balanced, stratified
 from convnn.errors import ConfigError
@@ -71,6 +71,7 @@ def load_imagefolder(config: DataConfig) -> Dataset:
     """
     root = Path(config.root).expanduser()
     folders = split_folders(root, config.val_folder)
+    say_what_is_left_out(root, folders)
     _check_one_validation(config, "val" in folders)
     found = {name: list_images(root, folder) for name, folder in folders.items()}
     classes = found["train"].classes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,14 +59,17 @@ def split_folders(root: Path, val_folder: bool) -> dict[str, Path]:
     if len(beside) > 1 or (beside and test.name != "test"):
         names = " and ".join(folder.name for folder in found if folder.name != "test")
         raise ConfigError(f"data.root={root} has {names}; keep one of them")
-    splits = {"train": train, "test": test} | ({"val": beside[0]} if beside and val_folder else {})
+    return {"train": train, "test": test} | ({"val": beside[0]} if beside and val_folder else {})
+
+
+def say_what_is_left_out(root: Path, splits: Mapping[str, Path]) -> None:
+    """Log which folders below ``root`` are no split, and warn of one that is two."""
     unused = [name for name in _classes(root, root) if root / name not in splits.values()]
     if unused:
         log.info("data.root=%s: folders left out: %s", root, listed(unused))
     for folder in (*splits.values(),)[1:]:
-        if folder.samefile(train):
+        if folder.samefile(splits["train"]):
             log.warning("data.root=%s: %s is the folder of train, so that it tells nothing new", root, folder.name)
-    return splits
 
 
 def list_images(root: Path, folder: Path) -> Listing:

@@ -12,7 +12,7 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import nn
 
 from convnn.config.keys import nearest
-from convnn.config.schema import BackboneConfig
+from convnn.config.schema import SMALL_IMAGE, BackboneConfig
 from convnn.errors import ConfigError, load_failure
 
 
@@ -51,7 +51,7 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_chans: int = 3,
             f"the {_sides(patch)[0]}-pixel patches of {config.name} do not divide the image side {image_size}; "
             "set backbone.patch_size or data.image_size"
         )
-    if config.stem == "small":
+    if has_small_stem(config, image_size):
         _small_stem(model, config.name, in_chans)
     if config.pos_embed != "learned":
         _fixed_positions(model, config.name, config.pos_embed)
@@ -64,6 +64,11 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_chans: int = 3,
         for module in norms:
             module.eps = config.norm_eps
     return model
+
+
+def has_small_stem(config: BackboneConfig, image_size: int) -> bool:
+    """Return whether the network gets the small stem."""
+    return config.stem == "small" or (config.stem == "auto" and image_size < SMALL_IMAGE)
 
 
 def timm_kwargs(config: BackboneConfig, num_classes: int, in_chans: int, image_size: int) -> dict[str, Any]:

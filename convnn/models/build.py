@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from torch import nn
 
+from convnn.config.identity import loads_weights
 from convnn.config.schema import Config
 from convnn.data.splits import Dataset
 from convnn.errors import ConfigError
-from convnn.models.backbones import create_backbone, draw_as_torch
-from convnn.models.swap import SwapReport, swap_layers
+from convnn.models.backbones import create_backbone, draw_as_torch, has_small_stem
+from convnn.models.swap import SwapReport, count_parameters, swap_layers
 from convnn.nn.attention import ConvNNAttention
 from convnn.nn.hybrid import HybridConvNNAttention
 from convnn.runtime.device import seed_everything
@@ -27,9 +30,37 @@ def build_model(config: Config, dataset: Dataset) -> tuple[nn.Module, SwapReport
     image_size = image_size or height
     seed_everything(config.seed)
     model = create_backbone(config.backbone, len(dataset.classes), channels, image_size)
-    report = swap_layers(model, config.swap, config.operator)
-    if config.backbone.init == "torch" and config.swap.init == "fresh":
+    init = config.swap.init
+    if init == "auto" and not loads_weights(asdict(config.backbone)):
+        init = "fresh"
+    report = swap_layers(model, config.swap, config.operator, init)
+    if config.backbone.init == "torch" and init == "fresh":
         for layer in model.modules():  # others have a start of their own
             if isinstance(layer, (ConvNNAttention, HybridConvNNAttention)):
                 draw_as_torch(layer)
     return model, report, image_size
+
+
+def kept_weights(config: Config, model: nn.Module, report: SwapReport, image_size: int) -> tuple[str, bool] | None:
+    """Say how many of the backbone's weights stem from the file that it loaded, and whether those are the most.
+
+    None if it loaded none. The classifier stems from the file if it has as many classes there.
+    """
+    if not loads_weights(asdict(config.backbone)):
+        return None
+    total = count_parameters(model) + sum(row.params_before - row.params_after for row in report.rows)
+    anew: dict[str, int] = {row.name: row.params_before for row in report.rows if row.init == "fresh"}
+    replaced = {row.name: row.params_before for row in report.rows}
+    own = getattr(model, "pretrained_cfg", None) or {}
+    if config.backbone.pretrained and own.get("num_classes") != getattr(model, "num_classes", None):
+        head = own.get("classifier") or ()
+        for name in (head,) if isinstance(head, str) else head:
+            anew[name] = count_parameters(model.get_submodule(name))
+    if has_small_stem(config.backbone, image_size):
+        anew["conv1"] = replaced.get("conv1", count_parameters(model.get_submodule("conv1")))
+    kept = total - sum(anew.values())
+    text = f"{kept:,} of {total:,} weights stem from the file"
+    if anew:
+        names = ", ".join(list(anew)[:3]) + (f" and {len(anew) - 3} more" if len(anew) > 3 else "")
+        text += f"; begin anew: {names}"
+    return text, 2 * kept >= total

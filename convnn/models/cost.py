@@ -19,6 +19,8 @@ from convnn.models.swap import SwapReport, neighbor_layers
 from convnn.ops.neighborhood import same_draws
 
 log = logging.getLogger("convnn")
+DEAR = 5
+"""Times the operations of the plain network from which a swap is worth a warning."""
 
 
 @contextmanager
@@ -101,6 +103,30 @@ def count_cost(model: nn.Module, channels: int, image_size: int, report: SwapRep
     except Exception as error:  # a layer that the forward pass leaves out, an operation that needs data
         log.warning("GFLOPs unknown: %s", first_line(error))
         return None, report
+
+
+def dear_swap(gflops: float | None, report: SwapReport) -> str | None:
+    """Say so if a swap multiplies the operations of a forward pass by more than ``DEAR``, and what is cheaper.
+
+    Args:
+        gflops: of the swapped model, see ``count_cost``; None: unknown.
+        report: of the swap, with costs.
+    """
+    times = cost_ratio(gflops, report)
+    if gflops is None or times is None or times <= DEAR:
+        return None
+    return (
+        f"the swap takes {times:.0f} times the operations of the plain network "
+        f"({gflops / times:.3g} -> {gflops:.3g} GFLOPs an image); cheaper: swap=last_half, "
+        "or operator.candidates=random operator.num_candidates=64"
+    )
+
+
+def cost_ratio(gflops: float | None, report: SwapReport) -> float | None:
+    """Return how many times the operations of the plain network the swapped one takes; None: unknown."""
+    before, after = (sum(getattr(row, f"flops_{when}") or 0 for row in report.rows) for when in ("before", "after"))
+    plain = None if gflops is None else gflops - (after - before) / 1e9
+    return gflops / plain if gflops and plain else None
 
 
 def parameters_without_gradient(model: nn.Module, schedule: ScheduleConfig, channels: int, image_size: int) -> set[str]:

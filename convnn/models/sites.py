@@ -12,10 +12,11 @@ from typing import Any
 from timm.layers.attention import Attention
 from torch import nn
 
-from convnn.config.schema import CONV, SwapRule
+from convnn.config.schema import ATTENTION, CONV, SwapRule
 from convnn.errors import ConfigError
 from convnn.nn.sources import attention_classes
 
+FOR_ATTENTION = "set operator=convnn_attention swap=all_attention to replace its attention"
 _HEADS = ("pre_logits", "head", "head_dist", "fc", "classifier")
 
 
@@ -56,7 +57,8 @@ def select_sites(model: nn.Module, rule: SwapRule, kind: str, label: str) -> dic
     """
     sites = find_sites(model, kind)
     if not sites:
-        raise ConfigError(f"{label}: {type(model).__name__} has no {kind} layer that could be replaced")
+        way = f"; {FOR_ATTENTION}" if kind == CONV and find_sites(model, ATTENTION) else ""
+        raise ConfigError(f"{label}: {type(model).__name__} has no {kind} layer that could be replaced{way}")
     names = [n for n in sites if fnmatch.fnmatch(n, rule.match or "")]
     if not names:
         raise ConfigError(f"{label}.match={rule.match} matches none of the {kind} layers: {some(sites)}")

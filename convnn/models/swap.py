@@ -11,14 +11,14 @@ from timm.layers.attention import Attention
 from torch import nn
 from torch.nn.utils import parametrize
 
-from convnn.config.checks import check_operator, check_rule
+from convnn.config.checks import check_kind, check_operator, check_rule
 from convnn.config.keys import own_operator, typed_rule
 from convnn.config.presets import operator_of
-from convnn.config.schema import OperatorConfig, SwapConfig, SwapRule
+from convnn.config.schema import ATTENTION, CONV, OperatorConfig, SwapConfig, SwapRule
 from convnn.config.targets import resolve_target
 from convnn.errors import ConfigError
 from convnn.models.flops import Cost, count_operations, on_meta
-from convnn.models.sites import is_operator, select_sites, some
+from convnn.models.sites import FOR_ATTENTION, find_sites, is_operator, select_sites, some
 from convnn.nn.base import NeighborLayer, Site, TokenGrid
 from convnn.nn.sources import replaceable
 from convnn.ops.settings import check_choice
@@ -39,6 +39,8 @@ class Replacement:
     flops_before: int | None = None
     """Operations for one image, see ``convnn.models.flops``; None: not counted."""
     flops_after: int | None = None
+    init: str = "fresh"
+    """``transfer`` if it took over the weights of the layer."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def swap_layers(
         rules: one rule or several, as ``SwapRule``, mappings of its fields, globs over names, or a ``SwapConfig``.
         operator: what to put in: the name of a preset (``convnn.presets()``), an ``OperatorConfig``, or a mapping of
             its fields, over the preset of its ``name`` if it has one; see ``convnn.preset``.
-        init: ``fresh`` or ``transfer``; default: of the SwapConfig, else ``fresh``.
+        init: ``fresh``, ``transfer``, or ``auto``: ``transfer`` where the operator defines it. Default: that of the
+            SwapConfig if it names one of the first two, else ``fresh``.
         **settings: of the operator: ``swap_layers(model, "layer4.*", "hybrid", k=9)``.
 
     Returns:
@@ -121,26 +124,24 @@ def swap_layers(
     """
     operator = operator_of(operator, **settings)
     if init is None:
-        init = rules.init if isinstance(rules, SwapConfig) else "fresh"
-    check_choice("swap.init", init, ("fresh", "transfer"))
+        init = rules.init if isinstance(rules, SwapConfig) and rules.init != "auto" else "fresh"
+    check_choice("swap.init", init, ("fresh", "transfer", "auto"))
     claims = _claims(model, rules, operator)
     new_layers: dict[str, nn.Module] = {}
     grids: dict[nn.Module, TokenGrid] = {}
     refused: dict[str, ConfigError] = {}
+    inits: dict[str, str] = {}
     for name, claim in claims.items():
-        build = _builder(claim.operator.target)
-        try:
-            check_replaceable(name, claim.layer)
-            plain, prefix = replaceable(claim.layer, init, name)
-            site = _site(model, name, grids)
-            if prefix is not None:
-                site = replace(site, num_prefix_tokens=prefix)
-            new = build(plain, claim.operator, init, site)
-            new_layers[name] = like(claim.layer, new.train(claim.layer.training), name)
-        except ConfigError as error:
-            refused[name] = error
+        site = _site(model, name, grids)
+        for way in ("transfer", "fresh") if init == "auto" else (init,):
+            try:
+                new_layers[name], inits[name] = _built(claim, way, site), way
+                refused.pop(name, None)
+                break
+            except ConfigError as error:
+                refused[name] = error
     if refused:
-        raise _refusal(refused, claims)
+        raise _refusal(refused, claims, model)
     for patch_embed, grid in grids.items():
         patch_embed.register_forward_hook(grid.note)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
@@ -149,8 +150,18 @@ def swap_layers(
         old, new = claims[name].layer, new_layers[name]
         _replace(model, old, new)
         counts = count_parameters(old), count_parameters(new)
-        rows.append(Replacement(name, _describe(old), _describe(new), *counts, on_meta(old)))
+        rows.append(Replacement(name, _describe(old), _describe(new), *counts, on_meta(old), init=inits[name]))
     return SwapReport(tuple(rows))
+
+
+def _built(claim: _Claim, init: str, site: Site) -> nn.Module:
+    build = _builder(claim.operator.target)
+    check_replaceable(site.name, claim.layer)
+    plain, prefix = replaceable(claim.layer, init, site.name)
+    if prefix is not None:
+        site = replace(site, num_prefix_tokens=prefix)
+    new = build(plain, claim.operator, init, site)
+    return like(claim.layer, new.train(claim.layer.training), site.name)
 
 
 def _builder(target: str) -> Callable[..., nn.Module]:
@@ -161,14 +172,15 @@ def _builder(target: str) -> Callable[..., nn.Module]:
     return build
 
 
-def _refusal(refused: Mapping[str, ConfigError], claims: Mapping[str, _Claim]) -> ConfigError:
+def _refusal(refused: Mapping[str, ConfigError], claims: Mapping[str, _Claim], model: nn.Module) -> ConfigError:
     """Return one error for all layers that cannot be replaced, with what leaves them out where others remain."""
     reasons: dict[str, list[str]] = {}
     for name, error in refused.items():
         reasons.setdefault(str(error).replace(f"'{name}'", "{layer}"), []).append(f"'{name}'")
     told = "; ".join(reason.replace("{layer}", some(names)) for reason, names in reasons.items())
     if len(refused) == len(claims):  # nothing would be left to replace
-        return ConfigError(told)
+        other = all(claim.operator.kind == CONV for claim in claims.values()) and find_sites(model, ATTENTION)
+        return ConfigError(f"{told}; or {FOR_ATTENTION}" if other else told)
     rules = {claims[name].rule: claims[name].exclude for name in refused}
     ways = [
         f"{rule}.exclude=[{','.join([*own, *(name for name in refused if claims[name].rule == rule)])}]"
@@ -246,13 +258,8 @@ def _claims(model: nn.Module, rules: Rules, operator: OperatorConfig) -> dict[st
         check_rule(rule, label)
         own = own_operator(rule, operator, label)
         check_operator(own, f"{label}.operator" if rule.operator else "operator")
-        kind = own.kind if rule.kind == "auto" else rule.kind
-        if kind != own.kind:
-            raise ConfigError(
-                f"operator={own.name} replaces {own.kind} layers, but {label}.kind={kind}; "
-                "choose another operator or another swap policy"
-            )
-        for name, layer in select_sites(model, rule, kind, label).items():
+        check_kind(rule, own, label)
+        for name, layer in select_sites(model, rule, own.kind, label).items():
             if name in claims:
                 raise ConfigError(f"'{name}' is claimed by both {claims[name].rule} and {label}; exclude it from one")
             claims[name] = _Claim(label, layer, own, rule.exclude)

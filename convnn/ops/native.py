@@ -1,9 +1,9 @@
-"""Blends and the k best of each row, one pass each on a CPU, compiled by numba where that is installed.
+"""Scores and the k best of each row, one pass on a CPU, compiled by numba where that is installed.
 
 ``torch.topk`` leaves ties open, so that they must be looked for and put right; here the rule is kept on the way, and
 costs nothing. It runs on one core; ``threads`` gives each core blocks of its own.
 
-Shapes: R rows, M candidates, K neighbours.
+Shapes: R rows; G items (batch times heads), P queries, D channels, M candidates.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ import torch
 from torch import Tensor
 
 from convnn.errors import first_line
+from convnn.ops.precision import product
 
 log = logging.getLogger("convnn")
 
 MAX_K = 32
 """Beyond it ``torch.topk`` is faster: what is kept is sorted by insertion."""
+
+FEW_CHANNELS = 6
+"""Up to here a plain loop multiplies as fast as a library does."""
 
 
 @lru_cache(maxsize=1)
@@ -47,7 +51,7 @@ def best_of_rows(score: Tensor, k: int) -> Tensor | None:
     Returns:
         None where the kernel does not serve: without numba, for no or large k, and for rows with NaN.
     """
-    if not 0 < k <= MAX_K or not _serves(score):
+    if not 0 < k <= MAX_K or not _fits(score) or score.amax().isnan():
         return None
     from convnn.ops.native_kernel import best_of_rows as kernel
 
@@ -56,33 +60,73 @@ def best_of_rows(score: Tensor, k: int) -> Tensor | None:
     return torch.from_numpy(found)
 
 
-def blend_rows(
-    score: Tensor, offset: Tensor, share: float, floor: Tensor, alike: float
-) -> tuple[Tensor, Tensor] | None:
-    """Blend similarities with positions in place; return each row's least and largest similarity.
+def rank_pairs(
+    q: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    k: int,
+    *,
+    own: Tensor,
+    share: float | Tensor,
+    distance: Tensor | None,
+    floor: Tensor | None,
+    alike: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the columns of each query's k best keys, and the range of its similarities ``q @ keys + bias``.
+
+    Products of at most ``FEW_CHANNELS`` are computed on the way, so that a row of scores never leaves the core's
+    nearest cache; those of more are a product of matrices.
 
     Args:
-        score: similarities (items, P, M), contiguous.
-        offset: what position takes off, (P, M).
-        share: of the features.
-        floor: of differences that count, (items, P, 1); see ``similarity.span``.
+        q: (G, P, D), for which ``serves`` has been asked.
+        keys: (G, D, M).
+        bias: (G, 1, M).
+        k: at most M.
+        own: column that each query leaves out, or -1, (P,).
+        share: the blend, a number or (G, 1, 1).
+        distance: share of the map, (P, M); None: nothing to blend.
+        floor: of differences that count, (G, P, 1), see ``similarity.span``; None: no range.
         alike: as ``similarity.ALIKE``.
 
     Returns:
-        (items, P, 1) twice; None where the kernel does not serve: ``score`` is then as it was.
+        (G, P, k); the least and the largest, (G, P, 1) or None.
     """
-    if not score.is_contiguous() or not _serves(score):
-        return None
-    from convnn.ops.native_kernel import blend_rows as kernel
+    from convnn.ops import native_kernel
 
-    low, high = (torch.empty(floor.shape, dtype=floor.dtype) for _ in range(2))
-    rows, kind = score.view(-1, score.shape[-1]).numpy(), score.numpy().dtype.type
-    flat = [t.contiguous().view(-1).numpy() for t in (floor, low, high)]
-    kernel(rows, offset.contiguous().numpy(), kind(share), flat[0], kind(alike), *flat[1:])
-    return low, high
+    few = keys.shape[1] <= FEW_CHANNELS
+    if not few:
+        score = product(q, keys)
+        q, bias = score if bias is None else score.add_(bias), None
+    kind, none = q.new_empty(0).numpy().dtype.type, q.new_empty(0, 0).numpy()
+    low, high = (
+        None if floor is None else torch.empty_like(floor, memory_format=torch.contiguous_format) for _ in "lh"
+    )
+    found = torch.empty(*q.shape[:2], k, dtype=torch.int64)
+    shares = share.flatten().numpy() if isinstance(share, Tensor) else np.full(len(q), share, kind)
+    flat = [none if t is None else t.squeeze(-1).contiguous().numpy() for t in (floor, low, high)]
+    place = none if distance is None else distance.contiguous().numpy()
+    rest = (own.numpy(), shares, place, flat[0], kind(alike), flat[1], flat[2], found.numpy())
+    if few:
+        offset = none if bias is None else bias.squeeze(-2).contiguous().numpy()
+        native_kernel.rank_products(q.contiguous().numpy(), keys.contiguous().numpy(), offset, *rest)
+    else:
+        native_kernel.rank_scores(q.contiguous().numpy(), *rest)
+    return found, low, high
 
 
-def _serves(score: Tensor) -> bool:
-    if not installed() or score.device.type != "cpu" or score.dtype not in (torch.float32, torch.float64):
+def serves(k: int, q: Tensor, keys: Tensor, bias: Tensor | None) -> bool:
+    """Return whether ``rank_pairs`` can rank these: on a CPU with numba, few of them, and no score can become NaN."""
+    if not 0 < k <= MAX_K or not _fits(q) or not keys.numel():
         return False
-    return score.numel() > 0 and not score.amax().isnan()
+    # A sum of finite products is NaN only where it overflows on the way.
+    most = _size(q) * _size(keys) * q.shape[-1] + (0.0 if bias is None else _size(bias))
+    return most < torch.finfo(q.dtype).max / 4
+
+
+def _size(x: Tensor) -> float:
+    """Return the largest absolute value; NaN if there is one."""
+    return float(torch.maximum(x.amax(), -x.amin()))
+
+
+def _fits(x: Tensor) -> bool:
+    return installed() and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.numel() > 0

@@ -1,6 +1,6 @@
 """The loops of ``native``, in the part of Python that numba compiles. Imported only where numba is installed.
 
-Shapes: M candidates, K neighbours.
+Shapes: G items (batch times heads), P queries, M candidates, D channels, K neighbours.
 """
 
 import numba
@@ -19,69 +19,71 @@ def _largest(block):
     return most
 
 
-@numba.njit(nogil=True, error_model="numpy", cache=True)
-def _put(values, place, value):
-    """Put a value into a falling list behind its equals; what stood at ``place``, its end, is lost. Return where."""
-    while place > 0 and value > values[place - 1]:
-        values[place] = values[place - 1]
-        place -= 1
-    values[place] = value
-    return place
+@numba.njit(nogil=True, error_model="numpy", cache=True, fastmath={"nnan", "nsz"})
+def _sink(values, value):
+    """Put a value into a falling list, whose last is lost; without branches, since none could be foreseen."""
+    for place in range(len(values)):
+        above = values[place]
+        values[place] = max(above, value)
+        value = min(above, value)
 
 
 @numba.njit(nogil=True, error_model="numpy", cache=True)
 def _bound(row, tops, values):
     """Note the largest of each block of a row in ``tops``; return a number that at least K elements reach."""
-    k = len(values)
+    last = len(values) - 1
+    values[:] = -np.inf
     for block in range(len(tops)):
         tops[block] = top = _largest(row[block * LANES : block * LANES + LANES])
-        if block < k:
-            _put(values, block, top)
-        elif top > values[k - 1]:
-            _put(values, k - 1, top)
-    return values[k - 1]
+        if top > values[last]:
+            _sink(values, top)
+    return values[last]
+
+
+@numba.njit(nogil=True, error_model="numpy", cache=True)
+def _best(row, tops, values, reach, places):
+    """Write the columns of the K largest of a row to ``places``, ties to the lower column. None may be NaN.
+
+    Of a row in blocks, the K-th largest of the blocks' largest is reached by at least K elements, so that only blocks
+    that reach it need a look: about K of them. ``tops`` has room for each whole block, ``values`` for K numbers,
+    ``reach`` for a block.
+    """
+    k = len(values)
+    bound = _bound(row, tops, values)  # -inf where there are fewer blocks than K
+    kept = 0
+    for block in range(len(tops) + 1):
+        if block < len(tops):
+            top = tops[block]
+            if top < bound or (kept == k and top <= values[k - 1]):  # equals come too late
+                continue
+        count = 0
+        for column in range(block * LANES, min(block * LANES + LANES, len(row))):
+            reach[count] = column
+            count += row[column] >= bound
+        for column in reach[:count]:
+            value = row[column]
+            if kept < k:
+                place = kept
+                kept += 1
+            elif value > values[k - 1]:
+                place = k - 1
+            else:
+                continue
+            while place > 0 and value > values[place - 1]:
+                values[place] = values[place - 1]
+                places[place] = places[place - 1]
+                place -= 1
+            values[place] = value
+            places[place] = column
 
 
 @numba.njit(nogil=True, error_model="numpy", cache=True)
 def best_of_rows(score, found):
-    """Write the columns of the K largest of each row of ``score`` (R, M) to ``found`` (R, K). None may be NaN.
-
-    Of a row in blocks, the K-th largest of the blocks' largest is reached by at least K elements, so that only blocks
-    that reach it need a look: about K of them.
-    """
-    rows, columns = score.shape
-    k = found.shape[1]
-    values, places = np.empty(k, score.dtype), np.empty(k, np.int64)
-    tops = np.empty(columns // LANES, score.dtype)
-    skips = len(tops) > k
+    """Write the columns of the K largest of each row of ``score`` (R, M) to ``found`` (R, K). None may be NaN."""
+    (rows, columns), k = score.shape, found.shape[1]
+    tops, values, reach = np.empty(columns // LANES, score.dtype), np.empty(k, score.dtype), np.empty(LANES, np.int64)
     for r in range(rows):
-        row = score[r]
-        bound = _bound(row, tops, values) if skips else score.dtype.type(-np.inf)
-        kept = 0
-        for block in range(len(tops) + 1):
-            if skips and block < len(tops):
-                top = tops[block]
-                if top < bound or (kept == k and top <= values[k - 1]):  # equals come too late
-                    continue
-            for column in range(block * LANES, min(block * LANES + LANES, columns)):
-                value = row[column]
-                if value < bound:
-                    continue
-                if kept < k:
-                    place = kept
-                    kept += 1
-                elif value > values[k - 1]:
-                    place = k - 1
-                else:
-                    continue
-                while place > 0 and value > values[place - 1]:
-                    values[place] = values[place - 1]
-                    places[place] = places[place - 1]
-                    place -= 1
-                values[place] = value
-                places[place] = column
-        for slot in range(k):
-            found[r, slot] = places[slot]
+        _best(score[r], tops, values, reach, found[r])
 
 
 @numba.njit(nogil=True, error_model="numpy", cache=True, fastmath={"nnan", "nsz"})
@@ -95,20 +97,75 @@ def _range(row):
 
 
 @numba.njit(nogil=True, error_model="numpy", cache=True)
-def blend_rows(score, offset, share, floor, alike, low, high):
-    """Turn similarities (R, M) into blends in place, as ``Scores`` does; note each row's range in ``low``, ``high``.
+def _blend(row, least, most, share, distance, floor, alike):
+    """Turn similarities into blends in place, as ``Scores`` does: the same operations in the same order."""
+    width, rest = most - least, row.dtype.type(1) - share
+    if width <= max(alike * max(abs(least), abs(most)), floor):
+        for column in range(len(row)):
+            row[column] = -(rest * distance[column])
+    else:
+        for column in range(len(row)):
+            row[column] = (row[column] - least) / width * share - rest * distance[column]
 
-    ``offset`` (P, M) is what position takes off, for each P rows the same; ``floor`` (R,) and ``alike`` are those of
-    ``similarity.span``. None may be NaN.
-    """
-    for r in range(len(score)):
-        row, off = score[r], offset[r % len(offset)]
+
+@numba.njit(nogil=True, error_model="numpy", cache=True)
+def _rank(row, own, p, g, share, distance, floor, alike, low, high, tops, values, reach, places):
+    """Rank a row of similarities: note its range, blend it and leave the query's own column out, where asked for."""
+    if low.size:
         least, most = _range(row)
-        low[r], high[r] = least, most
-        width = most - least
-        if width <= max(alike * max(abs(least), abs(most)), floor[r]):
-            for column in range(len(row)):
-                row[column] = -off[column]
-        else:
-            for column in range(len(row)):
-                row[column] = (row[column] - least) / width * share - off[column]
+        low[g, p], high[g, p] = least, most
+        if distance.size:
+            _blend(row, least, most, share[g], distance[p], floor[g, p], alike)
+    if own[p] >= 0:
+        row[own[p]] = -np.inf
+    _best(row, tops, values, reach, places)
+
+
+@numba.njit(nogil=True, error_model="numpy", cache=True)
+def rank_scores(score, own, share, distance, floor, alike, low, high, found):
+    """Rank similarities (G, P, M), which are lost: write the columns of the best to ``found`` and the ranges.
+
+    Args:
+        score: none may be NaN.
+        own: column of each query that is left out, or -1, (P,).
+        share: the blend, (G,).
+        distance: share of the map, (P, M), or empty: nothing to blend.
+        floor: see ``similarity.span``, (G, P).
+        alike: see ``similarity.ALIKE``.
+        low: (G, P), or empty: no range.
+        high: as ``low``.
+        found: (G, P, K).
+    """
+    (items, queries, columns), k = score.shape, found.shape[2]
+    tops, values, reach = np.empty(columns // LANES, score.dtype), np.empty(k, score.dtype), np.empty(LANES, np.int64)
+    for g in range(items):
+        for p in range(queries):
+            _rank(score[g, p], own, p, g, share, distance, floor, alike, low, high, tops, values, reach, found[g, p])
+
+
+@numba.njit(nogil=True, error_model="numpy", cache=True)
+def rank_products(q, keys, bias, own, share, distance, floor, alike, low, high, found):
+    """Do what ``rank_scores`` does for the scores ``q @ keys + bias``, each row of which exists for a moment.
+
+    Args:
+        q: (G, P, D).
+        keys: (G, D, M).
+        bias: (G, M), or empty: none.
+        own: as the rest in ``rank_scores``.
+    """
+    (items, queries, channels), columns, k = q.shape, keys.shape[2], found.shape[2]
+    tops, values, reach = np.empty(columns // LANES, q.dtype), np.empty(k, q.dtype), np.empty(LANES, np.int64)
+    row = np.empty(columns, q.dtype)
+    for g in range(items):
+        for p in range(queries):
+            first, key = q[g, p, 0], keys[g, 0]
+            for column in range(columns):
+                row[column] = first * key[column]
+            for channel in range(1, channels):
+                factor, key = q[g, p, channel], keys[g, channel]
+                for column in range(columns):
+                    row[column] += factor * key[column]
+            if bias.size:
+                for column in range(columns):
+                    row[column] += bias[g, column]
+            _rank(row, own, p, g, share, distance, floor, alike, low, high, tops, values, reach, found[g, p])

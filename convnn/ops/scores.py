@@ -8,25 +8,31 @@ Shapes: B batch, H heads, Q queries, N tokens, M candidates, D channels per head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from convnn.ops import native
-from convnn.ops.candidates import out_of_reach
+from convnn.ops.candidates import is_relative, out_of_reach
 from convnn.ops.geometry import Geometry
 from convnn.ops.precision import product
 from convnn.ops.settings import Selection
 from convnn.ops.similarity import ALIKE, deviation, own_similarity, score_terms, span, with_positions
+from convnn.ops.threads import unobserved
 from convnn.ops.topk import runs_at_once
 
 # Scores held at once; more go through in chunks. On a CPU a chunk should stay in the cache (measured: 4 times faster
 # than all at once for 4096 x 1156 scores), on a GPU it should only bound memory (64 Mi scores: 256 MiB in float32).
 CHUNK_SCORES = {"cpu": 1 << 19}
 CHUNK_SCORES_ELSEWHERE = 1 << 26
+
+
+def spanned(selection: Selection) -> int:
+    """Return how many of a query's candidates, best first, its neighbours span."""
+    return 1 + (selection.k - 1) * selection.rank_step
 
 
 def at_end(blend: float | Tensor, end: int) -> bool:
@@ -115,18 +121,21 @@ def whole_range(low: Tensor, high: Tensor, doubled: Tensor, own: Tensor | None, 
 
 @dataclass(frozen=True)
 class Block:
-    """The scores of some queries of some images and heads for all candidates."""
+    """Some queries of some images and heads, all of whose candidates are compared together."""
 
+    items: slice
+    """Of the B H images and heads."""
     part: slice
     """Of the Q queries."""
-    score: Tensor
-    """(items, part, M); -inf where a candidate may not be ranked."""
+    own: Tensor
+    """The tokens that the queries sit on, (part,)."""
+    distance: Tensor | None
+    """From the queries to every candidate where position counts, (part, M); as a share of the map if it is blended."""
+    outside: Tensor | None
+    """Candidates out of reach, (part, M) bool; None: none."""
     taken: Tensor | None
     """Which candidates may not be ranked: those out of reach, and the query itself where it has its place, (part, M)
     bool; None: at most the query itself."""
-    low: Tensor | None = None
-    """Least and largest score of each query, (items, part, 1), where the range was asked for."""
-    high: Tensor | None = None
 
 
 class Scores:
@@ -147,8 +156,26 @@ class Scores:
             self.q, keys, self.bias = score_terms(self.terms.q, keys, self.selection.similarity)
             self.keys = keys.mT
 
-    def blocks(self) -> Iterator[list[Callable[[], Block]]]:
-        """Yield what computes the scores: for each part of the queries its blocks, one for each part of the items.
+    @property
+    def kept(self) -> int:
+        """How many candidates are ranked for each query: all that its neighbours span but itself, where it is first."""
+        return spanned(self.selection) - int(self.selection.self_first)
+
+    @property
+    def short(self) -> bool:
+        """Queries can have fewer than k neighbours: the last slots hold fillers that do not count."""
+        return is_relative(self.selection) or spanned(self.selection) > len(self.tokens)
+
+    @cached_property
+    def compiled(self) -> bool:
+        """``native`` ranks pairs: nothing but position, a blend and the query itself bears on their scores."""
+        plain = self.selection.self_again is None and self.selection.score_step is None
+        if self.by_position or self.short or not plain or not unobserved():
+            return False
+        return native.serves(self.kept, self.q, self.keys, self.bias)
+
+    def blocks(self) -> Iterator[list[Block]]:
+        """Yield for each part of the queries its blocks, one for each part of the items.
 
         What depends on positions alone is computed once for each part of the queries. Graphs that are compiled, traced
         or transformed get one block of everything: loops over sizes would fix the size of the batch.
@@ -169,23 +196,38 @@ class Scores:
                 itself = own[:, None] == tokens
                 taken = itself if outside is None else outside | itself
             distance = self._distance(own) if self.by_position or self.terms.mixed else None
-            if self.terms.mixed and distance is not None and not isinstance(self.terms.share, Tensor):
-                distance = (1 - self.terms.share) * distance  # once for all blocks
             starts = range(0, items, item_step) if runs_at_once() and items else (0,)
-            pieces = (slice(start, start + item_step) for start in starts)
-            yield [partial(self._block, here, part, own, distance, outside, taken) for here in pieces]
+            yield [Block(slice(i, i + item_step), part, own, distance, outside, taken) for i in starts]
 
-    def _block(
-        self,
-        items: slice,
-        part: slice,
-        own: Tensor,
-        distance: Tensor | None,
-        outside: Tensor | None,
-        taken: Tensor | None,
-    ) -> Block:
-        score, low, high = self._score(items, part, distance, outside)
-        again = self.selection.self_again
+    def best(self, block: Block) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return what ``stable_topk`` makes of ``compute``, and the range, where ``compiled`` says that it can."""
+        share, items = self.terms.share, block.items
+        return native.rank_pairs(
+            self.q[items, block.part].detach(),
+            self.keys[items].detach(),
+            None if self.bias is None else self.bias[items].detach(),
+            self.kept,
+            own=self._own_columns[block.own] if self.selection.self_first else torch.full_like(block.own, -1),
+            share=share[items].detach() if isinstance(share, Tensor) else share,
+            distance=block.distance,
+            floor=self.terms.floor[items, block.part] if self.ranged else None,
+            alike=ALIKE,
+        )
+
+    @cached_property
+    def _own_columns(self) -> Tensor:
+        """The column of each token among the candidates; -1: none."""
+        columns = torch.full((self.terms.k.shape[1],), -1)
+        columns[self.tokens] = torch.arange(len(self.tokens))
+        return columns
+
+    def compute(self, block: Block) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the scores of a block, (items, part, M), and least and largest of each query if they were asked for.
+
+        Scores are -inf where a candidate may not be ranked.
+        """
+        score, low, high = self._score(block)
+        again, taken, own = self.selection.self_again, block.taken, block.own
         if self.selection.self_first and again is not None:
             score = score.masked_fill_(own[:, None] == self.tokens, again)
         if self.selection.score_step is not None and not self.by_position:
@@ -194,7 +236,7 @@ class Scores:
             score = score.masked_fill_(taken, -torch.inf)
         elif self.selection.self_first and again is None:
             score = score.scatter_(-1, own[:, None].expand(*score.shape[:-1], 1), -torch.inf)
-        return Block(part, score, taken, low, high)
+        return score, low, high
 
     def _distance(self, own: Tensor) -> Tensor:
         """Return the distance from queries on the tokens ``own`` to every candidate, (Q, M); as a share if blended."""
@@ -206,10 +248,8 @@ class Scores:
             distance = distance.masked_fill(self.tokens < self.geometry.prefix, torch.inf)
         return distance if self.by_position else distance.to(self.q.dtype) / self.geometry.extent
 
-    def _score(
-        self, items: slice, part: slice, distance: Tensor | None, outside: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the scores of a block, and their range if it was asked for."""
+    def _score(self, block: Block) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        items, part, distance, outside = block.items, block.part, block.distance, block.outside
         if self.by_position:
             assert distance is not None
             return -distance[None], None, None
@@ -218,20 +258,13 @@ class Scores:
             score = score + self.bias[items]
         if not self.ranged:
             return score, None, None
-        share = self.terms.share
-        if self.terms.mixed and distance is not None and outside is None and not isinstance(share, Tensor):
-            found = runs_at_once() and native.blend_rows(score, distance, share, self.terms.floor[items, part], ALIKE)
-            if found:
-                return score, *found
         low = _within(score, outside, torch.inf).amin(-1, keepdim=True)  # aminmax takes ten times as long
         high = _within(score, outside, -torch.inf).amax(-1, keepdim=True)
         if self.terms.mixed and distance is not None:
-            if isinstance(share, Tensor):
-                share = share[items]
-                distance = (1 - share) * distance
+            share = self.terms.share[items] if isinstance(self.terms.share, Tensor) else self.terms.share
             least, largest = span(low, high, self.terms.floor[items, part])
             # As blend_scores does, in place: the block is the largest thing here.
-            score.sub_(least).div_(largest - least).mul_(share).sub_(distance)
+            score.sub_(least).div_(largest - least).mul_(share).sub_((1 - share) * distance)
         return score, low, high
 
     def similarity_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

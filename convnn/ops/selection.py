@@ -14,10 +14,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from convnn.ops.candidates import candidate_tokens, is_relative, most_candidates
+from convnn.ops.candidates import candidate_tokens, most_candidates
 from convnn.ops.geometry import Geometry
 from convnn.ops.neighbors import Neighbors, join
-from convnn.ops.scores import Block, Scores, Search, at_end, precise
+from convnn.ops.scores import Block, Scores, Search, at_end, precise, spanned
 from convnn.ops.settings import Selection
 from convnn.ops.slots import in_slots
 from convnn.ops.threads import run_blocks
@@ -108,23 +108,16 @@ def possible_k(geometry: Geometry, selection: Selection, candidates: Tensor | No
     return min(selection.k, 1 + (reach - 1) // selection.rank_step)
 
 
-def spanned(selection: Selection) -> int:
-    """Return how many of a query's candidates, best first, its neighbours span."""
-    return 1 + (selection.k - 1) * selection.rank_step
-
-
 def rank(search: Search) -> Neighbors:
     """Return the k best candidates of the queries, best first, and the range of the similarities if it is asked for.
 
     Index shape: (B or 1, H or 1, Q, K).
     """
-    scores, k = Scores(search), search.selection.k
-    # Where a query can have fewer than k neighbours, the last slots hold fillers that do not count.
-    short = is_relative(search.selection) or spanned(search.selection) > len(scores.tokens)
-    parts = _in_turn(scores, short) if not runs_at_once() else _shared_out(scores, short, search.q.device)
+    scores = Scores(search)
+    parts = _shared_out(scores, search.q.device) if runs_at_once() else _in_turn(scores)
     size = scores.batch, scores.heads
     if not parts:  # no query
-        return Neighbors(torch.empty(*size, 0, k, dtype=torch.int64, device=search.q.device))
+        return Neighbors(torch.empty(*size, 0, search.selection.k, dtype=torch.int64, device=search.q.device))
     index, valid, low, high = (_assembled(parts, i) for i in range(4))
     if low is not None and high is not None:
         low, high = scores.similarity_range(low, high)
@@ -135,41 +128,44 @@ def rank(search: Search) -> Neighbors:
 Piece = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
-def _in_turn(scores: Scores, short: bool) -> list[list[Piece]]:
-    return [[_ranked(scores, block, short) for block in blocks] for blocks in scores.blocks()]
+def _in_turn(scores: Scores) -> list[list[Piece]]:
+    return [[_ranked(scores, False, block) for block in blocks] for blocks in scores.blocks()]
 
 
-def _shared_out(scores: Scores, short: bool, device: torch.device) -> list[list[Piece]]:
+def _shared_out(scores: Scores, device: torch.device) -> list[list[Piece]]:
     counts: list[int] = []
 
     def jobs() -> Iterator[Callable[[], Piece]]:
         for blocks in scores.blocks():
             counts.append(len(blocks))
             for block in blocks:
-                yield partial(_ranked, scores, block, short)
+                yield partial(_ranked, scores, scores.compiled, block)
 
     pieces = iter(run_blocks(jobs(), device))
     return [list(islice(pieces, count)) for count in counts]
 
 
-def _ranked(scores: Scores, compute: Callable[[], Block], short: bool) -> Piece:
+def _ranked(scores: Scores, compiled: bool, block: Block) -> Piece:
     """Return the best candidates of a block, (items, part, K), which of them are valid, and the range of the scores."""
-    block = compute()
-    first = int(scores.selection.self_first)  # slots that are not ranked: the query itself
-    ranked = stable_topk(block.score, spanned(scores.selection) - first)
-    if scores.selection.rank_step > 1:
-        start = scores.selection.rank_step - 1 if first else 0
-        ranked = ranked[..., start :: scores.selection.rank_step]
-    index, valid = scores.tokens[ranked], None
-    if short:
-        # Prefix tokens can have a score of -inf too, but come before the tokens that were taken out.
-        taken = torch.zeros_like(block.score, dtype=torch.bool) if block.taken is None else block.taken
-        valid = ~taken.expand_as(block.score).gather(-1, ranked)
-    if first:
+    selection, valid = scores.selection, None
+    if compiled:
+        ranked, low, high = scores.best(block)
+    else:
+        score, low, high = scores.compute(block)
+        ranked = stable_topk(score, scores.kept)
+        if scores.short:
+            # Prefix tokens can have a score of -inf too, but come before the tokens that were taken out.
+            taken = torch.zeros_like(score, dtype=torch.bool) if block.taken is None else block.taken
+            valid = ~taken.expand_as(score).gather(-1, ranked)
+    if selection.rank_step > 1:
+        steps = slice(selection.rank_step - 1 if selection.self_first else 0, None, selection.rank_step)
+        ranked, valid = ranked[..., steps], None if valid is None else valid[..., steps]
+    index = ranked if scores.all else scores.tokens[ranked]
+    if selection.self_first:
         own = scores.queries[block.part, None].expand(*index.shape[:-1], 1)
         index = torch.cat([own, index], dim=-1)
         valid = None if valid is None else torch.cat([torch.ones_like(own, dtype=torch.bool), valid], dim=-1)
-    return index, valid, block.low, block.high
+    return index, valid, low, high
 
 
 def _assembled(parts: list[list[Piece]], i: int) -> Tensor | None:

@@ -29,7 +29,7 @@ def run_blocks(jobs: Iterable[Callable[[], T]], device: torch.device) -> list[T]
     A job is taken from ``jobs`` when a thread is near to free, so that few exist at once.
     """
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads < 2 or not _unobserved():
+    if device.type != "cpu" or threads < 2 or not unobserved():
         return [job() for job in jobs]
     coming = iter(jobs)
     first = list(islice(coming, 2))
@@ -71,7 +71,7 @@ def _without_gradients(job: Callable[[], T]) -> T:
         return job()
 
 
-def _unobserved() -> bool:
+def unobserved() -> bool:
     """Return whether nothing follows this thread's operations: modes that count them, default devices, profilers."""
     modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
     return runs_at_once() and not modes and not torch.autograd._profiler_enabled()

@@ -21,15 +21,19 @@ FORMAT = 2
 """Version of what a checkpoint holds; it changes whenever a reader of another version could misread it."""
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` to ``path`` and keep the file that stood there as ``previous_of(path)``.
+def save_checkpoint(path: Path, state: dict[str, Any], previous: bool = True) -> None:
+    """Write ``state`` to ``path`` and keep the file that stood there as ``previous_of(path)``, if it is to be kept.
 
     Raises:
         OSError: if the disk refuses; what stood there still does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file), keep=previous_of(path))
+        write_atomically(
+            path,
+            lambda file: torch.save({"format": FORMAT, **state}, file),
+            keep=previous_of(path) if previous else None,
+        )
     except RuntimeError as error:  # torch reports a full disk as RuntimeError
         raise OSError(f"{path} could not be written: {first_line(error)}") from error
 
@@ -72,7 +76,8 @@ def load_latest(folder: Path, map_location: Any = "cpu") -> tuple[Path, dict[str
     """Return path and content of the newest whole checkpoint in a folder, None if there is none at all.
 
     That is ``last.pt``; if it is damaged or missing, the one of most steps among the one before it and the best ones,
-    with a warning. Damaged ones are then renamed (``last.damaged.pt``), so that they take no good one's place.
+    with a warning. Damaged ones are then renamed (``last.damaged.pt``), so that they take no good one's place. Weights
+    alone, as those of the best epoch, are nothing to go on from.
 
     Raises:
         CheckpointError: if there are checkpoints, and none of them is whole.
@@ -91,13 +96,34 @@ def load_latest(folder: Path, map_location: Any = "cpu") -> tuple[Path, dict[str
             good.append((path, load_checkpoint(path, map_location)))
         except CheckpointError:
             damaged.append(path)
-    if not good:
+    whole = [item for item in good if item[1].get("optimizer") is not None]
+    if good and not whole and not damaged:
+        log.warning("%s: there is %s, which holds weights alone; beginning anew", first, good[0][0].name)
+        return None
+    if not whole:
         raise CheckpointError(f"{first}; no other checkpoint there is whole either; begin anew elsewhere") from first
-    found = max(good, key=lambda item: item[1]["step"])
+    found = max(whole, key=lambda item: item[1]["step"])
     log.warning("%s; going on from %s, step %d", first, found[0].name, found[1]["step"])
     for path in damaged:
         path.replace(path.with_name(f"{path.stem}.damaged{path.suffix}"))
     return found
+
+
+def settle(folder: Path, keep: str) -> None:
+    """Remove the checkpoints that a complete run does not keep.
+
+    Args:
+        folder: of the checkpoints.
+        keep: as ``checkpoint.keep``; without best weights the last ones stay.
+    """
+    last, best = folder / "last.pt", folder / "best.pt"
+    gone = [previous_of(last), previous_of(best)]
+    if keep == "last":
+        gone.append(best)
+    elif keep == "best" and best.exists():
+        gone.append(last)
+    for path in gone:
+        path.unlink(missing_ok=True)
 
 
 def check_identity(path: Path, state: Mapping[str, Any], identity: Mapping[str, Any], data: DataRecord) -> None:

@@ -175,19 +175,8 @@ def open_run_folder(config: Config) -> RunFolder:
 def _open(config: Config) -> RunFolder:
     read = RecordReader()
     path = _path(config, read)
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"run.dir={path} is a file")
-    lasting = (".lock", "train.log", MARKER)
-    used = path.is_dir() and any(f.name not in lasting and not is_leftover(f) for f in path.iterdir())
+    used = check_place(path, config.run.if_exists)
     policy = config.run.if_exists
-    if used and not is_run_folder(path):
-        raise ConfigError(f"run.dir={path} is not empty and not a run folder; choose another run.dir")
-    if used and policy == "fail":
-        result = read_result(path)
-        state = result["status"] if result else UNFINISHED
-        raise ConfigError(
-            f"run.dir={path} already holds a run ({state}); set run.if_exists=resume, skip or overwrite, or run.dir"
-        )
     folder = RunFolder(path, resume=False, _created=sum(not parent.exists() for parent in path.parents))
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -219,6 +208,27 @@ def _open(config: Config) -> RunFolder:
         raise
     folder.data = read.known(config.data)
     return folder
+
+
+def check_place(path: Path, policy: str) -> bool:
+    """Return whether a run folder's place is in use.
+
+    Raises:
+        ConfigError: if it is no run's, or may not be used (``run.if_exists=fail``).
+    """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"run.dir={path} is a file")
+    lasting = (".lock", "train.log", MARKER)
+    used = path.is_dir() and any(f.name not in lasting and not is_leftover(f) for f in path.iterdir())
+    if used and not is_run_folder(path):
+        raise ConfigError(f"run.dir={path} is not empty and not a run folder; choose another run.dir")
+    if used and policy == "fail":
+        result = read_result(path)
+        state = result["status"] if result else UNFINISHED
+        raise ConfigError(
+            f"run.dir={path} already holds a run ({state}); set run.if_exists=resume, skip or overwrite, or run.dir"
+        )
+    return used
 
 
 def _path(config: Config, read: RecordReader) -> Path:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from convnn.config.identity import fingerprint_of, identity
 from convnn.config.schema import Config
 from convnn.data.datasets import load_dataset
 from convnn.data.splits import Dataset
 from convnn.errors import ConfigError
 from convnn.models.build import build_model
-from convnn.models.cost import forward_cost
+from convnn.models.cost import DEAR, cost_ratio, forward_cost
+from convnn.runs.folder import RunFolder
 from convnn.runs.record import read_result
 from convnn.runs.status import COMPLETE
-from convnn.text import duration
+from convnn.text import duration, size
+from convnn.train.disk import checkpoint_bytes
+from convnn.train.trainer import Trainer
 
 
 def estimate_cost(configs: Sequence[Config], folders: Sequence[Path]) -> str:
@@ -30,8 +36,8 @@ def estimate_cost(configs: Sequence[Config], folders: Sequence[Path]) -> str:
         folders: run folders; finished ones tell the rate.
     """
     datasets: dict[str, Dataset | None] = {}
-    gflops: dict[str, float] = {}
-    total, unknown = 0.0, []
+    models: dict[str, ModelCost] = {}
+    total, stored, unknown = 0.0, 0, []
     for config in configs:
         data = json.dumps(asdict(config.data), sort_keys=True)
         try:
@@ -40,18 +46,24 @@ def estimate_cost(configs: Sequence[Config], folders: Sequence[Path]) -> str:
             dataset = datasets[data]
             if dataset is None:
                 continue
-            model_key = data + json.dumps([asdict(config.backbone), asdict(config.operator), asdict(config.swap)])
-            if model_key not in gflops:
-                gflops[model_key] = _forward_gflops(config, dataset)
+            names = ("backbone", "operator", "swap", "optim", "checkpoint")
+            key = data + json.dumps([*(asdict(getattr(config, name)) for name in names), config.train.ema])
+            if key not in models:
+                models[key] = _model_cost(config, dataset)
         except ConfigError as error:
             datasets.setdefault(data, None)
             unknown.append(str(error))
             continue
-        size = len(dataset.train)
-        steps = size // config.train.batch_size * config.train.epochs
+        steps = len(dataset.train) // config.train.batch_size * config.train.epochs
         images = min(steps, config.train.max_steps or steps) * config.train.batch_size
-        total += 3 * gflops[model_key] * images
-    lines = [f"to compute: {len(configs)} runs, " + (f"about {_operations(total)}" if gflops else "cost unknown")]
+        total += 3 * models[key].gflops * images
+        stored += models[key].stored
+    lines = [f"to compute: {len(configs)} runs, " + (f"about {_operations(total)}" if models else "cost unknown")]
+    if models:
+        lines.append(f"to store: {size(stored)} of checkpoints when all are complete (checkpoint.keep)")
+    dear = [model.times for model in models.values() if model.times > DEAR]
+    if dear:
+        lines.append(f"some swaps take up to {max(dear):.0f} times the operations of their plain network")
     rates = [
         3 * r["gflops"] * r["images_per_second"]
         for r in map(read_result, folders)
@@ -65,9 +77,78 @@ def estimate_cost(configs: Sequence[Config], folders: Sequence[Path]) -> str:
     return "\n".join(lines)
 
 
-def _forward_gflops(config: Config, dataset: Dataset) -> float:
-    model, _, image_size = build_model(config, dataset)
-    return forward_cost(model, dataset.train.shape[0], image_size).total / 1e9
+def estimate_time(configs: Sequence[Config]) -> str:
+    """Return the time of training all of ``configs`` here, one after another, from a few steps of each distinct model.
+
+    An evaluated image counts as a third of a trained one: a forward pass without the backward pass. What comes before
+    the first step of a run is not counted.
+    """
+    timed: dict[str, Timed] = {}
+    total, unknown = 0.0, []
+    for config in configs:
+        parts = {key: value for key, value in identity(config).items() if key not in ("seed", "schedule")}
+        parts["train"] = {key: value for key, value in parts["train"].items() if key not in ("epochs", "max_steps")}
+        key = fingerprint_of(parts)
+        try:
+            if key not in timed:
+                timed[key] = _timed(config)
+            total += timed[key].of_run(config)
+        except ConfigError as error:
+            unknown.append(str(error))
+    if not timed:
+        return f"no step could be timed: {unknown[0]}"
+    low, high = (pick(t.step for t in timed.values()) for pick in (min, max))
+    span = f"{low:.3g} s" if len(timed) == 1 else f"{low:.3g} to {high:.3g} s"
+    text = (
+        f"timed: {span} a training step ({len(timed)} distinct models); one run after another about {duration(total)}"
+    )
+    return text + (f"; without {len(unknown)} that could not be timed: {unknown[0]}" if unknown else "")
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What was measured of a model."""
+
+    step: float
+    """Seconds of a training step."""
+    steps_per_epoch: int
+    evaluated: int
+    """Images that are evaluated after an epoch."""
+
+    def of_run(self, config: Config) -> float:
+        """Return the seconds of a run."""
+        train = config.train
+        steps = min(self.steps_per_epoch * train.epochs, train.max_steps or self.steps_per_epoch * train.epochs)
+        evaluations = math.ceil(steps / self.steps_per_epoch)
+        return self.step * (steps + evaluations * self.evaluated / train.batch_size / 3)
+
+
+def _timed(config: Config) -> Timed:
+    with tempfile.TemporaryDirectory() as place:
+        trainer = Trainer(config, RunFolder(Path(place), resume=False, writes=False))
+        step = trainer.time_steps()
+    evaluated = sum(len(batches.split) for name, batches in trainer.batches.items() if name != "train")
+    return Timed(step, trainer.steps_per_epoch, evaluated)
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a run costs whose model this is."""
+
+    gflops: float
+    """Of the forward pass of one image."""
+    times: float
+    """Operations as a multiple of the plain network's."""
+    stored: int
+    """Bytes of the checkpoints of a complete run."""
+
+
+def _model_cost(config: Config, dataset: Dataset) -> ModelCost:
+    model, report, image_size = build_model(config, dataset)
+    cost = forward_cost(model, dataset.train.shape[0], image_size, [row.name for row in report.rows])
+    gflops = cost.total / 1e9
+    times = cost_ratio(gflops, report.with_costs(cost)) or 1.0
+    return ModelCost(gflops, times, checkpoint_bytes(model, config).complete)
 
 
 def _operations(gflops: float) -> str:

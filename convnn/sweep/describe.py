@@ -54,17 +54,19 @@ def describe_plan(plan: Plan, folder: Path, options: SweepConfig) -> str:
         lines.append(invalid_lines(plan))
     total = ", ".join(f"{n} {word}" for word, n in counts.items() if n)
     if plan.duplicates:
-        total += f"; {plan.duplicates} duplicates merged"
+        total += f"; {plan.duplicates} equal in effect merged"
     if any(counts[s] for s in FAILURES) and not options.retry_failed:
         total += "; failed points are left (sweep.retry_failed=false)"
     return "\n".join([*lines, f"{len(plan.points) + len(plan.invalid)} points in {folder}: {total}"])
 
 
-def cost_line(plan: Plan, folder: Path) -> str:
+def cost_line(plan: Plan, folder: Path, timed: bool = False) -> str:
     """Return an estimate of what is left to compute; see ``convnn.sweep.cost``."""
     left = [p for p in plan.points if point_state(folder, p).status != COMPLETE]
     if not left:
         return "nothing is left to compute"
-    from convnn.sweep.cost import estimate_cost
+    from convnn.sweep.cost import estimate_cost, estimate_time
 
-    return estimate_cost([plan.configs[p.fingerprint] for p in left], [folder / p.folder for p in plan.points])
+    configs = [plan.configs[p.fingerprint] for p in left]
+    text = estimate_cost(configs, [folder / p.folder for p in plan.points])
+    return f"{text}\n{estimate_time(configs)}" if timed else text

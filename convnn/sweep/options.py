@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from convnn.config.compose import COMPOSE_ERRORS, hydra_context, translate
-from convnn.config.keys import schema_node
+from convnn.config.keys import meant, schema_node
 from convnn.config.load import expanded
 from convnn.config.schema import Config
 from convnn.errors import ConfigError
@@ -36,8 +36,9 @@ class SweepConfig:
     """``fail``: run nothing if a point cannot work; ``skip``: leave such points out."""
     retry_failed: bool = True
     """Run failed points again."""
-    dry_run: bool = False
-    """Say what would run, and stop."""
+    dry_run: str = choice("false", "true", "timed")
+    """``true``: say what would run and how many operations that takes, and stop; ``timed``: estimate the time too, from
+    a few training steps of each distinct model."""
     report: bool = True
     """Write tables and plots at the end."""
     jobs_per_device: int = number(1, 1)
@@ -73,6 +74,7 @@ def sweep_options(overrides: Sequence[str], launcher: Sequence[str] = ()) -> Swe
     if not options.dir.strip():
         raise ConfigError("sweep.dir is empty; name a folder")
     options.dir = expanded(options.dir, "sweep.dir")
+    options.dry_run = meant(options.dry_run, ("false", "true", "timed"))
     check_fields(options, "sweep")
     for name, values in options.axes.items():
         if isinstance(values, list) and not values:

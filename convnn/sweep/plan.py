@@ -13,9 +13,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from convnn.config.checks import check_kinds
 from convnn.config.compose import hydra_context, translate
 from convnn.config.composer import Composer
-from convnn.config.identity import fingerprint, run_name
+from convnn.config.identity import effect, fingerprint, fingerprint_of, run_name
 from convnn.config.overrides import merge_overrides, sweep_text
 from convnn.config.schema import Config
 from convnn.errors import ConfigError
@@ -59,7 +60,7 @@ class Plan:
     configs: dict[str, Config] = field(default_factory=dict)
     """By fingerprint."""
     duplicates: int = 0
-    """Points left out because another has the same configuration."""
+    """Points left out because another has the same configuration, or one that differs in nothing that has an effect."""
 
 
 def expand_points(
@@ -111,15 +112,18 @@ def make_plan(options: SweepConfig, given: Sequence[str]) -> Plan:
     points, axes = expand_points(options, given)
     plan = Plan([], [], axes)
     composer, read = Composer(), RecordReader()
+    alike: dict[str, str] = {}
     for label, overrides in points:
         try:
             config = composer(overrides)
+            check_kinds(config)
         except ConfigError as error:
             plan.invalid.append((tuple(overrides), str(error)))
             continue
         digest = fingerprint(config)
-        if digest in plan.configs:
-            other = _other_data(plan.configs[digest], config, read)
+        first = alike.setdefault(fingerprint_of(effect(config)), digest)
+        if first in plan.configs:
+            other = _other_data(plan.configs[first], config, read)
             if other:
                 plan.invalid.append((tuple(overrides), other))
             plan.duplicates += not other

@@ -93,10 +93,10 @@ def carry_out(
     keep_known_names(plan, folder)
     check_points(plan, folder)
     for axis in moved_axes(plan):
-        print(f"warning: {axis} is an axis, but a schedule moves it: points that differ in it alone are equal runs")
-    if options.dry_run:
+        print(f"warning: {axis} is an axis, but a schedule moves it: points that differ in it alone are merged")
+    if options.dry_run != "false":
         print(describe_plan(plan, folder, options))
-        print(cost_line(plan, folder))
+        print(cost_line(plan, folder, timed=options.dry_run == "timed"))
         return EXIT_CONFIG if plan.invalid and options.on_invalid == "fail" else 0
     if plan.invalid:
         print(invalid_lines(plan))
@@ -127,7 +127,7 @@ def _check_launcher(launcher: Sequence[str]) -> list[str]:
 
 def _sweep_with_other_sweeper(options: SweepConfig, given: Sequence[str], launcher: Sequence[str]) -> int:
     """Let another of Hydra's sweepers choose the points one by one; each is skipped, resumed and recorded as ever."""
-    if options.points or options.dry_run:
+    if options.points or options.dry_run != "false":
         raise ConfigError("hydra/sweeper: sweep.points and sweep.dry_run need the default sweeper")
     axes = [f"{key}={sweep_text(values)}" for key, values in options.axes.items()]
     overrides = merge_overrides(options.base, axes, given)
@@ -214,7 +214,7 @@ class Sweep:
     def _opening(self, todo: Sequence[Point]) -> str:
         counts = Counter(s.status for s in self.states().values())
         parts = [f"{n} {status}" for status, n in sorted(counts.items())]
-        extra = f", {self.plan.duplicates} duplicates merged" if self.plan.duplicates else ""
+        extra = f", {self.plan.duplicates} equal in effect merged" if self.plan.duplicates else ""
         return f"sweep {self.folder}: {len(self.plan.points)} points ({', '.join(parts)}{extra}), {len(todo)} to run"
 
     def _report(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,6 +13,8 @@ from typing import Any
 
 from convnn.config.schema import Config
 from convnn.errors import EXIT_DIVERGED, EXIT_FAILED, ConfigError, DivergedError
+from convnn.models.build import kept_weights
+from convnn.models.cost import dear_swap
 from convnn.models.schedule import describe_schedule
 from convnn.models.swap import neighbor_layers
 from convnn.ops.subsets import seed_subsets
@@ -22,6 +25,8 @@ from convnn.runs.tracking import Tracker
 from convnn.runtime import distributed
 from convnn.runtime.device import device_name, explain_compilation, explain_out_of_memory, pick_device, set_determinism
 from convnn.runtime.signals import StopSignals
+from convnn.text import size
+from convnn.train.disk import CheckpointBytes, checkpoint_bytes
 from convnn.train.pictures import draw_at_end
 from convnn.train.result import result_of
 from convnn.train.trainer import Trainer
@@ -88,11 +93,13 @@ def run_trainer(trainer: Trainer, stop: Callable[[], int | None]) -> Result:
     config, folder = trainer.config, trainer.folder
     distributed.fail_together(lambda: folder.begin(config, trainer.data))
     resumed = folder.resume and distributed.fail_together(trainer.resume)
+    disk = checkpoint_bytes(trainer.model, config)
     changes: list[str] = []
     if folder.writes:
         changes = record_environment(folder.path, device_name(trainer.device), trainer.state.step)
         (folder.path / "swap.txt").write_text(str(trainer.report))
     _announce(trainer, resumed)
+    _say_disk(disk, folder)
     tracker = Tracker(config.tracker, folder.path, asdict(config), trainer.state.rows)
     ending = partial(
         result_of,
@@ -127,9 +134,24 @@ def run_trainer(trainer: Trainer, stop: Callable[[], int | None]) -> Result:
         if result:
             result["exit_code"] = exit_code
             folder.write_json("result.json", result)
+            if result["status"] == COMPLETE:
+                trainer.settle()
         tracker.finish(result, exit_code)
         seed_subsets(None)
     return result
+
+
+def _say_disk(need: CheckpointBytes, folder: RunFolder) -> None:
+    """Log what checkpoints take; a warning if the disk has less."""
+    if not folder.writes:
+        return
+    there = sum(path.stat().st_size for path in folder.checkpoints.glob("*.pt"))
+    free = shutil.disk_usage(folder.path).free + there
+    text = f"checkpoints: {size(need.training)} while it trains, {size(need.complete)} when complete"
+    if need.training > free:
+        log.warning("%s, but %s are free; see checkpoint.keep in docs/configuration.md", text, size(free))
+    else:
+        log.info("%s", text)
 
 
 def _announce(trainer: Trainer, resumed: bool) -> None:
@@ -139,6 +161,13 @@ def _announce(trainer: Trainer, resumed: bool) -> None:
     log.info("%s on %s, %s", config.backbone.name, trainer.device, config.data.name)
     for line in str(trainer.report).splitlines():
         log.info("%s", line)
+    kept = kept_weights(config, trainer.model, trainer.report, trainer.image_size)
+    if kept is not None:
+        way = "" if kept[1] or config.swap.init != "fresh" else "; swap.init=auto transfers those of replaced layers"
+        log.log(logging.INFO if kept[1] else logging.WARNING, "%s%s", kept[0], way)
+    dear = dear_swap(trainer.gflops, trainer.report)
+    if dear:
+        log.warning("%s", dear)
     schedule = describe_schedule(config.schedule)
     if schedule:
         log.info("%s", schedule)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -15,7 +17,6 @@ from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from convnn.config.identity import fingerprint, identity
 from convnn.config.schema import Config
@@ -24,13 +25,13 @@ from convnn.data.datasets import load_dataset
 from convnn.data.readers import Readers
 from convnn.data.splits import AnySplit, Dataset
 from convnn.data.stream import make_batches
-from convnn.errors import ConfigError, DivergedError, StoppedError
+from convnn.errors import CheckpointError, ConfigError, DivergedError, StoppedError
 from convnn.models.build import build_model
 from convnn.models.cost import check_output, count_cost, parameters_without_gradient
 from convnn.models.schedule import apply_schedule
 from convnn.models.swap import neighbor_layers
 from convnn.ops.triton.dispatch import require
-from convnn.runs.checkpoint import check_identity, load_latest, load_model_state, save_checkpoint
+from convnn.runs.checkpoint import check_identity, load_latest, load_model_state, save_checkpoint, settle
 from convnn.runs.data_record import DataRecord
 from convnn.runs.folder import RunFolder
 from convnn.runs.metrics import describe_row
@@ -40,6 +41,7 @@ from convnn.train.divergence import DivergenceCheck
 from convnn.train.evaluate import Meter, evaluate
 from convnn.train.optim import make_optimizer, make_scheduler
 from convnn.train.probe import Probe
+from convnn.train.progress import Progress
 from convnn.train.state import RunState
 
 log = logging.getLogger("convnn")
@@ -164,20 +166,33 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- checkpoints
 
-    def save(self, name: str) -> None:
-        """Write ``checkpoints/<name>.pt``; every process must ask for it, the first writes."""
+    def save(self, name: str, whole: bool = True) -> None:
+        """Write ``checkpoints/<name>.pt``; every process must ask for it, the first writes.
+
+        Args:
+            name: ``last`` or ``best``.
+            whole: with the optimizer's state and the file before it, to go on from; else weights alone.
+        """
         content = {
             "identity": identity(self.config),
             "fingerprint": fingerprint(self.config),
             **self.data.entry(),
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict() if whole else None,
             "spectrum": {name: layer.movable() for name, layer in neighbor_layers(self.model).items()},
             **self.state.to_checkpoint(),
         }
         if self.folder.writes:
-            save_checkpoint(self.folder.checkpoints / f"{name}.pt", content)
+            save_checkpoint(self.folder.checkpoints / f"{name}.pt", content, previous=whole)
+
+    def settle(self) -> None:
+        """Leave of a complete run's checkpoints what ``checkpoint`` says."""
+        kept = self.config.checkpoint
+        if not kept.optimizer and kept.keep != "best":
+            self.save("last", whole=False)
+        if self.folder.writes:
+            settle(self.folder.checkpoints, kept.keep)
 
     def resume(self) -> bool:
         """Load the newest whole checkpoint; return whether there was one.
@@ -194,11 +209,29 @@ class Trainer:
         load_model_state(self.model, content["model"], path)
         if self.ema is not None:
             load_model_state(self.ema.module, content["ema"], path)
-        self.optimizer.load_state_dict(content["optimizer"])
         self.state = RunState.from_checkpoint(content, self.device)
+        if content["optimizer"] is not None:
+            self.optimizer.load_state_dict(content["optimizer"])
+        elif self.state.epoch < self.epochs:
+            raise CheckpointError(f"{path} holds weights alone, without the optimizer's state to go on with")
         return True
 
     # ------------------------------------------------------------------------------------------- the loop
+
+    def time_steps(self, count: int = 3) -> float:
+        """Train for one step and ``count`` more; return the median seconds of these, as far as the device is done."""
+        times = [time.perf_counter()]
+        self.model.train()
+        with self.readers.explained(), closing(self.readers):
+            while len(times) < count + 2:
+                with closing(self.batches["train"].epoch(0)) as batches:
+                    for images, labels in batches:
+                        self._train_step(images, labels)
+                        self.state.meter.means()  # waits for the device
+                        times.append(time.perf_counter())
+                        if len(times) == count + 2:
+                            break
+        return statistics.median(b - a for a, b in itertools.pairwise(times[1:]))
 
     def fit(self, stop: Stop, track: Callable[[Row], None]) -> int | None:
         """Train to the end, or until a signal asks to stop, which is returned after a checkpoint.
@@ -236,8 +269,8 @@ class Trainer:
         batches = self.batches["train"].epoch(state.epoch, state.step_in_epoch)
         left = min(self.steps_per_epoch - state.step_in_epoch, self.total_steps - state.step)
         start, images_before = time.perf_counter(), state.train_images
-        hidden = None if self.folder.writes else True  # None: where there is no terminal
-        progress = tqdm(total=left, desc=f"epoch {state.epoch + 1}/{self.epochs}", leave=False, disable=hidden)
+        name = f"epoch {state.epoch + 1}/{self.epochs}"
+        progress = Progress(self.config, name, left, self.total_steps - state.step, self.folder.writes)
         signum = None
         with progress, closing(batches):
             for _, (images, labels) in zip(range(left), batches, strict=False):
@@ -248,7 +281,7 @@ class Trainer:
                 state.train_images += self.batches["train"].images_of(state.step_in_epoch)
                 state.step += 1
                 state.step_in_epoch += 1
-                progress.update()
+                progress.step(state.meter)
                 if state.step % 50 == 0 or self.device.type == "cpu":
                     self._check_finite()
         self._check_finite()  # on CUDA this also waits for the last step
@@ -308,8 +341,8 @@ class Trainer:
         state.rows.append(row)
         track(row)
         log.info("%s", describe_row(row, self.epochs, moving=self.config.schedule.blend.shape != "constant"))
-        if is_best:
-            self.save("best")
+        if is_best and self.config.checkpoint.keep != "last":
+            self.save("best", whole=False)
         self.save("last")
 
     def _evaluate(self, stop: Stop) -> Row:

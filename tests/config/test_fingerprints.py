@@ -31,7 +31,8 @@ PINNED = {
     "operator=strided_sparse": "534bd76862fe26cc",
     f"operator=vision_graph {FIRST_VISION_GRAPH}": "ca2e753a05ba7e7d",
     "schedule=shrink_k": "4fccf4a89e91035e",
-    "data=imagenet": "b087730ca50c02b2",
+    "data=imagenet": "46a2944e6619ddfa",
+    "data=imagenet backbone.stem=small": "b087730ca50c02b2",
     "optim=paper": "663b3db2851a259a",
     "train=paper": "565bb3cbcf53072a",
     "+swap.operator.k=4 +swap.rules.a.match=layer1.* +swap.rules.a.operator.k=1": "b774117fddac2d60",
@@ -50,3 +51,38 @@ def test_a_rules_own_operator_keeps_its_first_name():
     rule = ["+swap.rules.a.match=layer1.*", "+swap.rules.a.operator.target="]
     first = fingerprint(compose_config([rule[0], rule[1] + "convnn.layers.ConvNN2d"]))
     assert fingerprint(compose_config([rule[0], rule[1] + "convnn.ConvNN2d"])) == first
+
+
+@pytest.mark.parametrize(
+    "overrides, same",
+    [
+        ("data=cifar10 backbone.stem=small", True),
+        ("data=digits", True),
+        ("data=cifar10 data.load_size=224", True),  # which these files do not follow
+        ("data=synthetic", True),
+        ("data=synthetic data.load_size=64", False),
+        ("data=cifar10 data.image_size=64", False),
+        ("data=cifar10 backbone.image_size=224", False),
+        ("data=imagefolder data.root=x data.load_size=32", True),
+        ("data=imagefolder data.root=x", None),
+    ],
+)
+def test_the_stem_that_follows_the_images_is_the_one_it_becomes(overrides, same):
+    own = overrides.split()
+    found, small, large = (fingerprint(compose_config([*own, *more])) for more in ([], SMALL_STEM, LARGE_STEM))
+    assert (found == small, found == large) == (same is True, same is False)
+
+
+SMALL_STEM, LARGE_STEM = ["backbone.stem=small"], ["backbone.stem=default"]
+
+
+def test_fresh_weights_by_default_are_the_same_run_until_the_backbone_loads_some():
+    fresh = "swap.init=fresh"
+    assert fingerprint(compose_config()) == fingerprint(compose_config([fresh]))
+    for loads in ("backbone.pretrained=true", "+backbone.kwargs.checkpoint_path=x.pt"):
+        assert fingerprint(compose_config([loads])) != fingerprint(compose_config([loads, fresh]))
+
+
+@pytest.mark.parametrize("key", ["train.log_every=7", "checkpoint.keep=last", "checkpoint.optimizer=false"])
+def test_what_does_not_change_the_outcome_is_no_part(key):
+    assert fingerprint(compose_config([key])) == fingerprint(compose_config())

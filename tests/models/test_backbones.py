@@ -28,6 +28,12 @@ def test_small_stem_keeps_the_resolution():
         create_backbone(BackboneConfig(name="vgg11", stem="small"), 10)
 
 
+def test_the_stem_follows_the_images():
+    config = BackboneConfig(name="resnet18", stem="auto")
+    assert create_backbone(config, 10, 3, 63).conv1.stride == (1, 1)
+    assert create_backbone(config, 10, 3, 64).conv1.stride == (2, 2)
+
+
 def test_default_backbone_is_timms():
     config = BackboneConfig(name="resnet18")
     torch.manual_seed(0)

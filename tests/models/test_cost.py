@@ -9,10 +9,12 @@ from helpers import TINY, tiny
 from torch import nn
 
 from convnn.config.compose import compose_config
+from convnn.data.splits import Dataset, Split
 from convnn.errors import ConfigError
 from convnn.models import cost
-from convnn.models.cost import check_output, count_cost, forward_cost
-from convnn.models.swap import swap_layers
+from convnn.models.build import build_model
+from convnn.models.cost import check_output, cost_ratio, count_cost, dear_swap, forward_cost
+from convnn.models.swap import Replacement, SwapReport, swap_layers
 from convnn.train.run import run
 
 
@@ -119,3 +121,23 @@ def test_a_run_without_logits_does_not_begin(kwargs, tmp_path):
     with pytest.raises(ConfigError) as error:
         run(tiny("swap=none", f"+backbone.kwargs.{kwargs}", f"run.dir={tmp_path}/r"))
     assert "\n" not in str(error.value) and not (tmp_path / "r").exists()
+
+
+def test_a_dear_swap_is_told_with_both_counts():
+    plain = Replacement("a", "Conv2d", "ConvNN2d", 1, 1, nn.Identity(), flops_before=10**9, flops_after=15 * 10**9)
+    report = SwapReport((plain,))
+    assert cost_ratio(16.0, report) == 8.0  # 2 GFLOPs before, of which the layer has 1
+    assert dear_swap(16.0, report).startswith(
+        "the swap takes 8 times the operations of the plain network (2 -> 16 GFLOPs"
+    )
+    assert dear_swap(50.0, report) is None and dear_swap(None, report) is None and cost_ratio(None, report) is None
+    assert cost_ratio(3.0, SwapReport(())) == 1.0
+
+
+def test_the_runs_of_the_readme_at_imagenets_size_keep_their_stem():
+    """README's example on large images; the small stem would make it 23 times a plain ResNet."""
+    config = compose_config(["data=imagenet", "backbone=resnet50", "operator=convnn", "swap=last_half"])
+    data = Split(torch.zeros(1, 3, 224, 224, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+    model, report, side = build_model(config, Dataset(data, data, [str(i) for i in range(10)]))
+    gflops, report = count_cost(model, 3, side, report)
+    assert model.conv1.stride == (2, 2) and cost_ratio(gflops, report) < 2

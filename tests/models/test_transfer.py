@@ -6,11 +6,14 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from helpers import tiny
 from timm.layers.attention import Attention
 from torch import nn
 
 from convnn import ConfigError, HybridConvNN2d, OperatorConfig, export_layers, neighbor_layers, swap_layers
 from convnn.config.compose import compose_config
+from convnn.data.splits import Dataset, Split
+from convnn.models.build import build_model, kept_weights
 from convnn.nn.base import Site
 
 CONV = {"k": 9, "blend": 0.0}
@@ -139,3 +142,57 @@ def test_attention_in_float64_is_transferred_whole(hybrid):
     before = model(x)
     swap_layers(model, {}, replace(ATTENTION, **hybrid), init="transfer")
     assert (model(x) - before).abs().max() < 1e-14
+
+
+def pretrained(tmp_path, *overrides, classes=10):
+    """A run whose ResNet starts from a file that timm takes for its pretrained weights, of 10 classes and 32 pixels."""
+    sizes = {"channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1]}
+    torch.manual_seed(5)
+    source = timm.create_model("resnet18", num_classes=10, **sizes)
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    overlay = "+backbone.kwargs.pretrained_cfg_overlay"
+    given = ["backbone.pretrained=true", f"{overlay}.file={tmp_path}/weights.pt", f"{overlay}.num_classes=10"]
+    config = tiny("data.load_size=64", f"data.num_classes={classes}", *given, *overrides)
+    data = Split(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+    dataset = Dataset(data, data, [str(i) for i in range(classes)])
+    model, report, side = build_model(config, dataset)
+    return source, model, report, kept_weights(config, model, report, side)
+
+
+def test_loaded_weights_are_transferred_by_default(tmp_path):
+    source, model, report, (text, most) = pretrained(tmp_path, "swap.stages=[1,2,3,4]")
+    assert {row.init for row in report.rows} == {"transfer"} and most
+    assert torch.equal(model.layer1[0].conv1.weight.flatten(2), source.layer1[0].conv1.weight.flatten(2))
+    total = sum(p.numel() for p in source.parameters())
+    assert text == f"{total:,} of {total:,} weights stem from the file"
+
+
+def test_what_begins_anew_is_told(tmp_path):
+    source, model, report, (text, most) = pretrained(tmp_path, "swap.init=fresh", classes=3)
+    lost = sum(row.params_before for row in report.rows) + 8 * 3 + 3
+    total = sum(p.numel() for p in source.parameters()) - 8 * 7 - 7
+    names = "conv1, layer1.0.conv1, layer1.0.conv2 and 7 more"
+    assert text == f"{total - lost:,} of {total:,} weights stem from the file; begin anew: {names}" and not most
+    assert torch.equal(model.bn1.weight, source.bn1.weight)
+
+
+def test_a_small_stem_has_none_of_the_files_weights(tmp_path):
+    _, model, _, (text, _) = pretrained(tmp_path, "backbone.stem=small", "swap=none")
+    total = sum(p.numel() for p in model.parameters())
+    assert text == f"{total - model.conv1.weight.numel():,} of {total:,} weights stem from the file; begin anew: conv1"
+
+
+def test_where_no_transfer_is_defined_layers_begin_anew(tmp_path):
+    _, _, report, (text, _) = pretrained(tmp_path, "operator.k=4", "+swap.rules.a.match=layer1.*", *OTHERS)
+    assert [row.init for row in report.rows] == ["fresh", "fresh", "transfer", "transfer"]
+    assert text.endswith("begin anew: layer1.0.conv1, layer1.0.conv2")
+
+
+OTHERS = ["+swap.rules.b.match=layer2.*.conv*", "+swap.rules.b.operator.k=9"]
+
+
+def test_without_loaded_weights_all_is_fresh():
+    config = tiny()
+    data = Split(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+    model, report, side = build_model(config, Dataset(data, data, list("0123456789")))
+    assert {row.init for row in report.rows} == {"fresh"} and kept_weights(config, model, report, side) is None

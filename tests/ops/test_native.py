@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from convnn import ConvNN2d
 from convnn.ops import native, topk
@@ -73,30 +74,101 @@ def test_both_paths_choose_alike(kind, monkeypatch):
     assert torch.equal(topk.stable_topk(score, 9), compiled)
 
 
+def pairs(items, queries, columns, channels, dtype):
+    """Small integers, whose products are exact in any order and full of ties."""
+    q, keys = torch.randn(items, queries, channels, dtype=dtype), torch.randn(items, channels, columns, dtype=dtype)
+    return (2 * q).round(), (2 * keys).round()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", ["any", "few values", "one value"])
-@pytest.mark.parametrize("floor", [0.0, 10.0])
-def test_blends_are_those_of_torch_to_the_last_bit(kind, dtype, floor, monkeypatch):
+@pytest.mark.parametrize("channels", [1, 3, native.FEW_CHANNELS, native.FEW_CHANNELS + 1, 64])
+@pytest.mark.parametrize("biased", [False, True])
+def test_pairs_are_ranked_as_torch_ranks_their_products(channels, biased, dtype):
     torch.manual_seed(0)
-    for items, rows, columns in ((1, 7, 50), (3, 5, 33), (2, 1, 1)):
-        score = scores(items * rows, columns, kind, dtype).view(items, rows, columns)
-        offset, lowest = torch.rand(rows, columns, dtype=dtype), torch.full((items, rows, 1), floor, dtype=dtype)
+    for items, queries, columns, k in ((1, 7, 50, 9), (3, 5, 33, 32), (2, 2, 2, 1), (2, 3, 300, 9)):
+        q, keys = pairs(items, queries, columns, channels, dtype)
+        bias = torch.randn(items, 1, columns, dtype=dtype).round() if biased else None
+        own = torch.tensor([-1, *range(queries - 1)])
+        score = q @ keys if bias is None else q @ keys + bias
+        want = score.clone()
+        want[:, torch.arange(1, queries), own[1:]] = -torch.inf
+        assert native.serves(k, q, keys, bias)
+        found, *ranges = native.rank_pairs(q, keys, bias, k, own=own, share=1.0, distance=None, floor=None, alike=ALIKE)
+        assert torch.equal(found, by_sorting(want, k)) and ranges == [None, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", [3, 64])
+@pytest.mark.parametrize("floor", [0.0, 10.0])
+@pytest.mark.parametrize("learned", [False, True])
+def test_blends_are_those_of_torch(learned, floor, channels, dtype):
+    torch.manual_seed(0)
+    for items, queries, columns, k in ((1, 7, 50, 9), (3, 5, 33, 32), (2, 2, 2, 1)):
+        q, keys = pairs(items, queries, columns, channels, dtype)
+        distance, lowest = (
+            torch.rand(queries, columns, dtype=dtype),
+            torch.full((items, queries, 1), floor, dtype=dtype),
+        )
+        distance[:, 0] = torch.inf  # as far as a prefix token
+        share = torch.rand(items, 1, 1, dtype=dtype) if learned else 0.3
+        score = q @ keys
         low, high = score.amin(-1, keepdim=True), score.amax(-1, keepdim=True)
         least, most = span(low, high, lowest)
-        want = (score - least) / (most - least) * 0.3 - offset
-        found = native.blend_rows(score, offset, 0.3, lowest, ALIKE)
-        assert torch.equal(score, want) and all(map(torch.equal, found, (low, high)))
-    spoiled = score.fill_(torch.nan)
-    assert native.blend_rows(spoiled, offset, 0.3, lowest, ALIKE) is None
+        want = (score - least) / (most - least) * share - (1 - torch.as_tensor(share, dtype=dtype)) * distance
+        found, *ranges = native.rank_pairs(
+            q, keys, None, k, own=torch.full((queries,), -1), share=share, distance=distance, floor=lowest, alike=ALIKE
+        )
+        assert torch.equal(found, by_sorting(want, k))
+        assert all(map(torch.equal, ranges, (low, high)))
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "euclidean", "dot"])
-def test_a_blend_chooses_alike_on_both_paths(similarity, monkeypatch):
+def test_scores_that_could_be_nan_are_not_served():
+    q, keys = pairs(2, 3, 40, 4, torch.float32)
+    bias = torch.zeros(2, 1, 40)
+    assert native.serves(9, q, keys, bias)
+    for spoiled in (0, 1, 2):
+        for value in (torch.nan, torch.inf, -torch.inf):
+            terms = [q.clone(), keys.clone(), bias.clone()]
+            terms[spoiled][-1, -1, -1] = value
+            assert not native.serves(9, *terms)
+    assert not native.serves(9, q * 1e19, keys * 1e19, None)  # finite, but their products are not
+    assert not native.serves(native.MAX_K + 1, q, keys, None) and not native.serves(0, q, keys, None)
+    assert not native.serves(9, q.half(), keys.half(), None) and not native.serves(9, q[:0], keys[:0], None)
+
+
+@pytest.mark.parametrize("blend", [0.5, 1.0, "layer"])
+@pytest.mark.parametrize("similarity", ["euclidean", "dot"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"candidates": "random", "num_candidates": 32}, {"self_first": False}, {"rank_step": 2}, {"k": 34}],
+    ids=str,
+)
+def test_a_layer_chooses_alike_on_both_paths(options, similarity, blend, monkeypatch):
     torch.manual_seed(0)
-    layer, x = ConvNN2d(3, 4, blend=0.5, similarity=similarity), (4 * torch.rand(2, 3, 9, 9)).round()
+    fixed = {"blend": 0.5, "learn_blend": blend} if blend == "layer" else {"blend": blend}
+    settings = {"similarity": similarity, "k": 5, **fixed, **options}
+    # 4 channels and 16 x 16 padded tokens: roots and means are exact, and so are the scores, in whatever order.
+    layer = ConvNN2d(4, 4, padding=4, **settings).double().eval()
+    x = (4 * torch.rand(2, 4, 8, 8, dtype=torch.float64)).round()
+    served, rank_pairs = [], native.rank_pairs
+
+    def counted(*args, **kwargs):
+        served.append(True)
+        return rank_pairs(*args, **kwargs)
+
+    monkeypatch.setattr(native, "rank_pairs", counted)
     compiled = layer.neighborhood(x).index
+    assert bool(served) == (settings["k"] <= native.MAX_K)
     monkeypatch.setattr(native, "installed", lambda: False)
     assert torch.equal(layer.neighborhood(x).index, compiled)
+
+
+def test_what_counts_operations_meets_the_product():
+    """Torch's counter sees operations of torch alone."""
+    layer, x = ConvNN2d(3, 4), torch.randn(1, 3, 6, 6)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() >= 2 * 36 * 36 * 3
 
 
 def test_it_is_loaded_only_for_a_choice_on_a_cpu():

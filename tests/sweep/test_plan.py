@@ -73,6 +73,25 @@ def test_duplicates_are_merged():
     assert len(found.points) == 2 and found.duplicates == 4
 
 
+def test_points_that_differ_in_nothing_that_counts_are_merged():
+    found = plan("swap=none,first_half", "operator.k=4,9", "operator.blend=0,0.5,1", "seed=0,1")
+    assert len(found.points) == 2 + 2 * 6 and found.duplicates == 2 * 5
+    plain = [p for p in found.points if not found.configs[p.fingerprint].swap.effective_rules()]
+    assert [found.configs[p.fingerprint].seed for p in plain] == [0, 1]
+    assert len(plan("schedule=linear", "operator.blend=0,1").points) == 1
+    assert len(plan("schedule=constant", "operator.blend=0,1").points) == 2
+    assert len(plan("schedule.blend.start=0,0.5").points) == 1  # of a constant one
+    assert len(plan("operator.num_candidates=9,16").points) == 1
+    assert len(plan("operator.num_candidates=9,16", "operator.candidates=random").points) == 2
+    own = ["+swap.rules.a.match=layer1.*", "+swap.rules.a.operator.candidates=random"]
+    assert len(plan("operator.num_candidates=9,16", *own).points) == 2
+
+
+def test_an_operator_for_other_layers_is_an_invalid_point():
+    found = plan("operator=convnn,convnn_attention", "swap=all_conv")
+    assert len(found.points) == 1 and "set swap=all_attention" in found.invalid[0][1]
+
+
 def test_invalid_points_have_their_reason_and_the_others_stay():
     found = plan("operator.k=4,0", "operator.blend=0.5,2", "operator=convnn,convn")
     assert len(found.points) == 1 and len(found.invalid) == 7

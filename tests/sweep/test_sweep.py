@@ -210,7 +210,7 @@ def test_dry_run_tells_and_does_nothing(driver, tmp_path, capsys):
     overrides = [f"sweep.dir={tmp_path}/sweep", "tracker=jsonl", "seed=0,1,2,2", "sweep.dry_run=true"]
     assert run_sweep([*overrides, "data=digits", "backbone.stem=small", "operator.k=4"]) == 0
     text = capsys.readouterr().out
-    assert "3 points" in text and "3 todo; 1 duplicates merged" in text and "FLOP" in text
+    assert "3 points" in text and "3 todo; 1 equal in effect merged" in text and "FLOP" in text
     before = sorted(p.name for p in (tmp_path / "sweep" / "points").iterdir())
     assert len(before) == 2
 

@@ -1,7 +1,9 @@
 """A run in its folder: what it leaves, what it does with what is there, and what it refuses."""
 
 import json
+import logging
 import os
+import re
 import shutil
 
 import pytest
@@ -11,6 +13,8 @@ from training import rows, stop_after
 from convnn.errors import CheckpointError, ConfigError
 from convnn.runs.checkpoint import load_checkpoint, previous_of
 from convnn.runs.folder import open_run_folder
+from convnn.train import trainer
+from convnn.train.disk import checkpoint_bytes
 from convnn.train.run import _best_of, run
 
 
@@ -96,7 +100,7 @@ def test_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, monkeypatch
     whole = run(tiny(f"run.dir={tmp_path}/w", "train.epochs=4"))
     assert resumed["top1_last"] == whole["top1_last"]
     assert rows(tmp_path / "r") == rows(tmp_path / "w")
-    assert previous_of(last).exists()
+    assert last.exists() and not previous_of(last).exists()
 
 
 @pytest.mark.parametrize(
@@ -139,3 +143,79 @@ def finished(tmp_path_factory):
     """Return folder and result of a short run."""
     folder = tmp_path_factory.mktemp("finished") / "r"
     return folder, run(tiny(f"run.dir={folder}"))
+
+
+@pytest.mark.parametrize(
+    "overrides, kept",
+    [
+        ([], {"last.pt": True, "best.pt": False}),
+        (["checkpoint.keep=last"], {"last.pt": True}),
+        (["checkpoint.keep=best"], {"best.pt": False}),
+        (["checkpoint.optimizer=false"], {"last.pt": False, "best.pt": False}),
+        (["checkpoint.optimizer=false", "checkpoint.keep=best", "optim=sgd"], {"best.pt": False}),
+        (["train.ema=0.9", "optim=sgd"], {"last.pt": True, "best.pt": False}),
+    ],
+    ids=str,
+)
+def test_what_stays_of_a_complete_run(overrides, kept, tmp_path, monkeypatch):
+    """Which files, which of them have the optimizer's state, and that their size was foretold."""
+    place, sizes = tmp_path / "r", []
+    save = trainer.save_checkpoint
+    # Weights that make the rest of a file small.
+    wide = ["~backbone.kwargs.channels", "data.size=32", "train.epochs=2", "swap=none"]
+    config = tiny(*wide, *overrides, f"run.dir={place}")
+
+    def saved(path, *args, **kwargs):
+        save(path, *args, **kwargs)
+        sizes.append(sum(f.stat().st_size for f in path.parent.glob("*.pt")) + path.stat().st_size)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", saved)
+    built = []
+    told = checkpoint_bytes
+    monkeypatch.setattr("convnn.train.run.checkpoint_bytes", lambda *args: built.append(told(*args)) or built[-1])
+    result = run(config)
+    found = {p.name: load_checkpoint(p)["optimizer"] is not None for p in (place / "checkpoints").glob("*.pt")}
+    assert found == kept
+    need, there = built[0], sum(p.stat().st_size for p in (place / "checkpoints").glob("*.pt"))
+    assert there == pytest.approx(need.complete, rel=0.02) and max(sizes) <= need.training * 1.02
+    assert run(tiny(*wide, *overrides, f"run.dir={place}", "run.if_exists=resume")) == result
+
+
+def test_a_complete_run_whose_result_is_lost_needs_no_optimizer_to_say_it_again(tmp_path):
+    own = ["checkpoint.optimizer=false", f"run.dir={tmp_path}/r"]
+    first = run(tiny(*own))
+    (tmp_path / "r" / "result.json").unlink()
+    again = run(tiny(*own, "run.if_exists=resume"))
+    assert again["top1_last"] == first["top1_last"] and again["epochs"] == first["epochs"]
+
+
+def test_weights_alone_are_nothing_to_go_on_from(tmp_path, monkeypatch, caplog):
+    place = f"run.dir={tmp_path}/r"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        run(tiny(place, "train.epochs=4"))
+    last = tmp_path / "r" / "checkpoints" / "last.pt"
+    last.unlink()
+    previous_of(last).unlink(missing_ok=True)
+    assert (tmp_path / "r" / "checkpoints" / "best.pt").exists()
+    run(tiny(place, "train.epochs=4", "run.if_exists=resume"))
+    assert "best.pt, which holds weights alone; beginning anew" in (tmp_path / "r" / "train.log").read_text()
+    assert len(rows(tmp_path / "r")) == 4
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr("convnn.train.run.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    run(tiny(f"run.dir={tmp_path}/r", "train.max_steps=1"))
+    log = (tmp_path / "r" / "train.log").read_text()
+    assert "WARNING checkpoints: " in log and "but 1 B are free" in log
+
+
+def test_progress_is_logged_where_no_terminal_shows_it(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "convnn")
+    run(tiny(f"run.dir={tmp_path}/r", "data.size=160", "train.batch_size=16", "train.log_every=4", "swap=none"))
+    lines = [line for line in (tmp_path / "r" / "train.log").read_text().splitlines() if "  step " in line]
+    found = [
+        re.search(r"epoch (\d)/2  step (\d+) of 10  train loss (\d\.\d{4})  [\de+.]+ images/s", line) for line in lines
+    ]
+    assert [m.groups()[:2] for m in found] == [("1", "4"), ("1", "8"), ("2", "4"), ("2", "8")]
+    assert all(line.endswith(" of training left") for line in lines)

@@ -12,7 +12,7 @@ from typing import Any
 from timm.layers.attention import Attention
 from torch import nn
 
-from convnn.config.schema import CONV, SwapRule
+from convnn.config.schema import ATTENTION, CONV, SwapRule
 from convnn.errors import ConfigError
 from convnn.nn.sources import attention_classes
 
@@ -28,6 +28,17 @@ def find_sites(model: nn.Module, kind: str) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, wanted) and name.split(".")[0] not in _HEADS and not name.startswith(inside)
     }
+
+
+def network_layers(model: nn.Module) -> list[str]:
+    """Return the names of all layers that may be replaced, or were, in forward order: a network's depth."""
+    found: list[str] = []
+    sites = {name for kind in (CONV, ATTENTION) for name in find_sites(model, kind)}
+    for name, module in model.named_modules():
+        inside = bool(found) and name.startswith(f"{found[-1]}.")  # modules come before what lies in them
+        if not inside and (name in sites or (is_operator(module) and name)):
+            found.append(name)
+    return found
 
 
 def is_operator(module: nn.Module) -> bool:

@@ -194,7 +194,7 @@ class Sweep:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with contextlib.closing(lock(self.folder / ".plan.lock", wait=60.0)):  # type: ignore[type-var]
-                save_plan(self.plan, self.folder, self.command)
+                save_plan(self.plan, self.folder, self.command, self.options.name)
         except OSError as error:
             raise ConfigError(f"sweep.dir={self.folder} cannot be written: {error.strerror}") from error
 

@@ -146,8 +146,8 @@ def test_sweep_and_train_share_their_defaults():
 
 def test_plan_file_keeps_the_points_of_other_commands(tmp_path):
     first, second = plan("operator.k=4,9"), plan("operator.k=9,16")
-    save_plan(first, tmp_path, ["sweep.py", "one"])
-    save_plan(second, tmp_path, ["sweep.py", "two"])
+    save_plan(first, tmp_path, ["sweep.py", "one"], "one")
+    save_plan(second, tmp_path, ["sweep.py", "two"], "two")
     stored = read_plan(tmp_path)
     assert len(stored["points"]) == 3 and stored["command"] == ["sweep.py", "two"]
     assert stored["axes"] == {"operator.k": ["9", "16"]}

@@ -56,7 +56,7 @@ def draw_neighbors(
     rows = [(f"query {i + 1}\n({r}, {c})", (r, c), found) for i, (r, c) in enumerate(pixels)]
     _check_pixels(image, pixels)
     _check_head(found, names, head)
-    title = f"Which {_numbers_of_neighbors(found)} tokens each layer mixes for one query"
+    title = f"Which {_count(found, 'token')} each layer mixes for one query"
     return _draw_panels(image, names, rows, item, head, title)
 
 
@@ -70,7 +70,7 @@ def draw_blends(
     _check_head(first, names, head)
     ends = {0.0: "\n(convolution)", 1.0: "\n(attention)"}
     rows = [(f"blend {blend:g}{ends.get(blend, '')}", pixel, layers) for blend, layers in found.items()]
-    title = f"The same query from convolution to attention: its {_numbers_of_neighbors(first)} neighbours at each blend"
+    title = f"The same query from convolution to attention: its {_count(first, 'neighbour')} at each blend"
     return _draw_panels(image, names, rows, item, head, title)
 
 
@@ -112,9 +112,10 @@ def _check_head(found: NeighborsByLayer, names: Sequence[str], head: int) -> Non
             raise ValueError(f"head={head}: layer {_short_name(name)} has heads 0 to {count - 1}; choose one of them")
 
 
-def _numbers_of_neighbors(found: NeighborsByLayer) -> str:
+def _count(found: NeighborsByLayer, word: str) -> str:
     counts = sorted({one.index.shape[-1] for one in found.values()})
-    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{span} {word}" if counts == [1] else f"{span} {word}s"
 
 
 def query_at(found: Neighborhood, pixel: Pixel, size: tuple[int, int]) -> int:
@@ -171,7 +172,7 @@ def _draw_panels(
         panels[0, 0].set_title("input", fontsize=12)
         for name, axes in zip(names, panels[0, 1:], strict=True):
             g = rows[0][2][name].geometry
-            shown = plain_text(_short_name(name).replace(".", ". "), int(panel * 9.5)).replace(". ", ".")
+            shown = plain_text(_short_name(name).replace(".", ". "), int(panel * 9.5), 5).replace(". ", ".")
             axes.set_title(f"{shown}\n{g.height}×{g.width} tokens", fontsize=12)
         bar = figure.colorbar(shades, ax=panels.ravel().tolist(), shrink=0.8, pad=0.02, aspect=28)
         if head is None:
@@ -181,9 +182,8 @@ def _draw_panels(
             bar.set_label("rank (1: chosen first)")
             bar.ax.invert_yaxis()
         add_legend(figure, {entry.get_label(): entry for entry in _legend([rows[0][2][name] for name in names])})
-        heads = max(rows[0][2][name].index.shape[1] for name in names)
-        if head is not None and heads > 1:
-            title += f" (head {head}, of 0 to {heads - 1})"
+        if head is not None and any(rows[0][2][name].index.shape[1] > 1 for name in names):
+            title += f" (head {head})"
         add_title(figure, title)
     return figure
 

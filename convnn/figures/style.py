@@ -46,10 +46,10 @@ def evenly_spread(items: Sequence[Any], most: int) -> list[Any]:
     return [items[round(i * (len(items) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
-def plain_text(text: str, width: int = 44) -> str:
-    """Return text that matplotlib draws as it is, wrapped; of more than three lines the rest is left out."""
+def plain_text(text: str, width: int = 44, lines: int = 3) -> str:
+    """Return text that matplotlib draws as it is, wrapped; what is more than these lines is left out."""
     text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split())).replace("$", r"\$")
-    return "\n".join(textwrap.wrap(text, width, max_lines=3, placeholder=" ..."))
+    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" ..."))
 
 
 def characters(inches: float, size: float) -> int:

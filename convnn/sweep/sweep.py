@@ -92,8 +92,8 @@ def carry_out(
     plan = make_plan(options, given)
     keep_known_names(plan, folder)
     check_points(plan, folder)
-    for axis in moved_axes(plan):
-        print(f"warning: {axis} is an axis, but a schedule moves it: points that differ in it alone are equal runs")
+    for line in moved_axes(plan):
+        print(f"warning: {line}")
     if options.dry_run:
         print(describe_plan(plan, folder, options))
         print(cost_line(plan, folder))

@@ -42,33 +42,37 @@ class Looks:
         values = self.values if key == self.key else [v for (v,) in self.view.grouped(self.view.complete, [key])]
         i = values.index(value) if value in values else 0
         dash = DASHES[0 if key == self.key else i % len(DASHES)]
+        marker = MARKERS[i] if len(values) <= len(MARKERS) else MARKERS[0]
         own = self.colour({key: value}) if key == self.key else NEUTRAL
-        return {"color": own, "marker": MARKERS[i % len(MARKERS)], "linestyle": dash}
+        return {"color": own, "marker": marker, "linestyle": dash}
 
-    def of(self, row: Mapping[str, Any], *, over: str | None = None) -> dict[str, Any]:
-        """Return the look of a configuration, or of the line through those that differ from it in ``over`` alone."""
-        places = self._places(over)
-        if len(places) < 2 and self.key not in (None, over):
-            return self.of_value(self.key, _cell(row, self.key or ""))
-        i = places.get(self._rest(row, over), 0)
-        colour = NEUTRAL if self.key == over else self.colour(row)
-        return {"color": colour, "marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i % len(DASHES)]}
+    def of(self, rows: Sequence[Mapping[str, Any]], *, over: str | None = None) -> list[dict[str, Any]]:
+        """Return the looks of configurations in one picture, or of the lines through all that differ in ``over`` alone.
+
+        Markers and dashes are counted among these rows; colours are the page's.
+        """
+        rest = {one: i for i, one in enumerate(dict.fromkeys(self._rest(row, over) for row in rows))}
+        if len(rest) < 2 and self.key not in (None, over):
+            return [self.of_value(self.key, _cell(row, self.key or "")) for row in rows]
+        places = [rest[self._rest(row, over)] for row in rows]
+        colours = [NEUTRAL if self.key == over else self.colour(row) for row in rows]
+        return [
+            {"color": colour, "marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i % len(DASHES)]}
+            for colour, i in zip(colours, places, strict=True)
+        ]
 
     def pick(self, rows: Sequence[Row], most: int, *, over: str | None = None) -> list[Row]:
-        """Return at most so many configurations, or lines over a key, evenly spread, of which no two look alike."""
-        colours = {_cell(row, self.key) for row in rows} if self.key not in (None, over) else {None}
-        if len(colours) < len(rows):
-            rest = dict.fromkeys(self._rest(row, over) for row in rows)
-            kept = evenly_spread(list(rest), max(min(most // len(colours), len(DASHES)), 1))
-            rows = [row for row in rows if self._rest(row, over) in kept]
+        """Return at most so many configurations, or lines over a key, evenly spread, that are told apart."""
+        rest = dict.fromkeys(self._rest(row, over) for row in rows)
+        for count in range(min(len(rest), len(DASHES)), 0, -1):
+            kept = evenly_spread(list(rest), count)
+            chosen = [row for row in rows if self._rest(row, over) in kept]
+            if len(chosen) <= most and (count == len(rest) or len(chosen) > count):
+                return chosen
         return evenly_spread(rows, most)
 
     def _rest(self, row: Mapping[str, Any], over: str | None) -> tuple[Any, ...]:
         return tuple(_cell(row, key) for key in self.view.keys if key not in (self.key, over))
-
-    def _places(self, over: str | None) -> dict[tuple[Any, ...], int]:
-        keys = [key for key in self.view.keys if key not in (self.key, over)]
-        return {rest: i for i, rest in enumerate(self.view.grouped(self.view.complete, keys))}
 
 
 def _cell(row: Mapping[str, Any], key: str) -> Any:

@@ -243,8 +243,7 @@ def accuracy_by_configuration(looks: Looks) -> tuple[Figure, str] | None:
         return None
     rows = view.rows[:MAX_DOTS]
     figure, (axes,) = new_figure(1, height=1.6 + 0.45 * len(rows))
-    for place, row in enumerate(rows):
-        look = looks.of(row)
+    for place, (row, look) in enumerate(zip(rows, looks.of(rows), strict=True)):
         bar = [view.std(row)]
         axes.errorbar([view.mean(row)], [place], xerr=bar, fmt=look["marker"], color=look["color"], ms=8, capsize=4)
     axes.set_yticks(range(len(rows)), [plain_text(label, 50) for label in labels_of(rows, view.keys)])
@@ -323,9 +322,9 @@ def training_curves(frame: pd.DataFrame, looks: Looks, folders: Sequence[Path]) 
     banded = len(histories) <= 4 and any(len(found) > 1 for _, found in histories)
     figure, all_axes = new_figure(2)
     handles = {}
-    labels = labels_of([row for row, _ in histories], looks.view.keys)
-    for (row, found), label in zip(histories, labels, strict=True):
-        style = looks.of(row)
+    drawn = [row for row, _ in histories]
+    labels = labels_of(drawn, looks.view.keys)
+    for (_, found), label, style in zip(histories, labels, looks.of(drawn), strict=True):
         look = {"color": style["color"], "linestyle": style["linestyle"]}
         for axes, name in zip(all_axes, ("test_top1", "train_loss"), strict=True):
             handles[label] = _curve(axes, found, name, look, banded)

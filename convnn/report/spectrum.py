@@ -45,7 +45,7 @@ def draw_layers(
     picked = looks.pick(every, MAX_LINES)
     figure = draw_over_depth(
         {label_of[id(row)]: of_row[id(row)] for row in picked},
-        {label_of[id(row)]: looks.of(row) for row in picked},
+        {label_of[id(row)]: look for row, look in zip(picked, looks.of(picked), strict=True)},
     )
     caption = "The last epoch of one run of each configuration, on the probe images (docs/tour.md says how to read it)."
     if len(picked) < len(measured):
@@ -93,7 +93,7 @@ def draw_spectrum(frame: pd.DataFrame, looks: Looks, folders: Sequence[Path]) ->
     figure = draw_over_number(
         {label: lines[given] for label, given in zip(labels, shown, strict=True)},
         short_name(x),
-        {label: looks.of(first[given], over=x) for label, given in zip(labels, shown, strict=True)},
+        dict(zip(labels, looks.of([first[given] for given in shown], over=x), strict=True)),
     )
     if figure is None:
         return None

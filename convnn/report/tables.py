@@ -304,7 +304,7 @@ def describe(values: Mapping[str, Any]) -> str:
     """Return keys and values as a label, such as ``resnet18, k=4``, without what they say twice or not at all."""
     shown = {key: show(v) for key, v in values.items() if not is_missing(v) and not _said(values, key)}
     parts = [text if key.endswith(".name") else f"{short_name(key)}={text}" for key, text in shown.items()]
-    return ", ".join(parts) or "all runs"
+    return ", ".join(parts) or (f"no {', '.join(map(short_name, values))}" if values else "all runs")
 
 
 def _said(values: Mapping[str, Any], key: str) -> bool:

@@ -70,7 +70,8 @@ def main(argv: list[str]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    draw(rows, out / "benchmark.png", f"{facts['gpu'] or facts['processor']}, torch {torch.__version__}")
+    title = f"{facts['gpu'] or facts['processor']}, torch {torch.__version__}"
+    draw(rows, title).savefig(out / "benchmark.png", dpi=110)
     print(f"written: {out / 'benchmark.csv'}, {out / 'benchmark.png'}")
 
 
@@ -118,8 +119,11 @@ def run_all(cases: list, device: object, options: Options, facts: dict) -> list[
     return rows
 
 
-def draw(rows: list[dict], path: Path, title: str) -> None:
-    """Draw one panel a group: bars of times with quartiles, or curves over N and k; a name has one colour in all."""
+def draw(rows: list[dict], title: str) -> Any:
+    """Return a figure of one panel a group: bars of times with quartiles, or curves over N or k.
+
+    Names of curves have the same colour in all panels.
+    """
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
@@ -147,7 +151,7 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
         for axis in axes[len(groups) :]:
             axis.set_visible(False)
         add_title(figure, title, 15)
-        figure.savefig(path, dpi=110)
+    return figure
 
 
 CURVES = {"tokens": ("tokens", "tokens N"), "neighbours": ("k", "neighbours k")}

@@ -16,6 +16,7 @@ from convnn.figures.style import (
     add_legend,
     add_title,
     axis_from_zero,
+    integer_axis,
     line_styles,
     new_figure,
     number_axis,
@@ -150,7 +151,6 @@ def _heat_map(figure: Figure, axes: Axes, measures: LayerMeasures, name: str) ->
 def draw_training(folder: Path) -> Figure | None:
     """Draw accuracy, loss, and where the layers were on the spectrum, over the epochs; None without any epoch."""
     import matplotlib as mpl
-    from matplotlib.ticker import MaxNLocator
 
     rows = read_record(folder).whole_rows
     if not rows:
@@ -179,13 +179,15 @@ def draw_training(folder: Path) -> Figure | None:
                 ("overlap", "neighbours in the\nconvolution window", COLOURS[3], "o"),
                 ("agreement", "neighbours kept since\nthe epoch before", COLOURS[4], "s"),
             ):
-                panels[2].plot(measures.epochs, measures.mean(name), color=colour, marker=marker, ms=5, label=label)
+                means = measures.mean(name)
+                if not all(map(math.isnan, means)):
+                    panels[2].plot(measures.epochs, means, color=colour, marker=marker, ms=5, label=label)
             panels[2].set_ylim(-0.03, 1.03)
             panels[2].set_ylabel("mean over layers")
             panels[2].legend(loc="best", fontsize=11)
         for axes in panels:
             axes.set_xlabel("epoch")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            integer_axis(axes, epochs[0], epochs[-1])
         add_title(figure, "Training")
     return figure
 
@@ -200,8 +202,6 @@ def draw_over_depth(
         looks: of each label's line; default: see ``line_styles``.
         title: of the legend.
     """
-    from matplotlib.ticker import MaxNLocator
-
     runs = {label: measures for label, measures in runs.items() if measures.epochs}
     drawn = ("overlap", "distance_mean", "hub_share", "agreement")
     names = [name for name in drawn if any(name in measures.values for measures in runs.values())]
@@ -216,11 +216,11 @@ def draw_over_depth(
             (handles[label],) = axes.plot(places[label], measures.last(name), markersize=6, **looks[label])
         axes.set_ylabel(PANEL_TITLES[name], fontsize=12)
         axes.set_xlabel(axis)
-        margin = 0.04 * (ends[1] - ends[0])
-        axes.set_xlim(ends[0] - margin, ends[1] + margin)
         axis_from_zero(axes)
         if ends[1] > 1:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            integer_axis(axes, *ends)
+        else:
+            axes.set_xlim(-0.04, 1.04)
     if len(handles) > 1:
         add_legend(figure, handles, title)
     return figure

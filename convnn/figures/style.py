@@ -118,6 +118,18 @@ def axis_from_zero(axes: Axes) -> None:
         line.set_clip_on(False)
 
 
+def integer_axis(axes: Axes, first: float, last: float) -> None:
+    """Let the horizontal axis show counts from ``first`` to ``last``, with ticks at integers alone, be it one."""
+    from matplotlib.ticker import MaxNLocator
+
+    margin = max(0.04 * (last - first), 0.1 if last > first else 0.5)
+    axes.set_xlim(first - margin, last + margin)
+    if last > first:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    else:
+        axes.set_xticks([first])
+
+
 def number_axis(axes: Axes, values: Sequence[float]) -> None:
     """Use a logarithmic axis for numbers that span much, and ticks at the values where they are few."""
     if needs_log_scale(values):

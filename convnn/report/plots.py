@@ -25,6 +25,7 @@ from convnn.figures.style import (
     add_legend,
     add_title,
     evenly_spread,
+    integer_axis,
     needs_log_scale,
     new_figure,
     number_axis,
@@ -310,8 +311,6 @@ def _with_devices(made: tuple[Figure, str], frame: pd.DataFrame) -> tuple[Figure
 
 def training_curves(frame: pd.DataFrame, looks: Looks, folders: Sequence[Path]) -> tuple[Figure, str] | None:
     """Draw test top-1 and training loss over epochs for at most ``MAX_LINES`` configurations."""
-    from matplotlib.ticker import MaxNLocator
-
     groups = complete_groups(frame)
     runs = {id(row): rows for row, rows in groups}
     picked = looks.pick([row for row, _ in groups], MAX_LINES)
@@ -331,7 +330,7 @@ def training_curves(frame: pd.DataFrame, looks: Looks, folders: Sequence[Path]) 
     for axes, label in zip(all_axes, ("test top-1 (%)", "training loss"), strict=True):
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        integer_axis(axes, 1, max(row["epoch"] + 1 for _, found in histories for history in found for row in history))
     if len(handles) > 1:
         add_legend(figure, handles, None)
     several = any(len(found) > 1 for _, found in histories)

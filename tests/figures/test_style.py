@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from convnn.figures.curves import draw_curves, draw_layer_heat_maps, draw_over_depth, read_layer_measures
 from convnn.figures.neighbors import draw_blends, draw_neighbors, draw_weights
-from convnn.figures.style import add_title, axis_from_zero, line_styles, new_figure, plain_text
+from convnn.figures.style import add_title, axis_from_zero, integer_axis, line_styles, new_figure, plain_text
 
 COUNTS = [1, 2, 9]
 NAMES = ["layer1.0.conv1", "stages.0.blocks.0.token_mixer.conv"]
@@ -86,3 +86,23 @@ def test_a_query_at_the_border_is_whole():
 def test_twelve_names_have_twelve_colours():
     names = [f"name{i}" for i in range(12)]
     assert len({style["color"] for style in line_styles(names).values()}) == 12
+
+
+@pytest.mark.parametrize("last", [1, 2, 7, 300])
+def test_epochs_have_integer_ticks_be_it_one(last):
+    _, (axes,) = new_figure(1)
+    axes.plot([1, last], [0, 1])
+    integer_axis(axes, 1, last)
+    low, high = axes.get_xlim()
+    shown = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    assert shown and all(tick == round(tick) for tick in shown) and len(shown) <= 12
+    assert low < 1 <= last < high
+
+
+def test_a_run_of_one_epoch_names_no_measure_that_it_lacks(tmp_path):
+    folder = write_run(tmp_path / "r", {"operator.blend": 0.5}, layers=2, epochs=2)
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().splitlines()[0] + "\n")
+    (folder / "result.json").unlink()
+    labels = [line.get_label() for line in draw_curves(folder)["training"].axes[2].lines]
+    assert labels == ["blend", "neighbours in the\nconvolution window"]

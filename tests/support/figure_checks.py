@@ -23,4 +23,5 @@ def texts_outside(figure):
 def off_axis(axis):
     """Return the labels of ticks that lie outside an axis' limits, which are not drawn."""
     low, high = sorted(axis.get_view_interval())
-    return [tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high]
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    return [tick.label1 for tick in ticks if not low <= tick.get_loc() <= high]

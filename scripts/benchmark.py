@@ -22,6 +22,7 @@ import csv
 import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from convnn.cli.program import run_program, script_options
 from convnn.errors import ConfigError
@@ -69,7 +70,8 @@ def main(argv: list[str]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    draw(rows, out / "benchmark.png", f"{facts['gpu'] or facts['processor']}, torch {torch.__version__}")
+    title = f"{facts['gpu'] or facts['processor']}, torch {torch.__version__}"
+    draw(rows, title).savefig(out / "benchmark.png", dpi=110)
     print(f"written: {out / 'benchmark.csv'}, {out / 'benchmark.png'}")
 
 
@@ -117,42 +119,69 @@ def run_all(cases: list, device: object, options: Options, facts: dict) -> list[
     return rows
 
 
-def draw(rows: list[dict], path: Path, title: str) -> None:
-    """Draw one panel a group: bars of times, or curves over N and k."""
-    try:
-        import matplotlib
+def draw(rows: list[dict], title: str) -> Any:
+    """Return a figure of one panel a group: bars of times with quartiles, or curves over N or k.
 
-        matplotlib.use("agg")
-        from matplotlib import pyplot as plt
+    Names of curves have the same colour in all panels.
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("the plot needs matplotlib: uv sync --extra report") from error
-    groups = list(dict.fromkeys(row["group"] for row in rows))
-    columns = min(3, len(groups))
-    height = -(-len(groups) // columns)
-    size = (6 * columns, 3.4 * height)
-    figure, axes = plt.subplots(height, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis, group in zip(axes.flat, groups, strict=False):
-        own = [row for row in rows if row["group"] == group]
-        axis.set_title(group)
-        if group in ("tokens", "neighbours"):
-            key = "tokens" if group == "tokens" else "k"
-            for name in dict.fromkeys(row["case"] for row in own):
-                line = [row for row in own if row["case"] == name]
-                axis.plot([r[key] for r in line], [r["ms_median"] for r in line], marker="o", label=name)
-            axis.set(xscale="log", yscale="log", xlabel="tokens N" if group == "tokens" else "neighbours k")
-            axis.set_ylabel("forward + backward (ms)")
-            axis.legend(frameon=False)
-        else:
-            names = [row["case"] for row in own]
-            axis.barh(names[::-1], [row["ms_median"] for row in own][::-1], color="#4477aa")
-            for i, row in enumerate(own[::-1]):
-                axis.text(row["ms_median"], i, f" ×{row['ratio']:.1f}", va="center")
-            axis.set_xlabel("ms")
-            axis.margins(x=0.18)
-    for axis in list(axes.flat)[len(groups) :]:
-        axis.axis("off")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+    from convnn.figures.style import RC_PARAMS, add_title, line_styles
+
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    columns = min(2, len(groups))
+    lines = [list(groups.values())[i : i + columns] for i in range(0, len(groups), columns)]
+    heights = [max(3.4 if own[0]["group"] in CURVES else 0.9 + 0.36 * len(own) for own in line) for line in lines]
+    looks = line_styles(list(dict.fromkeys(row["case"] for row in rows if row["group"] in CURVES)))
+    sizes = {"font.size": 11, "axes.titlesize": 13, "legend.fontsize": 10, "figure.constrained_layout.hspace": 0.06}
+    with mpl.rc_context(RC_PARAMS | sizes):
+        figure = Figure(figsize=(7.4 * columns, 0.5 + sum(heights)))
+        axes = figure.subplots(len(lines), columns, squeeze=False, height_ratios=heights).flatten().tolist()
+        for axis, (group, own) in zip(axes, groups.items(), strict=False):
+            axis.set_title(group)
+            if group in CURVES:
+                _curves(axis, own, CURVES[group], looks)
+            else:
+                _bars(axis, own)
+        for axis in axes[len(groups) :]:
+            axis.set_visible(False)
+        add_title(figure, title, 15)
+    return figure
+
+
+CURVES = {"tokens": ("tokens", "tokens N"), "neighbours": ("k", "neighbours k")}
+"""Groups drawn as curves, with the column that they are drawn over and its name."""
+
+
+def _curves(axis: Any, rows: list[dict], over: tuple[str, str], looks: dict) -> None:
+    key, label = over
+    for name in dict.fromkeys(row["case"] for row in rows):
+        line = [row for row in rows if row["case"] == name]
+        axis.plot([float(r[key]) for r in line], [float(r["ms_median"]) for r in line], label=name, **looks[name])
+    axis.set(xscale="log", yscale="log", xlabel=label, ylabel="forward + backward (ms)")
+    axis.legend()
+
+
+def _bars(axis: Any, rows: list[dict]) -> None:
+    from convnn.figures.style import COLOURS, NEUTRAL, plain_text
+
+    times, lows, highs = ([float(row[key]) for row in rows] for key in ("ms_median", "ms_q1", "ms_q3"))
+    errors = [[t - low for t, low in zip(times, lows, strict=True)], [h - t for t, h in zip(times, highs, strict=True)]]
+    places = range(len(rows))
+    axis.barh(places, times, color=[NEUTRAL, *[COLOURS[0]] * (len(rows) - 1)], height=0.7)
+    axis.errorbar(times, places, xerr=errors, fmt="none", ecolor="#999999", elinewidth=1.5, capsize=3)
+    for place, row, high in zip(places, rows, highs, strict=True):
+        axis.text(high, place, f"  ×{float(row['ratio']):.2g}", va="center")
+    axis.set_yticks(places, [plain_text(row["case"], 34) for row in rows])
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.set_xlim(0, 1.16 * max(highs))
+    axis.set_xlabel("ms (median and quartiles)")
+    axis.grid(axis="y", visible=False)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ FIRST_NAMES = {
 it the name of its run folder and its place in a sweep's plan, must not change when a class moves."""
 
 _DEFAULT = Config()
-_NOT_IDENTITY = ("run", "tracker", "diagnostics", "checkpoint", "device", "debug")
+NOT_IDENTITY = ("run", "tracker", "diagnostics", "checkpoint", "device", "debug")
+"""Sections and keys that decide nothing about a run's outcome."""
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 def identity_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``identity`` from the plain values of a whole configuration, as a run folder's config.yaml has them."""
-    kept = {key: value for key, value in values.items() if key not in _NOT_IDENTITY}
+    kept = {key: value for key, value in values.items() if key not in NOT_IDENTITY}
     unused = {"download", "stream", "workers", "prefetch"}
     if values["data"]["name"] != "imagefolder":
         unused.add("root")

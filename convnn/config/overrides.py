@@ -17,6 +17,27 @@ def quoted(text: str) -> str:
     return "'" + text.replace("'", "\\'") + "'"
 
 
+def quoted_once(override: str) -> str:
+    """Return an override that a shell's single quotes can hold: Hydra's own are left out, or double, where they can.
+
+    Which override it is stays the same.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key, _, value = override.partition("=")
+    inner = value[1:-1]
+    if len(value) < 2 or value[0] != "'" or value[-1] != "'" or set(inner) & set("'\"\\"):
+        return override
+    for text in (inner, f'"{inner}"'):
+        try:
+            if inner and OverridesParser.create().parse_override(f"{key}={text}").value() == inner:
+                return f"{key}={text}"
+        except HydraException:
+            continue
+    return override
+
+
 def key_of(override: str) -> str:
     """Return the key of an override, without ``+``, ``++`` or ``~``."""
     return override.lstrip("+~").split("=", 1)[0]

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convnn.figures.style import COLOUR_MAP, COLOURS, RC_PARAMS, add_legend, line_styles, new_figure, plain_text
+from convnn.figures.style import (
+    COLOUR_MAP,
+    COLOURS,
+    RC_PARAMS,
+    add_legend,
+    add_title,
+    axis_from_zero,
+    integer_axis,
+    line_styles,
+    new_figure,
+    number_axis,
+    plain_text,
+)
 from convnn.runs.metrics import PANEL_TITLES, is_number
 from convnn.runs.record import read_record
 
@@ -19,7 +32,12 @@ if TYPE_CHECKING:
 MAX_LAYER_NAMES = 24
 """Layer names on an axis; of more, evenly spread ones are written."""
 
+LEAST_TOP = 0.05
+"""Where the colour scale of a share ends at least: what hardly happens shall not look like much."""
+
 Cells = dict[tuple[str, int], float]
+Look = Mapping[str, Any]
+"""Colour, marker and the like of a line, as ``Axes.plot`` takes them."""
 
 
 @dataclass
@@ -30,6 +48,8 @@ class LayerMeasures:
     """Of the measurements, counted from 1."""
     layers: list[str] = field(default_factory=list)
     """In forward order."""
+    network: list[str] = field(default_factory=list)
+    """All layers of the network that may be replaced, in forward order; empty: not known, as of older runs."""
     values: dict[str, Cells] = field(default_factory=dict)
     """By measure, the value of each (layer, epoch); undefined ones are left out."""
 
@@ -45,9 +65,11 @@ class LayerMeasures:
 
 
 def read_layer_measures(folder: Path) -> LayerMeasures:
-    """Return the diagnostics of a run folder; without any, an empty Trend."""
-    measures = LayerMeasures()
-    for row in read_record(folder).whole_rows:
+    """Return the diagnostics of a run folder; without any, of no layer and no epoch."""
+    record = read_record(folder)
+    network = (record.result or {}).get("network_layers")
+    measures = LayerMeasures(network=[str(name) for name in network] if isinstance(network, list) else [])
+    for row in record.whole_rows:
         layers = row.get("layers")
         every = [one for one in layers if isinstance(one, dict)] if isinstance(layers, list) else []
         measured = [one for one in every if all(is_number(one.get(name)) for name in ("overlap", "padding", "prefix"))]
@@ -97,7 +119,7 @@ def draw_layer_heat_maps(
             axes.tick_params(labelbottom=last_in_column)
             axes.set_xlabel("epoch" if last_in_column else "")
         if title:
-            figure.suptitle(title, fontsize=16)
+            add_title(figure, title)
     return figure
 
 
@@ -115,7 +137,7 @@ def _heat_map(figure: Figure, axes: Axes, measures: LayerMeasures, name: str) ->
     grid = np.array([[cells.get((layer, e), math.nan) for e in measures.epochs] for layer in measures.layers])
     whole = name in ("blend", "overlap", "agreement", "entropy")
     axes.set_facecolor("#cccccc")
-    top = 1.0 if whole else float(np.nanmax(grid)) or 1.0
+    top = 1.0 if whole else max(float(np.nanmax(grid)), LEAST_TOP)
     image = axes.imshow(grid, cmap=COLOUR_MAP, aspect="auto", interpolation="nearest", vmin=0, vmax=top)
     bar = figure.colorbar(image, ax=axes, aspect=14)
     if name not in ("blend", "entropy", "distance_mean"):
@@ -129,7 +151,6 @@ def _heat_map(figure: Figure, axes: Axes, measures: LayerMeasures, name: str) ->
 def draw_training(folder: Path) -> Figure | None:
     """Draw accuracy, loss, and where the layers were on the spectrum, over the epochs; None without any epoch."""
     import matplotlib as mpl
-    from matplotlib.ticker import MaxNLocator
 
     rows = read_record(folder).whole_rows
     if not rows:
@@ -155,51 +176,88 @@ def draw_training(folder: Path) -> Figure | None:
         if measures.epochs:
             for name, label, colour, marker in (
                 ("blend", "blend", "#000000", "D"),
-                ("overlap", "neighbours in the\nconvolution window", COLOURS[0], "o"),
-                ("agreement", "neighbours kept since\nthe epoch before", COLOURS[1], "s"),
+                ("overlap", "neighbours in the\nconvolution window", COLOURS[3], "o"),
+                ("agreement", "neighbours kept since\nthe epoch before", COLOURS[4], "s"),
             ):
-                panels[2].plot(measures.epochs, measures.mean(name), color=colour, marker=marker, ms=5, label=label)
+                means = measures.mean(name)
+                if not all(map(math.isnan, means)):
+                    panels[2].plot(measures.epochs, means, color=colour, marker=marker, ms=5, label=label)
             panels[2].set_ylim(-0.03, 1.03)
             panels[2].set_ylabel("mean over layers")
             panels[2].legend(loc="best", fontsize=11)
         for axes in panels:
             axes.set_xlabel("epoch")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.suptitle("Training", fontsize=16)
+            integer_axis(axes, epochs[0], epochs[-1])
+        add_title(figure, "Training")
     return figure
 
 
-def draw_over_depth(runs: Mapping[Any, LayerMeasures], title: str | None) -> Figure | None:
-    """Draw measures of the last epoch over depth, a line for each run; ``title``: of the legend. None without any."""
-    from matplotlib.ticker import MaxNLocator
+def draw_over_depth(
+    runs: Mapping[str, LayerMeasures], looks: Mapping[str, Look] | None = None, title: str | None = None
+) -> Figure | None:
+    """Draw measures of the last epoch over the depth of the network, a line for each run; None where nothing varies.
 
+    Args:
+        runs: by label.
+        looks: of each label's line; default: see ``line_styles``.
+        title: of the legend.
+    """
     runs = {label: measures for label, measures in runs.items() if measures.epochs}
     drawn = ("overlap", "distance_mean", "hub_share", "agreement")
     names = [name for name in drawn if any(name in measures.values for measures in runs.values())]
-    if not names or max(len(measures.layers) for measures in runs.values()) < 2:
+    places, axis, ends = _depths(runs)
+    if not names or len({x for xs in places.values() for x in xs}) < 2:
         return None
     figure, panels = new_figure(len(names))
-    look = line_styles(list(runs))
+    looks = looks or line_styles(list(runs))
     handles: dict[str, Any] = {}
     for axes, name in zip(panels, names, strict=True):
         for label, measures in runs.items():
-            ys = measures.last(name)
-            (handles[str(label)],) = axes.plot(range(1, len(ys) + 1), ys, markersize=6, **look[label])
+            (handles[label],) = axes.plot(places[label], measures.last(name), markersize=6, **looks[label])
         axes.set_ylabel(PANEL_TITLES[name], fontsize=12)
-        axes.set_xlabel("swapped layer, first to last")
-        axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel(axis)
+        axis_from_zero(axes)
+        if ends[1] > 1:
+            integer_axis(axes, *ends)
+        else:
+            axes.set_xlim(-0.04, 1.04)
     if len(handles) > 1:
         add_legend(figure, handles, title)
     return figure
 
 
-def draw_over_number(points: Mapping[Any, Sequence[Mapping[str, float]]], x: str) -> Figure | None:
+def _depths(runs: Mapping[str, LayerMeasures]) -> tuple[dict[str, list[float]], str, tuple[float, float]]:
+    """Return where the layers of each run stand, what that is called, and where its axis begins and ends."""
+    networks = [measures.network for measures in runs.values()]
+    if all(len(m.network) > 1 and set(m.layers) <= set(m.network) for m in runs.values()):
+        whole = {label: [float(m.network.index(name)) for name in m.layers] for label, m in runs.items()}
+        if all(network == networks[0] for network in networks):
+            end = len(networks[0]) if networks else 1
+            return {label: [x + 1 for x in xs] for label, xs in whole.items()}, "layer of the network", (1, end)
+        shares = {label: [x / (len(runs[label].network) - 1) for x in xs] for label, xs in whole.items()}
+        return shares, "depth in the network\n(0: first layer, 1: last)", (0, 1)
+    # Runs of before the network's layers were kept: the layers that any of them replaced.
+    every = {name for measures in runs.values() for name in measures.layers}
+    longest = max((measures.layers for measures in runs.values()), key=len, default=[])
+    order = longest if set(longest) == every else sorted(every, key=_natural)
+    found = {label: [order.index(name) + 1.0 for name in measures.layers] for label, measures in runs.items()}
+    return found, "layer, of those that were replaced", (1, max(len(order), 1))
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Order names with numbers in them by these: blocks.9 before blocks.10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)]
+
+
+def draw_over_number(
+    points: Mapping[str, Sequence[Mapping[str, float]]], x: str, looks: Mapping[str, Look] | None = None
+) -> Figure | None:
     """Draw accuracy, loss and cost over a number, a line for each key of ``points``; None with fewer than two values.
 
     Args:
         points: rows with ``x``, and means in ``accuracy`` (%), ``loss``, ``gflops`` and ``seconds``, by line.
         x: name of the number.
+        looks: of each line; default: see ``line_styles``.
     """
     rows = [row for line in points.values() for row in line]
     if len({row["x"] for row in rows}) < 2:
@@ -212,17 +270,18 @@ def draw_over_number(points: Mapping[Any, Sequence[Mapping[str, float]]], x: str
     }
     names = [name for name in labels if any(not math.isnan(row[name]) for row in rows)]
     figure, panels = new_figure(len(names))
-    look = line_styles(list(points))
+    looks = looks or line_styles(list(points))
     handles: dict[str, Any] = {}
     for axes, name in zip(panels, names, strict=True):
         for label, line in points.items():
             ordered = sorted(line, key=lambda row: row["x"])
             xs, ys = [row["x"] for row in ordered], [row[name] for row in ordered]
-            (handles[str(label)],) = axes.plot(xs, ys, markersize=7, **look[label])
+            (handles[label],) = axes.plot(xs, ys, markersize=7, **looks[label])
         axes.set_xlabel(x)
         axes.set_ylabel(labels[name])
+        number_axis(axes, sorted({row["x"] for row in rows}))
         if name in ("gflops", "seconds"):
-            axes.set_ylim(bottom=0)
+            axis_from_zero(axes)
     if len(handles) > 1:
         add_legend(figure, handles, None)
     return figure

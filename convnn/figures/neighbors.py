@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from convnn.figures.style import COLOUR_MAP, RC_PARAMS, evenly_spread
+from convnn.figures.style import COLOUR_MAP, RC_PARAMS, add_legend, add_title, evenly_spread, plain_text
 from convnn.ops.geometry import Geometry
 from convnn.ops.neighborhood import Neighborhood
 
@@ -42,17 +42,21 @@ def draw_neighbors(
         found: what ``convnn.neighbors_of`` returned, or one layer's answer.
         pixels: (row, column) of the queries in the image; default: see ``default_pixels``.
         item: number of the image in the batch.
-        head: of layers that have several.
+        head: of layers that have several, from 0.
 
     Returns:
         A matplotlib figure; ``figure.savefig("neighbors.png")`` writes it.
+
+    Raises:
+        ValueError: if a query lies outside the image, or a layer that is drawn has no such head.
     """
     found = {"layer": found} if isinstance(found, Neighborhood) else found
     names = evenly_spread(list(found), MAX_COLUMNS)
     pixels = list(pixels) or default_pixels(image)
     rows = [(f"query {i + 1}\n({r}, {c})", (r, c), found) for i, (r, c) in enumerate(pixels)]
     _check_pixels(image, pixels)
-    title = f"Which {_numbers_of_neighbors(found)} tokens each layer mixes for one query"
+    _check_head(found, names, head)
+    title = f"Which {_count(found, 'token')} each layer mixes for one query"
     return _draw_panels(image, names, rows, item, head, title)
 
 
@@ -62,10 +66,12 @@ def draw_blends(
     """Draw what one pixel chooses along the blend axis: a row for each blend, a column for each layer."""
     _check_pixels(image, [pixel])
     first = next(iter(found.values()))
+    names = evenly_spread(list(first), MAX_COLUMNS)
+    _check_head(first, names, head)
     ends = {0.0: "\n(convolution)", 1.0: "\n(attention)"}
     rows = [(f"blend {blend:g}{ends.get(blend, '')}", pixel, layers) for blend, layers in found.items()]
-    title = f"The same query from convolution to attention: its {_numbers_of_neighbors(first)} neighbours at each blend"
-    return _draw_panels(image, evenly_spread(list(first), MAX_COLUMNS), rows, item, head, title)
+    title = f"The same query from convolution to attention: its {_count(first, 'neighbour')} at each blend"
+    return _draw_panels(image, names, rows, item, head, title)
 
 
 def draw_weights(
@@ -96,9 +102,20 @@ def _check_pixels(image: Tensor, pixels: Sequence[Pixel]) -> None:
             raise ValueError(f"query ({row}, {col}) lies outside the image of {h} rows and {w} columns")
 
 
-def _numbers_of_neighbors(found: NeighborsByLayer) -> str:
+def _check_head(found: NeighborsByLayer, names: Sequence[str], head: int) -> None:
+    heads = {name: found[name].index.shape[1] for name in names}
+    several = {name: count for name, count in heads.items() if count > 1}  # a convolution has one, whatever is asked
+    if head and not several:
+        raise ValueError(f"head={head}: no layer that is drawn has several heads; leave it at 0")
+    for name, count in several.items():
+        if not 0 <= head < count:
+            raise ValueError(f"head={head}: layer {_short_name(name)} has heads 0 to {count - 1}; choose one of them")
+
+
+def _count(found: NeighborsByLayer, word: str) -> str:
     counts = sorted({one.index.shape[-1] for one in found.values()})
-    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{span} {word}" if counts == [1] else f"{span} {word}s"
 
 
 def query_at(found: Neighborhood, pixel: Pixel, size: tuple[int, int]) -> int:
@@ -141,21 +158,22 @@ def _draw_panels(
     top = max(one.index.shape[-1] for _, _, layers in rows for one in layers.values())
     shades = _shades(names, rows, item, (h, w), None if head is None else max(top, 2))
     with mpl.rc_context(RC_PARAMS | {"axes.grid": False, "font.size": 12}):
-        figure = Figure(figsize=(panel * (len(names) + 1) + 2.6, height * len(rows) + 1.7))
+        figure = Figure(figsize=(panel * (len(names) + 1) + 2.6, height * len(rows) + 1.3))
         panels = figure.subplots(len(rows), len(names) + 1, squeeze=False)
         for i, ((label, at, layers), line) in enumerate(zip(rows, panels, strict=True)):
             if together and i:
                 line[0].axis("off")
             else:
                 _draw_image(line[0], photo)
-                line[0].plot(at[1] + 0.5, at[0] + 0.5, "o", ms=9, mfc="black", mec="white", mew=2)
+                line[0].plot(at[1] + 0.5, at[0] + 0.5, "o", ms=9, mfc="black", mec="white", mew=2, clip_on=False)
             line[int(together)].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8)
             for name, axes in zip(names, line[1:], strict=True):
                 _draw_panel(axes, grey, layers[name], item, head, at, shades)
         panels[0, 0].set_title("input", fontsize=12)
         for name, axes in zip(names, panels[0, 1:], strict=True):
             g = rows[0][2][name].geometry
-            axes.set_title(f"{_short_name(name)}\n{g.height}×{g.width} tokens", fontsize=12)
+            shown = plain_text(_short_name(name).replace(".", ". "), int(panel * 9.5), 5).replace(". ", ".")
+            axes.set_title(f"{shown}\n{g.height}×{g.width} tokens", fontsize=12)
         bar = figure.colorbar(shades, ax=panels.ravel().tolist(), shrink=0.8, pad=0.02, aspect=28)
         if head is None:
             bar.set_label("share of the query's weight")
@@ -163,10 +181,10 @@ def _draw_panels(
             bar.set_ticks(sorted({1, *range(5, top, 5)} | {top}) if top <= 30 else [1, top // 2, top])
             bar.set_label("rank (1: chosen first)")
             bar.ax.invert_yaxis()
-        figure.legend(handles=_legend([rows[0][2][name] for name in names]), loc="outside lower center", ncols=4)
-        if head is not None and any(one.index.shape[1] > 1 for one in rows[0][2].values()):
-            title += f" (head {head + 1})"
-        figure.suptitle(title, fontsize=16)
+        add_legend(figure, {entry.get_label(): entry for entry in _legend([rows[0][2][name] for name in names])})
+        if head is not None and any(rows[0][2][name].index.shape[1] > 1 for name in names):
+            title += f" (head {head})"
+        add_title(figure, title)
     return figure
 
 
@@ -250,7 +268,7 @@ def _draw_panel(
         marks = [(t, s) for t, s in enumerate(_token_weights(found, item, query).tolist()) if s > 0]
         note = None
     else:
-        head = min(head, found.index.shape[1] - 1)
+        head = head if found.index.shape[1] > 1 else 0
         valid = found.valid[item, head, query].tolist()
         ranked = found.index[item, head, query].tolist()
         marks = [(t, r + 1.0) for r, (t, ok) in enumerate(zip(ranked, valid, strict=True)) if ok][::-1]
@@ -273,7 +291,8 @@ def _draw_panel(
     box = ((ends[0][0], ends[1][0]), ends[0][1] - ends[0][0], ends[1][1] - ends[1][0])
     for width, colour in ((2.6, "white"), (1.4, WINDOW_COLOUR)) if fine else ((4.2, "white"), (2.2, WINDOW_COLOUR)):
         axes.add_patch(Rectangle(*box, fill=False, ec=colour, lw=width, zorder=4, clip_on=False))
-    axes.plot(*centre, "o", ms=2.5 if fine else 5.5, mfc="black", mec="white", mew=0.6 if fine else 1.2, zorder=5)
+    dot: Any = {"ms": 2.5, "mew": 0.6} if fine else {"ms": 5.5, "mew": 1.2}
+    axes.plot(*centre, "o", mfc="black", mec="white", zorder=5, clip_on=False, **dot)
     above = 1.5 * max(size) / 9 if g.prefix else 0
     axes.set_xlim(corner[0], corner[0] + whole[0])
     axes.set_ylim(corner[1] + whole[1], corner[1] - above)

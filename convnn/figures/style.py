@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from convnn.text import show
@@ -13,11 +13,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which differ for colour-blind eyes too, without the yellow that is pale on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's colours, which differ for colour-blind eyes too, without the yellow that is pale on white; behind
+# them some of Paul Tol's.
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
+    *("#882255", "#999933", "#332288", "#BBBBBB", "#661100"),
+)
 MARKERS = "osD^vPX<>h*p"
-DASHES = ("-", "--", ":", "-.")
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (7, 2, 1, 2, 1, 2)), (0, (9, 3)))
 COLOUR_MAP = "viridis"
+NEUTRAL = "#444444"
+"""Of what stands for no single one of the things that the colours of a page tell apart."""
 RC_PARAMS: Any = {
     "font.size": 14,
     "axes.titlesize": 15,
@@ -40,10 +46,22 @@ def evenly_spread(items: Sequence[Any], most: int) -> list[Any]:
     return [items[round(i * (len(items) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
-def plain_text(text: str, width: int = 44) -> str:
-    """Return text that matplotlib draws as it is, wrapped."""
-    text = "".join(c if c.isprintable() else "?" for c in text).replace("$", r"\$")
-    return "\n".join(textwrap.wrap(text, width)[:3])
+def plain_text(text: str, width: int = 44, lines: int = 3) -> str:
+    """Return text that matplotlib draws as it is, wrapped; what is more than these lines is left out."""
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split())).replace("$", r"\$")
+    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" ..."))
+
+
+def characters(inches: float, size: float) -> int:
+    """Return how many characters of a font of ``size`` points surely fit into a width."""
+    return max(int(inches * 72 / (0.62 * size)), 8)
+
+
+def add_title(figure: Figure, text: str, size: float = 16) -> None:
+    """Put a title above all panels, wrapped to the figure's width, and make the figure higher by the further lines."""
+    title = plain_text(text, characters(figure.get_figwidth() - 0.2, size))
+    figure.set_figheight(figure.get_figheight() + title.count("\n") * size * 1.25 / 72)
+    figure.suptitle(title, fontsize=size)
 
 
 def line_styles(values: Sequence[Any]) -> dict[Any, dict[str, Any]]:
@@ -73,13 +91,19 @@ def new_figure(panels: int, width: float = 9.6, height: float = 5.4) -> tuple[Fi
     return figure, axes[:panels]
 
 
-def add_legend(figure: Figure, entries: dict[str, Any], title: str | None) -> None:
-    """Put a legend below all panels, and make the figure higher by as much."""
-    labels = [plain_text(label, 60) for label in entries]
+def add_legend(figure: Figure, entries: Mapping[str, Any], title: str | None = None, size: float = 12) -> None:
+    """Put a legend below all panels, no wider than the figure, and make the figure higher by as much."""
+    mark = 6  # characters that a line or a marker, and the gap behind it, take
+    room = characters(figure.get_figwidth() - 0.4, size)
+    labels = [plain_text(label, min(60, room - mark)) for label in entries]
     longest = max(len(line) for label in labels for line in label.split("\n"))
-    columns = max(1, min(len(labels), int(figure.get_figwidth() * 10.5) // (longest + 10)))
-    figure.set_figheight(figure.get_figheight() + 0.27 * (-(-len(labels) // columns) + (title is not None)))
-    figure.legend(entries.values(), labels, title=title, loc="outside lower center", ncols=columns)
+    columns = max(1, min(len(labels), room // (longest + mark)))
+    rows = -(-len(labels) // columns)
+    lines = max(sum(labels[i].count("\n") + 1 for i in range(j * rows, min((j + 1) * rows, len(labels))))
+                for j in range(columns))  # fmt: skip
+    figure.set_figheight(figure.get_figheight() + 0.0225 * size * (lines + (title is not None)))
+    title = title and plain_text(title, room)
+    figure.legend(list(entries.values()), labels, title=title, loc="outside lower center", ncols=columns, fontsize=size)
 
 
 def needs_log_scale(values: Sequence[float]) -> bool:
@@ -87,11 +111,23 @@ def needs_log_scale(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) / min(values) >= 30
 
 
-def colour_scale(values: Sequence[float]) -> Any:
-    """Return matplotlib's norm for numbers shown as colours."""
-    from matplotlib.colors import LogNorm, Normalize
+def axis_from_zero(axes: Axes) -> None:
+    """Let the vertical axis begin at 0, and draw markers whole where they stand on it."""
+    axes.set_ylim(bottom=0)
+    for line in axes.lines:
+        line.set_clip_on(False)
 
-    return (LogNorm if needs_log_scale(values) else Normalize)(min(values), max(values))
+
+def integer_axis(axes: Axes, first: float, last: float) -> None:
+    """Let the horizontal axis show counts from ``first`` to ``last``, with ticks at integers alone, be it one."""
+    from matplotlib.ticker import MaxNLocator
+
+    margin = max(0.04 * (last - first), 0.1 if last > first else 0.5)
+    axes.set_xlim(first - margin, last + margin)
+    if last > first:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    else:
+        axes.set_xticks([first])
 
 
 def number_axis(axes: Axes, values: Sequence[float]) -> None:

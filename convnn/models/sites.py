@@ -31,6 +31,17 @@ def find_sites(model: nn.Module, kind: str) -> dict[str, nn.Module]:
     }
 
 
+def network_layers(model: nn.Module) -> list[str]:
+    """Return the names of all layers that may be replaced, or were, in forward order: a network's depth."""
+    found: list[str] = []
+    sites = {name for kind in (CONV, ATTENTION) for name in find_sites(model, kind)}
+    for name, module in model.named_modules():
+        inside = bool(found) and name.startswith(f"{found[-1]}.")  # modules come before what lies in them
+        if not inside and (name in sites or (is_operator(module) and name)):
+            found.append(name)
+    return found
+
+
 def is_operator(module: nn.Module) -> bool:
     """Return whether a module took the place of a layer, or can."""
     return hasattr(type(module), "from_layer")

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from convnn.config.overrides import quoted_once
 from convnn.errors import ConfigError
 from convnn.report.content import MAX_RUNS, Picture, Report, Table
 from convnn.report.pages import html_page, markdown
 from convnn.report.plots import draw_all
-from convnn.report.results import FoundRuns, find_results, tidy
+from convnn.report.results import FoundRuns, find_results, integer_of, tidy
 from convnn.report.tables import METRICS, import_pandas, runs_frame, summarize
 from convnn.report.writing import REPORT
 from convnn.runtime.owned import naming
@@ -39,15 +40,24 @@ def make_report(folders: Sequence[Path], out: Path, metric: str = "top1_last") -
     found = find_results(folders)
     runs = runs_frame(found)
     summary = summarize(runs)
-    commands, environments = _commands(found), _environments(found)
     report = Report(
-        runs, summary, metric, out, found.invalid, commands, environments, found.duplicates, found.conflicts
+        runs,
+        summary,
+        metric,
+        out,
+        subject=_subject(found),
+        invalid=found.invalid,
+        commands=_commands(found.commands),
+        run_commands=_commands(_run_commands(found)),
+        environments=_environments(found),
+        duplicates=found.duplicates,
+        conflicts=found.conflicts,
     )
     with REPORT.written_aside(out) as aside:
         for name, frame in (("results.csv", runs), ("summary.csv", summary)):
             with naming(aside / name):
                 frame.to_csv(aside / name, index=False)
-        report.pictures = draw_all(runs, summary, metric, [run.folder for run in found.runs], aside)
+        report.pictures = draw_all(runs, summary, metric, [run.folder for run in found.runs], aside, report.subject)
         report.pictures += run_pictures(found, aside)
         for name, text in (("table.md", markdown(report)), ("index.html", html_page(report))):
             with naming(aside / name):
@@ -79,13 +89,36 @@ def run_pictures(found: FoundRuns, out: Path) -> list[Picture]:
     return pictures
 
 
-def _commands(found: FoundRuns) -> list[str]:
-    commands = [shlex.join(command) for command in found.commands]
+def _subject(found: FoundRuns) -> str:
+    """Say what the runs are: the sweeps' names, the data and the epochs, such as ``smoke: digits, 6 epochs``."""
+    parts = [
+        _some(dict.fromkeys(str(run.keys["data.name"]) for run in found.runs if "data.name" in run.keys), "data sets")
+    ]
+    for key, word in (("train.epochs", "epochs"), ("train.max_steps", "steps at most")):
+        numbers = sorted({n for run in found.runs if (n := integer_of(run.keys.get(key))) is not None})
+        if numbers:
+            span = show(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+            parts.append(f"{span} {word.removesuffix('s') if numbers == [1] and word == 'epochs' else word}")
+    names = _some(dict.fromkeys(found.sweeps), "sweeps")
+    return ": ".join(filter(None, [names, ", ".join(filter(None, parts))])) or "runs"
+
+
+def _some(names: Iterable[str], word: str) -> str:
+    names = list(names)
+    return tidy(" and ".join(names)) if len(names) < 3 else f"{len(names)} {word}"
+
+
+def _commands(commands: Iterable[Sequence[str]]) -> list[str]:
+    """Return commands as a shell takes them, each once."""
+    lines = (shlex.join(map(quoted_once, command)) for command in commands)
+    return [tidy(line) for line in dict.fromkeys(lines)]
+
+
+def _run_commands(found: FoundRuns) -> Iterator[list[str]]:
     for run in found.runs:
         arguments = run.environment.get("command")
         if isinstance(arguments, list):
-            commands.append(shlex.join(["train.py", *map(str, arguments)]))
-    return [tidy(command) for command in dict.fromkeys(commands)]
+            yield ["train.py", *map(str, arguments)]
 
 
 def _environments(found: FoundRuns) -> Table:

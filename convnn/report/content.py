@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convnn.report.tables import COSTS, METRICS, main_keys, score_of, short_name, varying_keys
+from convnn.report.tables import COSTS, METRICS, main_keys, name_moving, score_of, short_name, varying_keys
 from convnn.runs.status import COMPLETE, UNUSABLE
 from convnn.text import aligned, show
 
@@ -43,10 +43,14 @@ class Report:
     summary: pd.DataFrame
     metric: str
     out: Path
+    subject: str
+    """What the runs are: names of the sweeps, data, epochs."""
     invalid: list[tuple[str, str]]
     """Overrides of points that are no valid configuration, and the reasons."""
     commands: list[str]
-    """Of the sweeps and the runs, each once."""
+    """Of the sweeps, each once."""
+    run_commands: list[str]
+    """Of the runs, those of a sweep's points among them."""
     environments: Table
     """Versions and hardware, with the number of runs."""
     duplicates: int
@@ -69,7 +73,7 @@ class Report:
         metrics = [self.metric, *(m for m in metrics if m != self.metric and f"{m}_mean" in self.summary)]
         header = [*keys, *(metric_title(m) for m in metrics), *_COST_NAMES.values(), "failed", "open"]
         rows = []
-        for row in self.summary.to_dict("records"):
+        for row in map(name_moving, self.summary.to_dict("records")):
             cells = [show(row[key]) for key in keys] + [str(score_of(row, m)) for m in metrics]
             costs = [row[name] / 1e6 if name == "params" else row[name] for name in COSTS]
             rows.append(
@@ -98,7 +102,11 @@ class Report:
     def text(self) -> str:
         """Return the summary as an aligned table, and where the files are."""
         header, rows = self.table()
-        text = [self.counts(), "", aligned([short_name(name) for name in header], rows[:MAX_TEXT_ROWS])]
+        text = [
+            f"{self.subject}; {self.counts()}",
+            "",
+            aligned([short_name(name) for name in header], rows[:MAX_TEXT_ROWS]),
+        ]
         if len(rows) > MAX_TEXT_ROWS:
             text.append(f"... and {len(rows) - MAX_TEXT_ROWS} more rows in summary.csv")
         text += ["", *(f"warning: {conflict}" for conflict in self.conflicts)] if self.conflicts else []
@@ -108,6 +116,10 @@ class Report:
             text.append(f"... and {len(problems) - 20} more in table.md")
         names = ["index.html", "table.md", "summary.csv", "results.csv", *(p.png.name for p in self.pictures)]
         return "\n".join([*text, f"{self.out}: {', '.join(names)}"])
+
+    def shown_metric(self) -> str:
+        """Say what the pictures show, and the table first."""
+        return f"{self.metric}: {METRICS[self.metric]}"
 
 
 def metric_title(metric: str) -> str:

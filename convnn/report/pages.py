@@ -6,9 +6,8 @@ import base64
 import time
 from html import escape
 
-from convnn.report.content import Report, Table, metric_title
+from convnn.report.content import Report, Table
 from convnn.report.results import tidy
-from convnn.report.tables import METRICS
 from convnn.text import markdown_table
 
 _STYLE = """
@@ -34,14 +33,10 @@ pre { overflow-x: auto; background: #f5f5f5; padding: .7rem; font-size: .85rem; 
 NOTE = "Mean ± sample standard deviation over n seeds; only complete runs count."
 
 
-def _heading(report: Report) -> str:
-    return f"{metric_title(report.metric)}: {METRICS[report.metric]}"
-
-
 def markdown(report: Report) -> str:
     """Return the summary table, and the failed, open and invalid points."""
-    parts = [f"# {_heading(report)}", f"{NOTE} {_md_cell(report.counts())}.", markdown_table(*report.table(), _md_cell)]
-    parts.append(_md_cell(report.follows()))
+    parts = [f"# {_md_cell(report.subject)}", f"{_md_cell(report.counts())}. {report.shown_metric()}.", NOTE]
+    parts += [markdown_table(*report.table(), _md_cell), _md_cell(report.follows())]
     for title, table in _lists(report):
         parts += [f"## {title}", markdown_table(*table, _md_cell)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -69,15 +64,20 @@ def _md_cell(text: str) -> str:
 def html_page(report: Report) -> str:
     """Return the whole report as one page: CSS and pictures inside, no script, nothing from the network."""
     parts = [
-        f"<h1>{escape(_heading(report))}</h1>",
-        f"<p>{escape(report.counts())}. Made on {time.strftime('%Y-%m-%d %H:%M')}.</p>",
+        f"<h1>{escape(report.subject)}</h1>",
+        f"<p>{escape(report.counts())}. {escape(report.shown_metric())}. "
+        f"Made on {time.strftime('%Y-%m-%d %H:%M')}.</p>",
         *(_html_picture(picture.title, picture.caption, picture.svg.read_bytes()) for picture in report.pictures),
         f"<h2>Summary</h2><p>{escape(NOTE)} {escape(report.follows())}</p>{_html_table(report.table())}",
     ]
     for title, table in _lists(report):
         parts.append(f"<h2>{title}</h2>{_html_table(table)}")
-    if report.commands:
-        parts.append(f"<h2>Commands</h2><pre>{escape(chr(10).join(report.commands))}</pre>")
+    sweeps, runs = (
+        f"<pre>{escape(chr(10).join(c))}</pre>" if c else "" for c in (report.commands, report.run_commands)
+    )
+    if sweeps and runs:
+        runs = f"<details><summary>Of each of the runs</summary>{runs}</details>"
+    parts += [f"<h2>Commands</h2>{sweeps}{runs}"] * bool(sweeps or runs)
     if report.environments[1]:
         parts.append(f"<h2>Versions and hardware</h2>{_html_table(report.environments)}")
     return f"""<!doctype html>
@@ -85,7 +85,7 @@ def html_page(report: Report) -> str:
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(_heading(report))}</title>
+<title>{escape(report.subject)}</title>
 <style>{_STYLE}</style>
 </head>
 <body>

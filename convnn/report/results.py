@@ -17,13 +17,18 @@ from typing import Any
 
 import yaml
 
-from convnn.config.identity import fingerprint_of, identity_of
+from convnn.config.identity import NOT_IDENTITY, fingerprint_of, identity_of
 from convnn.errors import ConfigError
 from convnn.runs.contents import is_run_folder
 from convnn.runs.metrics import epochs_done
 from convnn.runs.record import read_record
 from convnn.runs.status import COMPLETE, DAMAGED, TODO, UNFINISHED, UNUSABLE
 from convnn.text import show
+
+POINT = "point.name"
+"""Name of a grid's point."""
+NAMES = (POINT, "experiment.name", "swap.name", "schedule.name", "train.name")
+"""Keys that no configuration has: what the points of a sweep, and the options chosen for them, are called."""
 
 
 @dataclass
@@ -38,9 +43,11 @@ class Run:
     log: Path | None = None
     fingerprint: str | None = None
     keys: dict[str, Any] = field(default_factory=dict)
-    """The configuration's leaves by dotted key."""
+    """The configuration's leaves by dotted key, and ``NAMES``."""
     has_all_keys: bool = False
     """``keys`` is the whole configuration, not only a sweep's overrides."""
+    on_spectrum: bool | None = None
+    """Whether any of a complete run's layers has a blend, a k and a temperature; None: its metrics do not say."""
     result: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
 
@@ -77,6 +84,8 @@ class FoundRuns:
     runs: list[Run] = field(default_factory=list)
     commands: list[list[str]] = field(default_factory=list)
     """Of the sweeps."""
+    sweeps: list[str] = field(default_factory=list)
+    """Their names."""
     invalid: list[tuple[str, str]] = field(default_factory=list)
     """Overrides of a point that is no valid configuration, and the reason."""
     duplicates: int = 0
@@ -128,6 +137,7 @@ def find_results(folders: Sequence[Path]) -> FoundRuns:
         raise ConfigError(f"no runs in {', '.join(map(str, folders))}: no config.yaml or plan.json below")
     _name_contents(list(runs.values()))
     found.runs = _without_duplicates(list(runs.values()), found)
+    _share_names(found.runs)
     found.duplicates = len(runs) - len(found.runs)
     return found
 
@@ -163,6 +173,21 @@ def _name_contents(runs: list[Run]) -> None:
         if len({run.content() for run in group} - {None}) > 1:
             for run in group:
                 run.keys["data.content"] = run.content()
+
+
+def _share_names(runs: list[Run]) -> None:
+    """Give runs of one configuration but the seed the same names, lest two sweeps' names part their mean."""
+    settings = [
+        tuple(sorted((key, str(v)) for key, v in run.keys.items() if key != "seed" and key not in NAMES))
+        for run in runs
+    ]
+    named: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for run, same in zip(runs, settings, strict=True):
+        for key in NAMES:
+            if run.keys.get(key):
+                named.setdefault(same, {}).setdefault(key, run.keys[key])
+    for run, same in zip(runs, settings, strict=True):
+        run.keys |= named.get(same, {})
 
 
 def _without_duplicates(runs: list[Run], found: FoundRuns) -> list[Run]:
@@ -238,7 +263,15 @@ def _read_result(run: Run) -> None:
             run.status, run.reason = DAMAGED, "config.yaml is not that of result.json: their fingerprints differ"
         elif record.complete and record.damage and (run.folder / "metrics.jsonl").exists():
             run.status, run.reason = DAMAGED, record.damage
+        if run.status == COMPLETE:
+            run.on_spectrum = _has_spectrum(record.whole_rows)
         run.fingerprint = known or run.fingerprint
+
+
+def _has_spectrum(rows: Sequence[Mapping[str, Any]]) -> bool | None:
+    """Return whether any layer of the last epoch has a blend; None if the rows do not list the layers."""
+    layers = rows[-1].get("layers") if rows else None
+    return any(isinstance(one, dict) and "blend" in one for one in layers) if isinstance(layers, list) else None
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any] | None, str | None]:
@@ -279,24 +312,27 @@ def _read_sweep(folder: Path, runs: dict[Path, Run], found: FoundRuns) -> None:
         return
     if isinstance(plan.get("command"), list):
         found.commands.append([str(part) for part in plan["command"]])
+    found.sweeps.append(text_of(plan.get("name")) or folder.name)
     for point in _mappings(plan.get("invalid")):
         found.invalid.append((" ".join(_overrides(point)), text_of(point.get("reason")) or "no reason given"))
     known: dict[Any, Run] = {}
     bare = []
     for point in _mappings(plan.get("points")):
         path = Path(os.path.realpath(folder / str(point.get("folder", f"points/{point.get('name')}"))))
-        run = runs.setdefault(path, Run(str(point.get("name", path.name)), path))
+        run = runs[path] = runs.pop(path, Run(str(point.get("name", path.name)), path))  # to the end: the plan's order
         run.name = str(point.get("name", run.name))
         run.fingerprint = run.fingerprint or text_of(point.get("fingerprint"))
         _apply_status(run, folder, _read_json(folder / "status" / f"{point.get('fingerprint')}.json")[0] or {})
-        overrides = _overrides(point)
+        overrides, label = _overrides(point), text_of(point.get("label"))
+        own = _keys_of(overrides) | ({POINT: label} if label else {})
         if run.has_all_keys:
+            run.keys |= {key: value for key, value in own.items() if key in NAMES}
             known.setdefault(_swept_keys(overrides), run)
         else:
-            bare.append((run, overrides))
-    for run, overrides in bare:
+            bare.append((run, overrides, own))
+    for run, overrides, own in bare:
         sibling = known.get(_swept_keys(overrides))
-        run.keys = (sibling.keys if sibling else {}) | _keys_of(overrides)
+        run.keys = {key: v for key, v in sibling.keys.items() if key not in NAMES} | own if sibling else own
         run.has_all_keys = sibling is not None
 
 
@@ -334,8 +370,9 @@ def _swept_keys(overrides: list[str]) -> frozenset[str]:
 
 
 def _keys_of(overrides: list[str]) -> dict[str, Any]:
-    """Return the leaves that overrides set; ``group=option`` counts as ``group.name``."""
-    pairs = (override.partition("=")[::2] for override in overrides if "=" in override)
+    """Return the leaves of an identity that overrides set; ``group=option`` counts as ``group.name``."""
+    pairs = [override.partition("=")[::2] for override in overrides if "=" in override]
+    pairs = [(key, text) for key, text in pairs if key.split(".")[0] not in NOT_IDENTITY]
     return {key if _is_leaf(key) else f"{key}.name": _value(text) for key, text in pairs}
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convnn.errors import ConfigError
-from convnn.report.results import FoundRuns, Run, find_results, integer_of, text_of, tidy
+from convnn.report.results import POINT, FoundRuns, Run, find_results, integer_of, text_of, tidy
 from convnn.runs.metrics import is_number
 from convnn.runs.status import COMPLETE, DAMAGED, UNUSABLE
 from convnn.text import Score, is_missing, show, sort_key
@@ -32,7 +33,12 @@ METRICS = {
 COSTS = ("seconds", "params", "gflops", "images_per_second")
 _INTEGERS = ("exit_code", "seed", "best_epoch", "epochs", "steps", "params", "peak_memory_bytes")
 _SCALARS = (*METRICS, "best_epoch", "epochs", "steps", *COSTS, "peak_memory_bytes", "device")
-_FIRST = ("backbone.name", "data.name", "operator.name", "operator.branch_ratio", "operator.k", "operator.blend")
+_FIRST = (
+    *(POINT, "experiment.name", "backbone.name", "data.name", "operator.name", "swap.name", "schedule.name"),
+    *("operator.branch_ratio", "operator.k", "operator.blend"),
+)
+ON_SPECTRUM = "on_spectrum"
+"""Column: whether a run's layers have a blend, a k and a temperature; empty: not known."""
 
 
 def import_pandas() -> Any:
@@ -65,7 +71,7 @@ def runs_frame(found: FoundRuns) -> pd.DataFrame:
     rows = [_row(run, found, keys) for run in found.runs]
     versions = sorted({name for row in rows for name in row if name.startswith("version_")})
     before = ["name", "folder", "status", "reason", "exit_code", "log"]
-    names = [*before, *keys, "seed", *_SCALARS, *versions, "fingerprint"]
+    names = [*before, *keys, "seed", *_SCALARS, *versions, "fingerprint", ON_SPECTRUM]
     columns = {name: [row.get(name) for row in rows] for name in names}
     for key in keys:
         if any(isinstance(value, float) for value in columns[key]):
@@ -80,6 +86,7 @@ def _row(run: Run, found: FoundRuns, keys: Sequence[str]) -> dict[str, Any]:
     row: dict[str, Any] = {key: tidy(value) if isinstance(value, str) else value for key, value in values.items()}
     row |= {"name": tidy(run.name), "folder": found.relative(run.folder), "log": found.relative(run.log)}
     row |= {"status": run.status, "reason": run.reason, "exit_code": run.exit_code, "fingerprint": run.fingerprint}
+    row[ON_SPECTRUM] = run.on_spectrum
     row["seed"] = integer_of(run.keys.get("seed"))
     for name in _SCALARS:
         value = run.result.get(name)
@@ -131,11 +138,15 @@ def _movers(values: Mapping[str, Any], key: str) -> dict[str, Any]:
 def name_moving(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration's values with the number of a key that something moves replaced by a text that says so.
 
-    So no picture draws a scheduled or learned blend at the number that its configuration happens to have.
+    So no picture draws a scheduled or learned blend at the number that its configuration happens to have. Where no
+    layer has a blend, as with ACmix, there is nothing in its place.
     """
     named = dict(values)
     plain = "swap.match" in values and all(is_missing(v) for key, v in values.items() if _SWAPS.match(key))
     for key in MOVABLE:
+        if values.get(ON_SPECTRUM) is False and not plain:
+            named |= {key: None} if key in values else {}
+            continue
         movers = _movers(values, key) if is_number(values.get(key)) else {}
         if plain and key in values:
             named[key] = "no layer replaced"
@@ -153,8 +164,25 @@ def varying_keys(frame: pd.DataFrame) -> list[str]:
     return [column for column in frame.columns if "." in column]
 
 
+Places = Mapping[str, Mapping[Any, int]]
+
+
+def name_places(frame: pd.DataFrame) -> Places:
+    """Return the place of each value of the columns that hold names, in the order in which a table has them."""
+    names = [key for key in varying_keys(frame) if key.endswith(".name")]
+    return {key: {value: i for i, value in enumerate(dict.fromkeys(frame[key]))} for key in names}
+
+
+def ordered(places: Places, keys: Sequence[str], values: Sequence[Any]) -> list[tuple[int, float, str]]:
+    """Order values of some keys: names as ``places`` has them, the rest as ``sort_key`` does."""
+    return [
+        sort_key(value) if key not in places or is_missing(value) else (1, places[key][value], "")
+        for key, value in zip(keys, values, strict=True)
+    ]
+
+
 def grouped(frame: pd.DataFrame) -> list[tuple[tuple[Any, ...], list[int]]]:
-    """Return the values of the varying keys and the rows that share them, sorted.
+    """Return the values of the varying keys and the rows that share them: names in their order, the rest sorted.
 
     Runs whose configuration is unknown are left out.
     """
@@ -165,7 +193,8 @@ def grouped(frame: pd.DataFrame) -> list[tuple[tuple[Any, ...], list[int]]]:
     for position, (values, left_out) in enumerate(zip(rows, unknown, strict=True)):
         if not left_out:
             groups.setdefault(tuple(None if is_missing(v) else v for v in values), []).append(position)
-    return sorted(groups.items(), key=lambda item: [sort_key(value) for value in item[0]])
+    places = name_places(frame)
+    return sorted(groups.items(), key=lambda item: ordered(places, keys, item[0]))
 
 
 def complete_groups(frame: pd.DataFrame) -> list[tuple[dict[str, Any], list[int]]]:
@@ -174,11 +203,19 @@ def complete_groups(frame: pd.DataFrame) -> list[tuple[dict[str, Any], list[int]
     A value that something moves is named, see ``name_moving``.
     """
     keys, status = varying_keys(frame), list(frame["status"])
-    groups = [
-        (name_moving(dict(zip(keys, values, strict=True))), [i for i in positions if status[i] == COMPLETE])
-        for values, positions in grouped(frame)
-    ]
-    return [(values, rows) for values, rows in groups if rows]
+    found = []
+    for values, positions in grouped(frame):
+        rows = [i for i in positions if status[i] == COMPLETE]
+        if rows:
+            known = dict(zip(keys, values, strict=True)) | {ON_SPECTRUM: _known(frame, rows)}
+            found.append((name_moving(known), rows))
+    return found
+
+
+def _known(frame: pd.DataFrame, rows: Sequence[int]) -> bool | None:
+    """Return whether the layers of some runs of one configuration have a blend."""
+    column = list(frame[ON_SPECTRUM])
+    return next((column[i] for i in rows if column[i] is not None), None)
 
 
 def summarize(frame: pd.DataFrame) -> pd.DataFrame:
@@ -204,10 +241,10 @@ def summarize(frame: pd.DataFrame) -> pd.DataFrame:
             numbers = [v for i in done if (v := values[name][i]) is not None]
             score = Score.of(numbers)
             row |= {name: score.mean} if name in COSTS else {f"{name}_{k}": v for k, v in score._asdict().items()}
-        rows.append(row)
+        rows.append(row | {ON_SPECTRUM: _known(frame, done)})
     names = [f"{metric}_{part}" for metric in metrics for part in Score._fields]
-    summary = pd.DataFrame(rows, columns=[*keys, "n", "n_failed", "n_open", *names, *COSTS])
-    for key in keys:
+    summary = pd.DataFrame(rows, columns=[*keys, "n", "n_failed", "n_open", *names, *COSTS, ON_SPECTRUM])
+    for key in (*keys, ON_SPECTRUM):
         summary[key] = pd.Series([row[key] for row in rows], dtype=object)
     return summary
 
@@ -235,11 +272,12 @@ def values_of(frame: pd.DataFrame, key: str) -> list[Any]:
 def main_keys(frame: pd.DataFrame) -> list[str]:
     """Return the varying keys without those that follow from the text-valued ones, as a patch size from the backbone.
 
-    Names (``*.name``) are always among them.
+    Names (``*.name``) are among them, but for those that follow from the name of a grid's point.
     """
     keys = varying_keys(frame)
     texts = {key for key in keys if not is_numeric(frame, key)}
-    kept = [key for key in keys if key.endswith(".name")]
+    point = [key for key in keys if key == POINT]
+    kept = point + [k for k in keys if k.endswith(".name") and k not in point and not _follows(frame, k, point)]
     for key in keys:
         if key not in kept and not _follows(frame, key, [k for k in kept if k in texts]):
             kept.append(key)
@@ -263,8 +301,30 @@ def short_name(key: str) -> str:
 
 
 def describe(values: Mapping[str, Any]) -> str:
-    """Return keys and values as a label, such as ``resnet18, k=4``."""
-    parts = [
-        show(v) if k.endswith(".name") else f"{short_name(k)}={show(v)}" for k, v in values.items() if not is_missing(v)
-    ]
-    return ", ".join(parts) or "all runs"
+    """Return keys and values as a label, such as ``resnet18, k=4``, without what they say twice or not at all."""
+    shown = {key: show(v) for key, v in values.items() if not is_missing(v) and not _said(values, key)}
+    parts = [text if key.endswith(".name") else f"{short_name(key)}={text}" for key, text in shown.items()]
+    return ", ".join(parts) or (f"no {', '.join(map(short_name, values))}" if values else "all runs")
+
+
+def _said(values: Mapping[str, Any], key: str) -> bool:
+    """Return whether a key's value is in that of what it moves, see ``name_moving``, or moves nothing."""
+    if key.endswith("learn_blend"):
+        return values[key] == "no"
+    section, _, rest = key.partition(".")
+    track, _, leaf = rest.partition(".")
+    if section != "schedule" or not leaf:
+        return False
+    known = f"operator.{track}" in values
+    return values.get(f"{section}.{track}.shape") == "constant" or (leaf == "shape" and known)
+
+
+def labels_of(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
+    """Return a label for each of some rows, no two alike."""
+    labels: list[str] = []
+    seen: Counter[str] = Counter()
+    for row in rows:
+        label = describe({key: row[key] for key in keys})
+        seen[label] += 1
+        labels.append(f"{label} ({seen[label]})" if seen[label] > 1 else label)
+    return labels

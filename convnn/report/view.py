@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from convnn.report.tables import is_numeric, main_keys, name_moving, values_of
+from convnn.report.tables import is_numeric, main_keys, name_moving, name_places, ordered, values_of
 from convnn.runs.metrics import is_number
-from convnn.text import is_missing, sort_key
+from convnn.text import is_missing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,8 +25,17 @@ class View:
         self.keys = main_keys(summary)
         self.numbers = [key for key in self.keys if is_numeric(summary, key)]
         self.numbers.sort(key=lambda key: -len(values_of(summary, key)))
-        scored = summary[summary[f"{metric}_mean"].notna()] if f"{metric}_mean" in summary else summary[:0]
-        self.rows: list[Row] = [name_moving(row) for row in scored.to_dict("records")]
+        self.places = name_places(summary)
+        self.complete: list[Row] = [name_moving(row) for row in summary.to_dict("records") if row["n"]]
+        """All configurations with a complete run, whether or not it has the metric."""
+        self.rows = [row for row in self.complete if not is_missing(row.get(f"{metric}_mean"))]
+
+    def grouped(self, rows: Iterable[Row], keys: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
+        """Return the rows of each combination of some keys' values: names in their order, the rest sorted."""
+        groups: dict[tuple[Any, ...], list[Row]] = {}
+        for row in rows:
+            groups.setdefault(tuple(None if is_missing(row[k]) else row[k] for k in keys), []).append(row)
+        return dict(sorted(groups.items(), key=lambda item: ordered(self.places, keys, item[0])))
 
     def rows_at(self, key: str) -> list[Row]:
         """Return the rows that have a number at a key, one that nothing moves."""
@@ -38,7 +47,7 @@ class View:
 
     def line_key(self, x: str) -> str | None:
         """Return the key that tells lines apart when ``x`` is drawn over."""
-        counts = {key: len(group_rows(self.rows, [key])) for key in self.keys if key != x}
+        counts = {key: len(self.grouped(self.rows, [key])) for key in self.keys if key != x}
         fit = [key for key, count in counts.items() if count > 1]
         order = sorted(fit, key=lambda key: (key != K, key != BLEND, key not in self.numbers, -counts[key]))
         return order[0] if order else None
@@ -59,11 +68,3 @@ class View:
         span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         none = f", no {mark} where there is one run" if counts[0] == 1 else ""
         return f"Mean over seeds ({span} a point); {mark}: ± one sample standard deviation{none}."
-
-
-def group_rows(rows: Iterable[Row], keys: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
-    """Return the rows of each combination of some keys' values, sorted by these."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(None if is_missing(row[k]) else row[k] for k in keys), []).append(row)
-    return dict(sorted(groups.items(), key=lambda item: [sort_key(value) for value in item[0]]))

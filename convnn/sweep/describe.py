@@ -17,14 +17,24 @@ def shared_overrides(plan: Plan) -> set[str]:
     return set.intersection(*every) if len(every) > 1 else set()
 
 
+NO_SPECTRUM = ("convnn.ACmix2d", "convnn.GatedPositionalAttention")
+"""Targets of our operators that have neither blend nor k nor temperature. What others make of them is not known."""
+
+
 def moved_axes(plan: Plan) -> list[str]:
-    """Return the axes that have no effect, since a schedule moves what they set."""
-    return [
-        f"operator.{name}"
-        for name in ("blend", "temperature")
-        if f"operator.{name}" in plan.axes
-        and any(getattr(c.schedule, name).shape != "constant" for c in plan.configs.values())
-    ]
+    """Return a line for each axis that has no effect: a schedule moves what it sets, or an operator has none of it."""
+    lines = []
+    for name in ("blend", "k", "temperature"):
+        axis, equal = f"operator.{name}", "points that differ in it alone are equal runs"
+        if axis not in plan.axes:
+            continue
+        configs = list(plan.configs.values())
+        if name != "k" and any(getattr(c.schedule, name).shape != "constant" for c in configs):  # k builds the layer
+            lines.append(f"{axis} is an axis, but a schedule moves it: {equal}")
+        foreign = dict.fromkeys(c.operator.name for c in configs if c.operator.target in NO_SPECTRUM)
+        if foreign:
+            lines.append(f"{axis} is an axis, but operator={','.join(foreign)} has none: {equal}")
+    return lines
 
 
 def invalid_lines(plan: Plan) -> str:

@@ -156,8 +156,8 @@ def keep_known_names(plan: Plan, folder: Path) -> None:
     ]
 
 
-def save_plan(plan: Plan, folder: Path, command: Sequence[str]) -> None:
-    """Write plan.json; points that other commands made in the same folder stay listed."""
+def save_plan(plan: Plan, folder: Path, command: Sequence[str], name: str) -> None:
+    """Write plan.json with the sweep's ``name``; points that other commands made in the same folder stay listed."""
     keep_known_names(plan, folder)
     points = {p["fingerprint"]: p for p in read_plan(folder).get("points", [])}
     own = {point.name: point.fingerprint for point in plan.points}
@@ -169,6 +169,7 @@ def save_plan(plan: Plan, folder: Path, command: Sequence[str]) -> None:
             "log": point.log,
         }
     values = {
+        "name": name,
         "command": list(command),
         "axes": plan.axes,
         "points": list(points.values()),

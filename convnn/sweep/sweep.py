@@ -92,8 +92,8 @@ def carry_out(
     plan = make_plan(options, given)
     keep_known_names(plan, folder)
     check_points(plan, folder)
-    for axis in moved_axes(plan):
-        print(f"warning: {axis} is an axis, but a schedule moves it: points that differ in it alone are merged")
+    for line in moved_axes(plan):
+        print(f"warning: {line}")
     if options.dry_run != "false":
         print(describe_plan(plan, folder, options))
         print(cost_line(plan, folder, timed=options.dry_run == "timed"))
@@ -194,7 +194,7 @@ class Sweep:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with contextlib.closing(lock(self.folder / ".plan.lock", wait=60.0)):  # type: ignore[type-var]
-                save_plan(self.plan, self.folder, self.command)
+                save_plan(self.plan, self.folder, self.command, self.options.name)
         except OSError as error:
             raise ConfigError(f"sweep.dir={self.folder} cannot be written: {error.strerror}") from error
 

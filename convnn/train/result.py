@@ -9,6 +9,7 @@ from torch import nn
 
 from convnn.config.identity import fingerprint
 from convnn.config.schema import Config
+from convnn.models.sites import network_layers
 from convnn.models.swap import count_parameters
 from convnn.runs.data_record import DataRecord
 from convnn.runs.environment import versions
@@ -54,6 +55,7 @@ def result_of(
         "peak_memory_bytes": max(distributed.gather(peak_memory(device))),
         "processes": distributed.world().size,
         "layers_replaced": layers_replaced,
+        "network_layers": network_layers(model),
         "classes": len(data.classes),
         **data.entry(),
         "device": device_name(device),

@@ -13,6 +13,7 @@ from convnn.config.compose import compose_config
 from convnn.config.composer import Composer
 from convnn.config.keys import meant
 from convnn.config.load import load_config, to_config
+from convnn.config.overrides import quoted, quoted_once
 from convnn.errors import ConfigError
 from convnn.sweep.options import sweep_options
 
@@ -180,3 +181,28 @@ def test_an_old_run_with_such_names_is_still_read(tmp_path):
     values["tracker"] |= {"name": "wandb", "tags": [""], "project": "a/b"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     assert load_config(tmp_path).backbone == config.backbone
+
+
+@pytest.mark.parametrize(
+    "value, shown",
+    [
+        ("schedule", "tracker.group=schedule"),
+        ("/data/a-b_c/r.1", "tracker.group=/data/a-b_c/r.1"),
+        ("a b", "'tracker.group=a b'"),
+        ("10", "'tracker.group=\"10\"'"),
+        ("null", "'tracker.group=\"null\"'"),
+        ("x=y,z", "'tracker.group=\"x=y,z\"'"),
+    ],
+)
+def test_a_command_is_quoted_once_and_says_the_same(value, shown):
+    override = f"tracker.group={quoted(value)}"
+    assert shlex.join([quoted_once(override)]) == shown
+    (read,) = shlex.split(shown)
+    assert compose_config([*TINY, read]).tracker.group == value
+
+
+@pytest.mark.parametrize(
+    "override", ["seed=0", "swap.stages=[1,2]", f"run.name={quoted('it' + chr(39) + 's')}", "a", "a='"]
+)
+def test_other_overrides_stay_as_they_are(override):
+    assert quoted_once(override) == override

@@ -71,6 +71,29 @@ def test_queries_outside_are_refused():
         draw_neighbors(torch.rand(1, 4, 4), found, [(4, 0)])
 
 
+def test_a_head_that_a_layer_lacks_is_refused():
+    image, conv = torch.rand(1, 30, 40), ConvNN2d(1, 1).neighborhood(torch.rand(1, 1, 4, 4))
+    layer = ConvNNAttention(12, 3, 5, grid_size=(3, 4))
+    found = {"conv": conv, "blocks.0.attn": layer.neighborhood(torch.randn(1, 12, 12))}
+    for head in (3, -1):
+        with pytest.raises(ValueError, match=f"head={head}: layer blocks.0 has heads 0 to 2; choose one of them"):
+            draw_neighbors(image, found, head=head)
+        with pytest.raises(ValueError, match=f"head={head}: layer blocks.0 has heads 0 to 2"):
+            draw_blends(image, {0.5: found}, (2, 2), head=head)
+    with pytest.raises(ValueError, match="head=1: no layer that is drawn has several heads; leave it at 0"):
+        draw_neighbors(image, {"conv": conv}, head=1)
+
+
+def test_the_title_names_the_head_as_it_was_asked_for():
+    layer = ConvNNAttention(12, 3, 5, grid_size=(3, 4))
+    found = {"blocks.0.attn": layer.neighborhood(torch.randn(1, 12, 12))}
+    for head in (0, 2):
+        figure = draw_neighbors(torch.rand(1, 30, 40), found, [(15, 20)], head=head)
+        assert f"(head {head})" in figure.get_suptitle().replace("\n", " ")
+        own = found["blocks.0.attn"].index[0, head, query_at(found["blocks.0.attn"], (15, 20), (30, 40))]
+        assert cells(figure.axes[1]) == [(int(t) % 4 * 10, int(t) // 4 * 10) for t in own]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
@@ -135,6 +158,13 @@ def test_mistakes_are_named_early(argument, message, tmp_path):
 def test_mistakes_are_named(argument, message, runs):
     with pytest.raises(ConfigError, match=message):
         visualize.visualize([f"run={runs}/conv", argument, f"out={runs}/nothing"])
+    assert not (runs / "nothing").exists()
+
+
+@pytest.mark.slow
+def test_a_head_that_the_run_lacks_is_named(runs):
+    with pytest.raises(ConfigError, match=r"head=\d: layer blocks\.0 has heads 0 to \d; choose one of them"):
+        visualize.visualize([f"run={runs}/vit", "head=9", f"out={runs}/nothing"])
     assert not (runs / "nothing").exists()
 
 

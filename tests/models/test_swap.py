@@ -7,7 +7,7 @@ from torch import nn
 
 from convnn import ConfigError, ConvNN2d, ConvNNAttention, OperatorConfig, SwapRule, swap_layers
 from convnn.config.schema import SwapConfig
-from convnn.models.sites import find_sites, site_stages
+from convnn.models.sites import find_sites, network_layers, site_stages
 from convnn.models.swap import neighbor_layers
 
 ATTENTION = {
@@ -198,3 +198,20 @@ def test_hooks_inside_attention_are_found_too():
     vit.blocks[0].attn.qkv.register_forward_hook(lambda *_: None)
     with pytest.raises(ConfigError, match=r"'blocks.0.attn' has forward hooks"):
         swap_layers(vit, {"kind": "attention"}, ATTENTION | {"k": 3})
+
+
+@pytest.mark.parametrize("operator", ["convnn", "hybrid"])
+def test_the_networks_layers_are_the_same_before_and_after_a_swap(operator):
+    small = {"channels": [8, 8, 8, 8], "layers": [1, 1, 1, 1]}
+    net = timm.create_model("resnet18", num_classes=3, **small)
+    before = network_layers(net)
+    assert before == list(find_sites(net, "conv")) and before[0] == "conv1" and "fc" not in before
+    swap_layers(net, "layer[13].*conv*", operator, k=4)
+    assert network_layers(net) == before
+
+
+def test_the_networks_layers_of_a_vit_are_its_patches_and_attention():
+    net = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=3)
+    assert network_layers(net) == ["patch_embed.proj", "blocks.0.attn", "blocks.1.attn"]
+    swap_layers(net, {"last": 1}, "convnn_attention")
+    assert network_layers(net) == ["patch_embed.proj", "blocks.0.attn", "blocks.1.attn"]

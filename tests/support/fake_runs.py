@@ -88,17 +88,18 @@ def grid(root, blends=(0.0, 0.5, 1.0), ks=(4, 9, 16), seeds=(0, 1), layers=0):
     return root
 
 
-def write_sweep(root, points, invalid=()):
-    """Write plan.json and status files; each point is (name, overrides, status or None)."""
+def write_sweep(root, points, invalid=(), **more):
+    """Write plan.json, with ``more`` in it, and status files; a point is (name, overrides, status or None[, label])."""
     (root / "status").mkdir(parents=True, exist_ok=True)
     planned = []
-    for i, (name, overrides, status) in enumerate(points):
+    for i, (name, overrides, status, *label) in enumerate(points):
         print_ = f"{i:016x}"
         planned.append({"name": name, "fingerprint": print_, "folder": f"points/{name}", "overrides": overrides})
+        planned[-1] |= {"label": label[0]} if label else {}
         if status is not None:
             values = {"exit_code": 1, "reason": None, "log": f"logs/{name}.log", "attempts": 1} | status
             (root / "status" / f"{print_}.json").write_text(json.dumps(values))
-    plan = {"command": ["sweep.py", "grid=spectrum"], "axes": {}, "points": planned, "invalid": list(invalid)}
+    plan = {"command": ["sweep.py", "grid=spectrum"], "axes": {}, "points": planned, "invalid": list(invalid)} | more
     (root / "plan.json").write_text(json.dumps(plan))
     return root
 

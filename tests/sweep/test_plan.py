@@ -10,6 +10,7 @@ from convnn.config.compose import CONF_DIR, compose_config
 from convnn.config.identity import fingerprint, identity
 from convnn.config.overrides import merge_overrides, quoted
 from convnn.errors import ConfigError
+from convnn.sweep.describe import NO_SPECTRUM, moved_axes
 from convnn.sweep.options import SweepConfig, sweep_options
 from convnn.sweep.plan import load_point, make_plan, read_plan, save_plan
 
@@ -165,8 +166,8 @@ def test_sweep_and_train_share_their_defaults():
 
 def test_plan_file_keeps_the_points_of_other_commands(tmp_path):
     first, second = plan("operator.k=4,9"), plan("operator.k=9,16")
-    save_plan(first, tmp_path, ["sweep.py", "one"])
-    save_plan(second, tmp_path, ["sweep.py", "two"])
+    save_plan(first, tmp_path, ["sweep.py", "one"], "one")
+    save_plan(second, tmp_path, ["sweep.py", "two"], "two")
     stored = read_plan(tmp_path)
     assert len(stored["points"]) == 3 and stored["command"] == ["sweep.py", "two"]
     assert stored["axes"] == {"operator.k": ["9", "16"]}
@@ -188,3 +189,31 @@ def test_five_hundred_points_are_planned_in_seconds_without_torch():
     start = time.monotonic()
     subprocess.run([sys.executable, "-c", code], check=True)
     assert time.monotonic() - start < 30
+
+
+def test_axes_without_an_effect_are_named():
+    found = plan("operator=acmix,hybrid", "operator.k=4,9", "operator.blend=0,1", "swap=all_conv")
+    equal = "points that differ in it alone are equal runs"
+    assert moved_axes(found) == [
+        f"operator.blend is an axis, but operator=acmix has none: {equal}",
+        f"operator.k is an axis, but operator=acmix has none: {equal}",
+    ]
+    assert moved_axes(plan("operator=hybrid,convnn", "operator.blend=0,1")) == []
+    (line,) = moved_axes(plan("schedule=linear", "operator.blend=0,1"))
+    assert line == f"operator.blend is an axis, but a schedule moves it: {equal}"
+
+
+def test_operators_without_a_spectrum_are_those_that_cannot_move():
+    """Of all presets; a hybrid has it in its branch of neighbours."""
+    from convnn.config.presets import operator_of
+    from convnn.config.targets import resolve_target
+    from convnn.nn.base import NeighborLayer
+
+    targets = {operator_of(path.stem).target for path in (CONF_DIR / "operator").glob("*.yaml")}
+    without = {t for t in targets if not issubclass(resolve_target(t, "target"), NeighborLayer) and "Hybrid" not in t}
+    assert without == set(NO_SPECTRUM)
+
+
+def test_the_plan_keeps_the_sweeps_name(tmp_path):
+    save_plan(plan("seed=0,1"), tmp_path, ["sweep.py"], "mine")
+    assert read_plan(tmp_path)["name"] == "mine"

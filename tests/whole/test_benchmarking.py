@@ -6,11 +6,15 @@ import time
 import benchmark_cases as benchmarking
 import pytest
 import torch
+from benchmark import draw
 from benchmark_cases import Case, NaiveConvNN2d, NaiveConvNNAttention, layer_step, measure, peak_memory
 from benchmark_input import input_cases, input_share_cases
+from figure_checks import texts_outside
+from matplotlib.colors import to_hex
 from torch import nn
 
 from convnn import ConfigError, ConvNN2d, ConvNNAttention
+from convnn.figures.style import COLOURS, NEUTRAL
 from convnn.ops.triton import dispatch as backend
 
 CPU = torch.device("cpu")
@@ -64,6 +68,23 @@ def test_the_script_writes_its_table_and_picture(tmp_path, call):
     assert (tmp_path / "benchmark.png").stat().st_size > 5000
     code, err = call("scripts/benchmark.py", ["quick=true", "groups=x"])
     assert code == 2 and "groups=x matches no group" in err
+
+
+@pytest.mark.parametrize(
+    "bars, groups", [(0, ["tokens"]), (1, ["tokens", "neighbours"]), (9, ["tokens", "neighbours"])]
+)
+def test_the_picture_is_of_the_house(bars, groups):
+    """Nothing is cut, a name has one colour, and the reference is grey."""
+    rows = [{"group": f"g{i}", "case": f"a case with a long name {j}", "ms_median": 1 + j, "ms_q1": 1, "ms_q3": 9 + j,
+             "ratio": 1 + j} for i in range(min(bars, 3)) for j in range(bars)]  # fmt: skip
+    rows += [{"group": group, "case": case, "tokens": n, "k": n, "ms_median": n} for group in groups
+             for case in ("ours", "theirs") for n in (4, 9)]  # fmt: skip
+    figure = draw(rows, "A processor with a long name, 128 cores at 3.5 GHz, and 512 GiB of memory, torch 2.15.0+cpu")
+    assert texts_outside(figure) == []
+    curves = [line for axes in figure.axes for line in axes.lines if line.get_label() in ("ours", "theirs")]
+    assert len({(line.get_label(), line.get_color()) for line in curves}) == 2 and len(curves) == 2 * len(groups)
+    assert {line.get_color() for line in curves} == set(COLOURS[:2])
+    assert bars == 0 or to_hex(figure.axes[0].patches[0].get_facecolor()) == NEUTRAL
 
 
 def test_all_input_cases_do_the_same_work():

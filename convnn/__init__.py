@@ -103,4 +103,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    # Not what this file imports for itself: completion shows the public names, and the packages that are loaded.
+    loaded = (name for name, value in globals().items() if getattr(value, "__name__", "") == f"{__name__}.{name}")
+    return sorted({*__all__, *loaded, *(name for name in globals() if name.startswith("__"))})

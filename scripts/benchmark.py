@@ -1,15 +1,9 @@
 """Time operators and training steps side by side: naive references, the limits, and ours.
 
-usage: uv run scripts/benchmark.py [quick=true] [device=auto|cpu|cuda] [out=DIR] [threads=N] [compile=true]
+usage: uv run scripts/benchmark.py [quick=true] [device=auto|cpu|cuda|mps] [out=DIR] [threads=N] [compile=true]
                                    [groups=GLOB,...] [repeats=N] [seconds=S]
 
-  quick=true      small shapes and few repeats: under a minute on two CPU cores
-  out=DIR         benchmark.csv and benchmark.png go here; default: benchmarks
-  threads=N       CPU threads; default: torch's
-  compile=true    compiled layers too (minutes of compilation on a CPU)
-  groups=GLOB     conv*, attention*, tokens, neighbours, "training step", input, "input share", backend* (torch beside
-                  the Triton kernels, on CUDA only); default: all
-  repeats, seconds   rounds of a group: at most so many, and no new one after so many seconds
+{options}
 
 Times are medians over interleaved rounds, with quartiles; ratios are to the first case of each group. Peak memory is
 what one call needs above what was there before it.
@@ -33,13 +27,22 @@ class Options:
     """The script's keys."""
 
     quick: bool = False
+    """Small shapes and few repeats: under a minute on two CPU cores."""
     device: str = "auto"
+    """What to measure, as ``device=`` of train.py."""
     out: str = "benchmarks"
+    """Folder of benchmark.csv and benchmark.png."""
     threads: int | None = None
+    """CPU threads; null: torch's."""
     compile: bool = False
+    """Compiled layers too (minutes of compilation on a CPU)."""
     groups: str = "*"
+    """Globs of the groups, with commas between: conv*, attention*, tokens, neighbours, "training step", input, "input
+    share", backend* (torch beside the Triton kernels, on CUDA only)."""
     repeats: int = 30
+    """Rounds of a group at most."""
     seconds: float = 30.0
+    """No new round of a group begins after so many seconds."""
 
 
 def main(argv: list[str]) -> None:

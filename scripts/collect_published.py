@@ -22,8 +22,7 @@ usage: uv run scripts/collect_published.py from=DIR [out=FOLDER]
 
 Reads the figures of the authors' runs and writes the rows of each table, with the overrides of train.py that describe
 the run. The same input gives the same files.
-  from  folder of vgg11_branching.csv, vgg11_k.csv, ... with a line per run
-  out   default conf/table
+{options}
 """
 
 Line = dict[str, str]
@@ -47,7 +46,9 @@ class Options:
     """Arguments of this script."""
 
     from_: str = MISSING
+    """Folder of vgg11_branching.csv, vgg11_k.csv, ... with a line per run."""
     out: str | None = None
+    """Folder of the tables; null: conf/table."""
 
 
 # ------------------------------------------------------------------------------------------- from a run to a row

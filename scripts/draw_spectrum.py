@@ -8,6 +8,7 @@ USAGE = """
 usage: uv run scripts/draw_spectrum.py [out=docs/spectrum.png] [k=9] [row=10] [column=33]
 
 Draws which k tokens the pixel at (row, column) of a photograph selects at blend 0, 0.25, 0.5, 0.75 and 1.
+{options}
 The photograph is scikit-learn's flower.jpg (by dany13, CC BY 2.0), scaled down to 32 x 48; features are 3x3 patches.
 """
 
@@ -17,9 +18,13 @@ class Options:
     """Arguments of this script."""
 
     out: str = "docs/spectrum.png"
+    """File."""
     k: int = 9
+    """Neighbours to draw."""
     row: int = 10
+    """Of the pixel that selects, among 32."""
     column: int = 33
+    """Of the pixel that selects, among 48."""
 
 
 def main(argv: list[str]) -> None:

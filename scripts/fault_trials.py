@@ -3,16 +3,7 @@
 usage: uv run scripts/fault_trials.py [kills=100] [writes=40] [signals=30] [checkpoints=50] [files=20] [disks=10]
                                       [limits=10] [seed=0] [dir=DIR] [out=FILE]
 
-  kills        SIGKILL at a random moment
-  writes       SIGKILL inside the writing of a checkpoint or another file, before or after a random operation on it
-  signals      TERM, INT and USR2 at a random moment
-  checkpoints  damaged checkpoints: flipped bits, cut off, overwritten; the last one, the last two, or all of them
-  files        metrics.jsonl, result.json, env.json, .lock or config.yaml cut off, deleted or with flipped bytes
-  disks        a disk (tmpfs) with too little room, which later has enough; needs the right to mount
-  limits       a quota on the size of a file (RLIMIT_FSIZE), later lifted
-  seed         of the faults
-  dir          folder for the runs; default: a temporary one
-  out          file for the table, besides standard output
+{options}
 
 The run has all on that could break a resume: augmentation, Mixup and CutMix, EMA, dropout, random candidates drawn anew
 in training and evaluation, a blend schedule, a validation split. A fault is survived if the run then ends with the same
@@ -48,15 +39,25 @@ class Options:
     """Arguments of this script: how many faults of each kind, and where."""
 
     kills: int = 100
+    """SIGKILL at a random moment."""
     writes: int = 40
+    """SIGKILL inside the writing of a checkpoint or another file, before or after a random operation on it."""
     signals: int = 30
+    """TERM, INT and USR2 at a random moment."""
     checkpoints: int = 50
+    """Damaged checkpoints: flipped bits, cut off, overwritten; the last one, the last two, or all of them."""
     files: int = 20
+    """metrics.jsonl, result.json, env.json, .lock or config.yaml cut off, deleted or with flipped bytes."""
     disks: int = 10
+    """A disk (tmpfs) with too little room, which later has enough; needs the right to mount."""
     limits: int = 10
+    """A quota on the size of a file (RLIMIT_FSIZE), later lifted."""
     seed: int = 0
+    """Of the faults."""
     dir: str | None = None
+    """Folder for the runs; null: a temporary one."""
     out: str | None = None
+    """File for the table, besides standard output."""
 
 
 @dataclass

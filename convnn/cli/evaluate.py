@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from convnn.cli.program import RunOptions, chosen_run, run_program, script_options
 
 USAGE = """
-usage: uv run scripts/evaluate.py run=DIR [checkpoint=last|best] [data_root=DIR] [device=auto|cpu|cuda]
+usage: uv run scripts/evaluate.py run=DIR [checkpoint=last|best] [data_root=DIR] [device=auto|cpu|cuda|mps]
        convnn-evaluate run=DIR ...     the same where convnn is installed
 
 Prints loss, top-1 and top-5 (percent) of a run's checkpoint on its test set as one line of JSON: the run's own numbers.
 Refused if config.yaml is not what the run was trained with, or the test images or classes are not those of the run.
-  run         run folder, as train.py printed it
-  checkpoint  last (default) or best
-  data_root   where the data is now, if it moved; or other images of the same classes, which same_images=false then says
-  device      default auto
+{options}
+With data_root of other images, same_images=false says so.
 Exit codes: 0 done, 1 the checkpoint cannot be used, 2 wrong arguments.
 """
 
@@ -26,6 +24,7 @@ class Options(RunOptions):
     """Arguments of this script."""
 
     device: str = "auto"
+    """What to compute on, as ``device=`` of train.py."""
 
 
 def evaluate(argv: list[str]) -> None:

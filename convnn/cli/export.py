@@ -19,10 +19,7 @@ it: timm.create_model(MODEL, **KWARGS).load_state_dict(...). Layers at blend 0 w
 convolutions, layers with k = all tokens become attention; a layer that equals no plain one is an error that names it.
 Where plain timm has no such network, as with backbone.stem=small, the list "differs" names each module that must be
 replaced after timm.create_model, and a warning says so; an empty list was checked by comparing logits.
-  run         run folder, as train.py printed it
-  checkpoint  last (default) or best
-  out         default DIR/exported.pt; a file that no export wrote, or that was changed since, is never replaced
-  data_root   where the data is now, if it moved, or other images of the same classes
+{options}
 Exit codes: 0 written, 1 the checkpoint cannot be used, 2 wrong arguments or layers without a plain equivalent.
 """
 
@@ -32,6 +29,8 @@ class Options(RunOptions):
     """Arguments of this script."""
 
     out: str | None = path()
+    """File; null: exported.pt in the run folder. One that no export wrote, or that was changed since, is never
+    replaced."""
 
 
 def export(argv: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from convnn.config.keys import check_keys
 from convnn.config.load import expanded, load_config
+from convnn.config.reference import groups
 from convnn.config.schema import Config
 from convnn.errors import EXIT_CONFIG, EXIT_FAILED, ConfigError, first_line
 from convnn.ops.settings import check_fields, choice
@@ -103,14 +105,30 @@ def path(default: Any = None) -> Any:
     return field(default=default, metadata={"path": True})
 
 
+def option_lines(schema: type) -> str:
+    """Return the options of a program as its help shows them: name, description, choices and default."""
+    (group,) = groups(schema)
+    width = max(len(key.name) for key in group.keys)
+    lines = []
+    for key in group.keys:
+        given = [", ".join(key.choices)] if key.choices else []
+        given += [f"default {key.default}"] if key.default not in ("", "null") else []
+        text = f"{key.about.rstrip('.')} ({'; '.join(given)})" if given else key.about.rstrip(".")
+        about = textwrap.wrap(text.replace("`", ""), 114 - width, break_on_hyphens=False)
+        lines += [f"  {key.name if i == 0 else '':{width}}  {line}" for i, line in enumerate(about)]
+    return "\n".join(lines)
+
+
 def script_options(schema: type, argv: Sequence[str], usage: str) -> Any:
     """Read ``key=value`` arguments of a script into a dataclass; ``--help`` prints ``usage``.
+
+    ``{options}`` in it stands for the fields of the dataclass, as ``option_lines`` describes them.
 
     Raises:
         ConfigError: for unknown or missing keys and wrong types.
     """
     if any(arg in ("-h", "--help") for arg in argv):
-        print(usage.strip())
+        print(usage.strip().replace("{options}", option_lines(schema)))
         sys.exit(0)
     for arg in argv:
         if "=" not in arg:
@@ -139,8 +157,11 @@ class RunOptions:
     """Options of the programs that read a run."""
 
     run: str = path(MISSING)
+    """Run folder, as train.py printed it."""
     checkpoint: str = choice("last", "best")
+    """Which of the run's checkpoints."""
     data_root: str | None = path()
+    """Where the data is now, if it moved, or other images of the same classes."""
 
 
 def chosen_run(options: RunOptions) -> tuple[Path, Config]:

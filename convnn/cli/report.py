@@ -18,9 +18,7 @@ run), summary.csv, table.md, pictures (PNG and SVG) and index.html, which holds 
 unfinished runs are listed and never count in a mean. Of a configuration found twice the newest run counts, with a
 warning if the results differ.
   DIR     a run folder, a sweep folder, or any folder above them
-  out     default report/ in the first DIR; files there that no report wrote stay, and are never replaced
-  metric  what is plotted: top1_last (test accuracy of the last epoch, default), top5_last, top1_best_on_test (chosen
-          on the test set), top1_at_best_val, val_top1_best
+{options}
 Exit codes: 0 written, 1 the disk refused, 2 wrong arguments or no runs.
 """
 
@@ -30,7 +28,10 @@ class Options:
     """Arguments of this script besides the folders."""
 
     out: str | None = path()
+    """Folder; null: report/ in the first DIR. Files there that no report wrote stay, and are never replaced."""
     metric: str = "top1_last"
+    """What is plotted: top1_last (test accuracy of the last epoch), top5_last, top1_best_on_test (chosen on the test
+    set), top1_at_best_val or val_top1_best."""
 
 
 def report(argv: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,19 +32,17 @@ usage: uv run scripts/reproduce.py table=NAME [rows=GLOB,...] [careful=true] [se
                                    [dir=DIR] [key=value ...]
        convnn-reproduce table=NAME ...     the same where convnn is installed
 
-  table=NAME     {tables};
-                 with dry_run=true also several: table='vgg11_*,vit_tiny_*'
-  rows=GLOB,...  only these rows; the names are in conf/table/NAME.csv and in dry_run=true
-  careful=true   the careful variant: augmentation, a validation split, three seeds
-  seeds=0,1,...  these seeds in place of the published one
-  dry_run=true   train nothing: list the rows with published figures and parameter counts, and check the counts
-  dir=DIR        default: reproductions/NAME
-  key=value      any override of train.py (train.epochs=3, device=cuda) or of Hydra (hydra/launcher=joblib); whatever
-                 changes the experiment is named in the table, and the row is then no comparison;
-                 options of your own: --config-dir DIR
+{options}
+{tables}
+Besides these any override of train.py (train.epochs=3, device=cuda) or of Hydra (hydra/launcher=joblib); whatever
+changes the experiment is named in the table, and the row is then no comparison; options of your own: --config-dir DIR
 
 The same command again goes on where it stopped. Exit codes: as sweep.py; 1 too if a parameter count differs in dry_run.
 """
+
+
+def _tables() -> str:
+    return textwrap.fill(f"Tables: {', '.join(table_names())}.", 120)
 
 
 @dataclass
@@ -51,11 +50,17 @@ class Options:
     """The script's own keys."""
 
     table: str = MISSING
+    """Name of a table; with ``dry_run=true`` also several: ``table='vgg11_*,vit_tiny_*'``."""
     rows: str | None = None
+    """Globs of the rows to run, with commas between; their names are in conf/table/NAME.csv. Null: all."""
     careful: bool = False
+    """The careful variant: augmentation, a validation split, three seeds."""
     seeds: str | None = None
+    """These seeds, with commas between, in place of the published one."""
     dry_run: bool = False
+    """Train nothing: list the rows with published figures and parameter counts, and check the counts."""
     dir: str | None = path()
+    """Folder of the runs and the table; null: reproductions/NAME."""
 
 
 _OWN = tuple(f"{name}=" for name in ("table", "rows", "careful", "seeds", "dry_run", "dir"))
@@ -103,7 +108,7 @@ def reproduce(argv: list[str]) -> int:
     arguments = take_config_folders(argv)
     own = [a for a in arguments if a.startswith(_OWN) or a in ("-h", "--help")]
     rest = [a for a in arguments if a not in own]
-    options: Options = script_options(Options, own, USAGE.format(tables=", ".join(table_names())))
+    options: Options = script_options(Options, own, USAGE.replace("{tables}", _tables()))
     names = [n for p in options.table.split(",") for n in fnmatch.filter(table_names(), p) or [p]]
     launcher = [o for o in rest if o.startswith(("hydra/", "hydra."))]
     given = [o for o in rest if o not in launcher]

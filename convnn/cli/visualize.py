@@ -21,15 +21,7 @@ Draws, as PNG and SVG:
   diagnostics  what every layer chose at every epoch of the run: a heat map for each measure
   training     accuracy and loss over the epochs
 
-  run         run folder, as train.py printed it
-  index       image of the test set, default 0
-  image       any image file instead, in its own proportions where the model takes them
-  queries     pixels of the image as the model takes it, such as 'queries=16,16;4,20'; default: three
-  layers      names from swap.txt; default: all, of many six
-  head        of layers that have several, from 0; default 0
-  checkpoint  last (default) or best
-  out         default pictures/ in the run folder; files there that it did not write stay, and are never replaced
-  data_root   where the data is now, if it moved, or other images of the same classes
+{options}
 """
 
 
@@ -38,11 +30,17 @@ class Options(RunOptions):
     """Arguments of this script."""
 
     index: int = 0
+    """Number of an image of the test set."""
     image: str | None = path()
+    """Any image file instead, in its own proportions where the model takes them."""
     queries: str | None = None
+    """Pixels of the image as the model takes it, such as ``'queries=16,16;4,20'``; null: three."""
     layers: str | None = None
+    """Names from swap.txt, with commas between; null: all, of many six."""
     head: int = 0
+    """Of layers that have several, from 0."""
     out: str | None = path()
+    """Folder; null: pictures/ in the run folder. Files there that it did not write stay, and are never replaced."""
 
 
 def pixels_of(text: str | None) -> list[tuple[int, int]]:

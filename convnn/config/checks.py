@@ -228,6 +228,6 @@ def check(config: Config) -> Config:
         raise ConfigError(f"optim.warmup_epochs={optim.warmup_epochs} must be less than train.epochs={train.epochs}")
     if (train.mixup or train.cutmix) and train.batch_size % 2:
         raise ConfigError(f"train.batch_size={train.batch_size} must be even with train.mixup or train.cutmix")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
-        raise ConfigError(f"device={config.device} is not one of auto, cpu, cuda, cuda:N")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):
+        raise ConfigError(f"device={config.device} is not one of auto, cpu, cuda, cuda:N, mps")
     return config

@@ -15,6 +15,7 @@ class DataConfig:
     """The data set, and what is done to a batch on the training device."""
 
     name: str = "digits"
+    """Label in run names, reports and messages."""
     target: str = "convnn.data.load_digits"
     """Function ``(config) -> convnn.data.Dataset``."""
     root: str = "data"
@@ -45,6 +46,7 @@ class DataConfig:
     mean: list[float] = field(default_factory=lambda: [0.5])
     """Per channel, for pixels in [0, 1]; one value serves all channels."""
     std: list[float] = field(default_factory=lambda: [0.5])
+    """What the pixels less ``mean`` are divided by; as many values as ``mean`` has."""
     stream: str = choice("auto", "true", "false")
     """Image folders: ``false`` keeps the images in memory; ``true`` reads the files batch by batch, with the same
     result; ``auto`` streams what exceeds 8 GiB, or has one of the next five settings: timm's transforms, made at the
@@ -64,8 +66,7 @@ class DataConfig:
     erasing_mode: str = choice("pixel", "rand", "const")
     """What replaces an erased rectangle: ``pixel`` (noise), ``rand`` (one random colour) or ``const`` (the mean)."""
     interpolation: str = choice("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming", "random")
-    """Of timm's transforms: bilinear, bicubic, nearest, lanczos, box, hamming; or ``random``: bilinear or bicubic
-    in training, bicubic at evaluation."""
+    """Of timm's transforms; ``random``: bilinear or bicubic in training, bicubic at evaluation."""
     workers: int | None = number(None, 0)
     """Processes that read a stream, 0: the training process itself; null: one a CPU core, at most 16."""
     prefetch: int = number(2, 1)
@@ -268,6 +269,7 @@ class OptimConfig:
     lr: float = number(1e-3, 0, above=True)
     """Peak learning rate for the given batch size; it is not scaled."""
     weight_decay: float = number(0.05, 0)
+    """Of the weights; of all else with ``decay_norm_and_bias``."""
     momentum: float = number(0.9, 0, 1, below=True)
     """For optimizers that have one."""
     decay_norm_and_bias: bool = False
@@ -278,6 +280,7 @@ class OptimConfig:
     """Of a linear rise from ``warmup_lr``, part of the schedule's length; in a run that ``train.max_steps`` ends before
     it is over, it keeps its share of ``train.epochs``."""
     warmup_lr: float = number(1e-6, 0)
+    """Learning rate of the first step of the warm-up."""
     min_lr: float = number(0.0, 0)
     """Where cosine, tanh and poly end."""
     decay_epochs: int | None = later(number(None, 1))
@@ -297,6 +300,7 @@ class TrainConfig:
     """The training loop."""
 
     epochs: int = number(20, 1)
+    """Passes over the training images."""
     max_steps: int | None = number(None, 1)
     """Stop after this many optimizer steps in all; null: no limit. All schedules end there."""
     batch_size: int = number(128, 1)
@@ -304,6 +308,7 @@ class TrainConfig:
     eval_batch_size: int | None = number(None, 1)
     """Null: the training batch size."""
     label_smoothing: float = number(0.0, 0, 1, below=True)
+    """Share of the target that is spread evenly over all classes; 0: off."""
     mixup: float = number(0.0, 0)
     """Alpha of Mixup; 0: off."""
     cutmix: float = number(0.0, 0)
@@ -338,21 +343,23 @@ class TrackerConfig:
     mode: str = choice("offline", "online", "disabled")
     """Of W&B: ``offline``, ``online`` (falls back to offline without a key or network) or ``disabled``."""
     project: str = "convnn"
+    """Of W&B: the project that the run belongs to."""
     entity: str | None = None
+    """Of W&B: user or team; null: the user's own default."""
     group: str | None = None
+    """Of W&B: runs to show as one; a sweep sets its name here."""
     tags: list[str] = field(default_factory=list)
+    """Of W&B: words to find the run by."""
     init_timeout: int = number(20, 1)
     """Seconds that W&B may take to start online."""
 
 
 @dataclass
 class DiagnosticsConfig:
-    """What each layer chooses on a few fixed test images, measured at the end of an epoch (convnn/train/probe.py).
-
-    It changes nothing about the training, so it is no part of a run's identity.
-    """
+    """What each layer chooses on a few fixed test images, after an epoch. Changes no training, so no run's identity."""
 
     enabled: bool = True
+    """Measure; false: only what training itself needs is computed."""
     images: int = number(8, 1)
     """Number of images, evenly spread over the test set."""
     every: int = number(1, 1)
@@ -381,6 +388,7 @@ class RunConfig:
     dir: str | None = None
     """Its path; null: ``<root>/<name>-<fingerprint>``."""
     root: str = "runs"
+    """Folder in which ``dir=null`` makes run folders."""
     name: str | None = None
     """First part of the folder's name; null: made from backbone, operator, k, blend and seed."""
     if_exists: str = choice("fail", "resume", "skip", "overwrite")
@@ -403,7 +411,8 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
     seed: int = number(0, 0, 2**32 - 1)
+    """Of initial weights, the order of images, augmentation, dropout and drawn candidates."""
     device: str = "auto"
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``; under torchrun each process takes the GPU of its number."""
+    """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; under torchrun each process takes the GPU of its number."""
     debug: bool = False
     """Show the traceback of an error."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from convnn.ops.precision import has_float64
+
 Pair = tuple[int, int]
 
 
@@ -79,10 +81,15 @@ class Geometry:
         return index // self.padded_shape[1], index % self.padded_shape[1]
 
     def positions(self, device: torch.device | None = None) -> Tensor:
-        """Return column and row of every token, each from -1 to 1 over the padded map: (N, 2) float64; prefix at 0."""
-        rows, cols = (torch.linspace(-1, 1, side, dtype=torch.float64, device=device) for side in self.padded_shape)
+        """Return column and row of every token, each from -1 to 1 over the padded map: (N, 2); prefix at 0.
+
+        They are float64; on a device that has none, the same numbers rounded to float32.
+        """
+        place = device if has_float64(device) else torch.device("cpu")
+        rows, cols = (torch.linspace(-1, 1, side, dtype=torch.float64, device=place) for side in self.padded_shape)
         grid = torch.stack([cols.expand(len(rows), -1), rows[:, None].expand(-1, len(cols))], dim=-1)
-        return torch.cat([grid.new_zeros(self.prefix, 2), grid.flatten(0, 1)])
+        found = torch.cat([grid.new_zeros(self.prefix, 2), grid.flatten(0, 1)])
+        return found if has_float64(device) else found.float().to(device)
 
     def inner_tokens(self, device: torch.device | None = None) -> Tensor:
         """Return the tokens of the map without its zero padding, in raster order: (height * width,) int64."""

@@ -37,6 +37,11 @@ class Neighborhood:
     window: Pair
     """Rows and columns of the window that a convolution in the layer's place would have."""
 
+    def cpu(self) -> Neighborhood:
+        """Return the same on the CPU."""
+        weights = None if self.weights is None else self.weights.cpu()
+        return replace(self, index=self.index.cpu(), valid=self.valid.cpu(), weights=weights)
+
     @property
     def queries(self) -> Tensor:
         """The token at each query's own position: (Q,) int64."""
@@ -140,4 +145,9 @@ def find_neighborhood(
 def same_draws(device: torch.device) -> Iterator[None]:
     """Restore the random generators on exit, so that the code after it draws the same random numbers again."""
     with same_subsets(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
+        state = torch.mps.get_rng_state() if device.type == "mps" else None
+        try:
+            yield
+        finally:
+            if state is not None:
+                torch.mps.set_rng_state(state)

@@ -1,4 +1,4 @@
-"""Products in true float32, whatever the process allows elsewhere.
+"""Products in true float32, whatever the process allows elsewhere; and which devices know float64.
 
 ``torch.set_float32_matmul_precision`` and its relatives let a GPU multiply float32 with the 10 bits of TF32, and a CPU
 with bfloat16. For the weights of a network that is a fair trade; the ranking of neighbours it changes: of CIFAR-10
@@ -15,6 +15,14 @@ import torch
 from torch import Tensor, library
 
 _SWITCHES: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+
+
+_WITHOUT_FLOAT64 = {"mps"}
+
+
+def has_float64(device: torch.device | str | None) -> bool:
+    """Return whether a device (None: torch's default one) computes in float64; Apple's GPUs do not."""
+    return device is None or torch.device(device).type not in _WITHOUT_FLOAT64
 
 
 @contextmanager
@@ -44,7 +52,13 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b`` in its type's full precision: (..., n, d), (..., d, m) -> (..., n, m). No gradient passes."""
+    """Return ``a @ b`` in its type's full precision: (..., n, d), (..., d, m) -> (..., n, m). No gradient passes.
+
+    An exported program has a plain product instead, so that it needs no convnn where it runs; its precision is then
+    that of the process that runs it.
+    """
+    if torch.compiler.is_exporting():
+        return a @ b
     if torch.compiler.is_compiling():
         return _product(a, b)
     with full_precision():

@@ -24,8 +24,11 @@ def stable_topk(score: Tensor, k: int) -> Tensor:
     ``torch.topk`` leaves ties open and breaks them differently on each device. On a CPU ``native`` keeps the rule as it
     goes; without numba the choice of ``torch.topk`` is put right where the values show ties, at a cost that grows with
     the rows that have them. Elsewhere, where looking would wait for the device, and in graphs the score and the index
-    are packed into one key, so that no two keys are equal.
+    are packed into one key, so that no two keys are equal. Apple's GPUs promise neither an order of ties nor keys of 64
+    bits, so their scores are ranked on the CPU.
     """
+    if score.device.type == "mps":
+        return stable_topk(score.cpu(), k).to(score.device)
     if score.device.type == "cpu" and k < score.shape[-1] and runs_at_once():
         found = native.best_of_rows(score.reshape(-1, score.shape[-1]), k)
         if found is not None:
@@ -62,6 +65,9 @@ def _repaired(score: Tensor, values: Tensor, index: Tensor) -> Tensor:
 
 def _packed_topk(score: Tensor, k: int) -> Tensor:
     """Return ``stable_topk`` by one key per score."""
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        # ONNX has neither a view of other bits nor a stable sort; its TopK puts the lower index first by itself.
+        return score.topk(k, dim=-1).indices
     if score.dtype != torch.float32 or torch.jit.is_tracing():  # whose graphs have no view of other bits
         return score.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     # The bits of a float, read as an integer, order positive numbers as they are and negative ones backwards: turning

@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -21,8 +22,10 @@ from convnn.runtime import distributed
 def pick_device(name: str) -> torch.device:
     """Return the device of ``device=``; among several processes of a machine, each its own GPU.
 
+    ``auto`` is CUDA where there is some, else the CPU. Apple's GPUs (mps) have to be asked for.
+
     Raises:
-        ConfigError: if it is CUDA and there is none.
+        ConfigError: if this machine, or this torch, has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,7 +36,13 @@ def pick_device(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise ConfigError(f"device={name}: this machine has {count} usable CUDA devices; set device=cpu or auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        lack = "this machine has no GPU of Apple's that torch can use" if torch.backends.mps.is_built() else _NO_METAL
+        raise ConfigError(f"device=mps: {lack}; set device=cpu or auto")
     return device
+
+
+_NO_METAL = "this torch was built without Apple's Metal (MPS), which is there on macOS alone"
 
 
 def seed_everything(seed: int) -> None:
@@ -71,14 +80,14 @@ def make_autocast(amp: str, device: torch.device) -> Callable[[], Any]:
 
 def device_name(device: torch.device) -> str:
     """Return what the device is called."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes that this process had at once, on the GPU or else in memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextmanager
@@ -86,8 +95,12 @@ def explain_out_of_memory(batch_size: int) -> Iterator[None]:
     """Turn a full GPU into a ConfigError that names a batch size to try."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(f"out of CUDA memory; try train.batch_size={max(batch_size // 2, 1)}") from error
+    except RuntimeError as error:  # OutOfMemoryError is one; of Apple's GPUs torch raises no kind of its own
+        kinds = {"CUDA": isinstance(error, torch.OutOfMemoryError), "MPS": "MPS backend out of memory" in str(error)}
+        full = next((kind for kind in reversed(kinds) if kinds[kind]), None)
+        if full is None:
+            raise
+        raise ConfigError(f"out of {full} memory; try train.batch_size={max(batch_size // 2, 1)}") from error
 
 
 def check_compiler(device: torch.device) -> None:

@@ -117,6 +117,8 @@ def _takes_gpu(device: str, world: World) -> bool:
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "mps":
+        raise ConfigError(f"device=mps serves one process, not {world.size}; set device=cpu")
     if device.startswith("cuda:"):
         raise ConfigError(f"device={device}: each of {world.size} processes takes a GPU of its own; set device=cuda")
     on_gpu = device == "cuda" or (device == "auto" and count > 0)

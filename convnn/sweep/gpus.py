@@ -29,18 +29,18 @@ def visible_devices() -> list[str]:
 def reserve_gpu(device: str, jobs: int, stopped: Callable[[], bool]) -> Iterator[dict[str, str] | None]:
     """Wait until one of the GPUs has fewer than ``jobs`` runs; yield the environment that shows a run this GPU alone.
 
-    Without a GPU, or with ``device=cpu``, there is nothing to wait for.
+    Without a GPU, or with ``device=cpu`` or ``mps``, there is nothing to wait for.
 
     A reservation is a lock on a file of this machine, one file for each run that a GPU may have. Parallel jobs are
     workers of joblib or submitit, or of other sweeps, and have no common parent that could count them; and the system
     gives a lock back when its process ends, however it ends, where a count in a file would stay.
 
     Args:
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         jobs: runs that may share a GPU.
         stopped: gives up waiting when true; then None is yielded.
     """
-    devices = [] if device == "cpu" else visible_devices()
+    devices = [] if device in ("cpu", "mps") else visible_devices()
     if device.startswith("cuda:"):
         chosen = int(device.removeprefix("cuda:"))
         devices = devices[chosen : chosen + 1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,26 +14,33 @@ from torch import Tensor, nn
 
 from convnn.data.batches import Batches
 from convnn.errors import StoppedError
+from convnn.ops.precision import has_float64
 from convnn.runtime import distributed
 from convnn.runtime.device import seed_step
 
 
 @dataclass
 class Meter:
-    """Sums over samples, kept on the device in float64."""
+    """Sums over samples, kept on the device in float64, or where it has none in float32 (counts 16 million images)."""
 
     sums: Tensor
 
     @classmethod
     def new(cls, device: torch.device) -> Meter:
         """Return an empty meter."""
-        return cls(torch.zeros(4, dtype=torch.float64, device=device))
+        return cls.of([0.0] * 4, device)
+
+    @classmethod
+    def of(cls, sums: Sequence[float], device: torch.device) -> Meter:
+        """Return a meter that stands at these sums (4,)."""
+        dtype = torch.float64 if has_float64(device) else torch.float32
+        return cls(torch.tensor(sums, dtype=dtype, device=device))
 
     def add(self, loss: Tensor, output: Tensor, labels: Tensor) -> None:
         """Count a batch: its mean loss and its logits (B, classes)."""
         top = output.topk(min(5, output.shape[1]), dim=1).indices == labels[:, None]
         n = torch.tensor(len(labels), device=self.sums.device)
-        self.sums += torch.stack([loss.double() * n, top[:, 0].sum(), top.any(1).sum(), n])
+        self.sums += torch.stack([loss.to(self.sums.dtype) * n, top[:, 0].sum(), top.any(1).sum(), n])
 
     def means(self) -> tuple[float, float, float]:
         """Return mean loss, top-1 and top-5 in percent, averaged over samples; NaN of none."""

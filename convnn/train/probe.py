@@ -19,6 +19,7 @@ from convnn.config.schema import DiagnosticsConfig
 from convnn.data.batches import Batches
 from convnn.models.inspect import choosing_layers, neighbors_of
 from convnn.ops.neighborhood import Neighborhood
+from convnn.ops.precision import has_float64
 from convnn.runs.metrics import MEASURES
 from convnn.train.state import RunState
 
@@ -40,6 +41,8 @@ def neighbor_measures(found: Neighborhood, previous: Tensor | None = None) -> di
         found: the neighbours.
         previous: what ``neighbors_to_compare`` returned for the measurement before, if there was one.
     """
+    if not has_float64(found.index.device):
+        found = found.cpu()
     g, valid = found.geometry, found.valid
     count = valid.sum().double()
     of_grid = (valid & (found.queries >= g.prefix)[:, None]).sum().double()

@@ -55,11 +55,11 @@ class RunState:
     def from_checkpoint(cls, saved: Mapping[str, Any], device: torch.device) -> RunState:
         """Return the state in a checkpoint, for this process; ``device``: of the meter."""
         world = distributed.world()
-        sums = torch.tensor(saved["meter"], dtype=torch.float64, device=device).view(-1, 4)
+        sums = torch.tensor(saved["meter"], dtype=torch.float64).view(-1, 4)
         if len(sums) != world.size:  # written by another number of processes: the first goes on with what all had
             sums = torch.cat([sums.sum(0, keepdim=True), sums.new_zeros(world.size - 1, 4)])
         return cls(
-            meter=Meter(sums[world.rank].clone()),
+            meter=Meter.of(sums[world.rank].tolist(), device),
             rows=json.loads(saved["rows"]),
             neighbors=saved.get("neighbors", {}),  # older checkpoints have none
             **{name: saved[name] for name in _AS_THEY_ARE},

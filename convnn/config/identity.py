@@ -22,6 +22,9 @@ FIRST_NAMES = {
 """The operators as version 0.1 named them. Identities keep these names: the fingerprint of a configuration, and with
 it the name of its run folder and its place in a sweep's plan, must not change when a class moves."""
 
+NO_SPECTRUM = ("convnn.ACmix2d", "convnn.GatedPositionalAttention")
+"""Operators without blend, k and temperature."""
+
 _DEFAULT = Config()
 NOT_IDENTITY = ("run", "tracker", "diagnostics", "checkpoint", "device", "debug")
 """Sections and keys that decide nothing about a run's outcome."""
@@ -116,6 +119,8 @@ def effect(config: Config) -> dict[str, Any]:
     unused = {name for name in ("blend", "temperature") if schedule[name]["shape"] != "constant"}
     if kept["operator"]["candidates"] == "all" and not any(r.operator for r in config.swap.effective_rules().values()):
         unused.add("num_candidates")
+    if config.operator.target in NO_SPECTRUM and not any(r.operator for r in config.swap.effective_rules().values()):
+        unused |= {"blend", "k", "temperature"}
     operator = {key: value for key, value in kept["operator"].items() if key not in unused}
     return kept | {"schedule": schedule, "operator": operator}
 

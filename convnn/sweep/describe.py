@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from convnn.config.identity import NO_SPECTRUM
 from convnn.runs.status import COMPLETE, FAILURES, INTERRUPTED, INVALID, PARTIAL
 from convnn.sweep.options import SweepConfig
 from convnn.sweep.plan import Plan
@@ -17,15 +18,11 @@ def shared_overrides(plan: Plan) -> set[str]:
     return set.intersection(*every) if len(every) > 1 else set()
 
 
-NO_SPECTRUM = ("convnn.ACmix2d", "convnn.GatedPositionalAttention")
-"""Targets of our operators that have neither blend nor k nor temperature. What others make of them is not known."""
-
-
 def moved_axes(plan: Plan) -> list[str]:
     """Return a line for each axis that has no effect: a schedule moves what it sets, or an operator has none of it."""
     lines = []
     for name in ("blend", "k", "temperature"):
-        axis, equal = f"operator.{name}", "points that differ in it alone are equal runs"
+        axis, equal = f"operator.{name}", "points that differ in it alone are merged"
         if axis not in plan.axes:
             continue
         configs = list(plan.configs.values())

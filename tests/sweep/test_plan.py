@@ -193,7 +193,7 @@ def test_five_hundred_points_are_planned_in_seconds_without_torch():
 
 def test_axes_without_an_effect_are_named():
     found = plan("operator=acmix,hybrid", "operator.k=4,9", "operator.blend=0,1", "swap=all_conv")
-    equal = "points that differ in it alone are equal runs"
+    equal = "points that differ in it alone are merged"
     assert moved_axes(found) == [
         f"operator.blend is an axis, but operator=acmix has none: {equal}",
         f"operator.k is an axis, but operator=acmix has none: {equal}",

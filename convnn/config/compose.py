@@ -64,8 +64,13 @@ def from_hydra(values: DictConfig) -> Config:
     return to_config(OmegaConf.to_container(values, resolve=True))
 
 
-_ELSEWHERE = {"grid": "sweep.py grid=NAME", "table": "scripts/reproduce.py table=NAME"}
-"""Folders of conf/ that are no groups of a run."""
+_ELSEWHERE = {
+    "grid": "sweep.py grid=NAME",
+    "table": "scripts/reproduce.py table=NAME",
+    "resume": "train.py resume=DIR",
+    "from_run": "train.py from_run=DIR",
+}
+"""Words of one program that are none of another, where they are understood."""
 
 
 def translate(error: Exception, overrides: Sequence[str], schema: type = Config) -> ConfigError:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from convnn.config.identity import differing, identity, without_place
+from convnn.config.identity import differing, identity, lengthened, without_place
 from convnn.config.load import read_values
 from convnn.config.schema import Config
 from convnn.data.datasets import load_dataset
@@ -82,11 +82,12 @@ def load_run(
 
 def _check_config(config: Config, folder: Path, state: dict[str, Any]) -> None:
     """Raise ConfigError, naming key and values, unless the checkpoint was trained with this configuration."""
-    found = differing(without_place(identity(config)), without_place(state["identity"]))
+    now, trained = without_place(identity(config)), without_place(state["identity"])
+    found = differing(now, lengthened(trained, now))
     there = read_values(folder)
     lines = [
-        f"{key}: {now}{'' if _has(there, key) else ' by default, as it is missing'}, in the run {trained}"
-        for key, (now, trained) in found.items()
+        f"{key}: {here}{'' if _has(there, key) else ' by default, as it is missing'}, in the run {then}"
+        for key, (here, then) in found.items()
         if key not in _UNUSED
     ]
     if lines:

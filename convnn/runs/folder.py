@@ -196,8 +196,8 @@ def open_run_folder(config: Config) -> RunFolder:
     folder = distributed.fail_together(lambda: _open(config) if distributed.is_main() else None)
     found = distributed.broadcast((folder.path, folder.resume, folder.done, folder.extends) if folder else None)
     if folder is None and found is not None:
-        *same, extends = found
-        folder = RunFolder(*same, writes=False, extends=extends)
+        path, resume, done, extends = found
+        folder = RunFolder(path, resume, done, writes=False, extends=extends)
     assert folder is not None
     return folder
 

@@ -121,8 +121,8 @@ class Trainer:
                 )
             if after <= before:
                 raise ConfigError(
-                    f"train.epochs={train.epochs} leaves the run at {after} steps, as train.max_steps={train.max_steps} "
-                    "ends it there; set train.max_steps=null"
+                    f"train.epochs={train.epochs} leaves the run at {after} steps, as "
+                    f"train.max_steps={train.max_steps} ends it there; set train.max_steps=null"
                 )
         return found
 

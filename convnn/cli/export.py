@@ -22,7 +22,7 @@ replaced after timm.create_model, and a warning says so; an empty list was check
   run         run folder, as train.py printed it
   checkpoint  last (default) or best
   out         default DIR/exported.pt; a file that no export wrote, or that was changed since, is never replaced
-  data_root   where the data is now, if it moved, or other images of the same classes
+  data_root   the data of the run: only for run folders of before they recorded the classes and the size of the images
 Exit codes: 0 written, 1 the checkpoint cannot be used, 2 wrong arguments or layers without a plain equivalent.
 """
 
@@ -50,14 +50,14 @@ def export(argv: list[str]) -> None:
     from convnn.train.restore import load_run
 
     run = load_run(config, folder, options.checkpoint, splits=(), other_data=bool(options.data_root))
-    model, dataset = run.model, run.dataset
+    model = run.model
     names = export_layers(model)
-    found = timm_description(model, config.backbone, len(dataset.classes), dataset.test.shape[0], run.image_size)
+    found = timm_description(model, config.backbone, len(run.classes), run.shape[0], run.image_size)
     found |= {
         "image_size": run.image_size,
         "mean": config.data.mean,
         "std": config.data.std,
-        "classes": dataset.classes,
+        "classes": run.classes,
     }
     description = out.with_suffix(".json")
     with Owner("export", f".{out.name}.convnn-export").written_aside(out.parent) as aside:

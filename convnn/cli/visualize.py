@@ -23,7 +23,7 @@ Draws, as PNG and SVG:
 
   run         run folder, as train.py printed it
   index       image of the test set, default 0
-  image       any image file instead, in its own proportions where the model takes them
+  image       any image file instead, in its own proportions where the model takes them; no data is needed then
   queries     pixels of the image as the model takes it, such as 'queries=16,16;4,20'; default: three
   layers      names from swap.txt; default: all, of many six
   head        of layers that have several, from 0; default 0
@@ -71,11 +71,12 @@ def visualize(argv: list[str]) -> None:
 
     splits = () if options.image else ("test",)
     run = load_run(config, folder, options.checkpoint, splits=splits, other_data=bool(options.data_root))
-    model, side, test = run.model, run.image_size, run.dataset.test
+    model, side = run.model, run.image_size
     if options.image:
-        shown = read_image_for_model(model, Path(options.image), config, test.shape[0], side)
+        shown = read_image_for_model(model, Path(options.image), config, run.shape[0], side)
     else:
-        shown = image_of_test_set(test, options.index, config.data, side)
+        assert run.dataset is not None
+        shown = image_of_test_set(run.dataset.test, options.index, config.data, side)
     layers = options.layers.split(",") if options.layers else []
     try:
         figures = draw_run(model, shown, pixels, layers, options.head) | draw_curves(folder)

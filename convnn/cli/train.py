@@ -10,11 +10,12 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from convnn.cli.continuing import config_from_folder
+from convnn.cli.continuing import FROM_RUN, RESUME, config_from_folder
 from convnn.cli.folders import take_config_folders
 from convnn.cli.program import guarded, run_program, setup_logging
 from convnn.config.compose import compose_config, from_hydra
 from convnn.config.folders import CONF_DIR
+from convnn.config.overrides import key_of
 from convnn.config.schema import Config
 from convnn.errors import ConfigError
 from convnn.runtime.signals import follow_parent
@@ -94,6 +95,7 @@ def train(argv: list[str]) -> None:
     follow_parent()
     if run_from_folder(sys.argv[1:]):
         return
+    sys.argv[1:] = [arg for arg in sys.argv[1:] if key_of(arg) not in (RESUME, FROM_RUN)]  # beside --help
     check_arguments(sys.argv[1:])
     _composed()
 

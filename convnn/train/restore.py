@@ -18,7 +18,7 @@ from convnn.config.schema import Config
 from convnn.data.corruptions import check_corruption
 from convnn.data.datasets import load_dataset
 from convnn.data.files import class_folder
-from convnn.data.splits import Dataset, balanced
+from convnn.data.splits import Dataset, balanced, split_fingerprint
 from convnn.errors import ConfigError
 from convnn.models.build import build_network
 from convnn.models.swap import neighbor_layers
@@ -192,7 +192,9 @@ def predict_run(
     check_corruption(asked.corruption, asked.severity)
     run = load_run(config, folder, checkpoint, splits=() if asked.folder else ("test",), other_data=other_data)
     if asked.folder:
-        split, same = class_folder(asked.folder, run.classes, run.shape, run.image_size), None
+        split = class_folder(asked.folder, run.classes, run.shape, run.image_size)
+        known = DataRecord.read(run.checkpoint)
+        same = None if known is None else split_fingerprint(split) == known.content.get("test")
     else:
         assert run.dataset is not None
         split, same = run.dataset.test, run.same_images

@@ -60,8 +60,12 @@ def test_what_goes_on_is_shown_without_a_run(folder, call, capsys):
     assert run_from_folder(["resume=a (copy)", "train.epochs=5", "--cfg", "job"])
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["train"]["extended_from"] == [{"epochs": 1}] and shown["run"]["dir"] == "a (copy)"
-    assert call("train.py", ["resume=a (copy)", "--help"]) == (0, "")
     assert not run_from_folder(["seed=1"])
+
+
+@pytest.mark.long
+def test_help_is_shown_beside_a_folder(folder, call):
+    assert call("train.py", ["resume=a (copy)", "--help"]) == (0, "")
 
 
 REFUSED = {

@@ -102,6 +102,7 @@ def test_an_extended_run_is_the_one_that_its_configuration_describes(finished, f
     assert longer(folder) == result and longer(folder, "train.epochs=4") == result  # nothing to do
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("calls", [1, 4])
 def test_an_extension_that_is_stopped_goes_on_exactly(calls, folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
@@ -113,6 +114,7 @@ def test_an_extension_that_is_stopped_goes_on_exactly(calls, folder, tmp_path, m
     assert stopped["status"] == "complete" and rows(tmp_path / "once") == rows(folder)
 
 
+@pytest.mark.long
 def test_a_run_that_was_interrupted_first_ends_as_planned(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
@@ -122,6 +124,7 @@ def test_a_run_that_was_interrupted_first_ends_as_planned(tmp_path, monkeypatch)
     assert rows(tmp_path / "once") == rows(tmp_path / "r")
 
 
+@pytest.mark.long
 def test_checkpoints_of_before_an_extension_are_the_runs(folder, finished):
     (folder / "checkpoints" / "best.pt").unlink()
     shutil.copy(folder / "checkpoints" / "last.pt", folder / "checkpoints" / "best.pt")

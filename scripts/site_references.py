@@ -15,6 +15,7 @@ from convnn.sweep.options import SweepConfig
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {
     "scripts/evaluate.py": "convnn.cli.evaluate",
+    "scripts/predict.py": "convnn.cli.predict",
     "scripts/visualize.py": "convnn.cli.visualize",
     "scripts/report.py": "convnn.cli.report",
     "scripts/export.py": "convnn.cli.export",

@@ -49,14 +49,14 @@ def export(argv: list[str]) -> None:
     from convnn.train.restore import load_run
 
     run = load_run(config, folder, options.checkpoint, splits=(), other_data=bool(options.data_root))
-    model, dataset = run.model, run.dataset
+    model = run.model
     names = export_layers(model)
-    found = timm_description(model, config.backbone, len(dataset.classes), dataset.test.shape[0], run.image_size)
+    found = timm_description(model, config.backbone, len(run.classes), run.shape[0], run.image_size)
     found |= {
         "image_size": run.image_size,
         "mean": config.data.mean,
         "std": config.data.std,
-        "classes": dataset.classes,
+        "classes": run.classes,
     }
     description = out.with_suffix(".json")
     with Owner("export", f".{out.name}.convnn-export").written_aside(out.parent) as aside:

@@ -32,7 +32,7 @@ class Options(RunOptions):
     index: int = 0
     """Number of an image of the test set."""
     image: str | None = path()
-    """Any image file instead, in its own proportions where the model takes them."""
+    """Any image file instead, in its own proportions where the model takes them; no data is needed then."""
     queries: str | None = None
     """Pixels of the image as the model takes it, such as ``'queries=16,16;4,20'``; null: three."""
     layers: str | None = None
@@ -69,11 +69,12 @@ def visualize(argv: list[str]) -> None:
 
     splits = () if options.image else ("test",)
     run = load_run(config, folder, options.checkpoint, splits=splits, other_data=bool(options.data_root))
-    model, side, test = run.model, run.image_size, run.dataset.test
+    model, side = run.model, run.image_size
     if options.image:
-        shown = read_image_for_model(model, Path(options.image), config, test.shape[0], side)
+        shown = read_image_for_model(model, Path(options.image), config, run.shape[0], side)
     else:
-        shown = image_of_test_set(test, options.index, config.data, side)
+        assert run.dataset is not None
+        shown = image_of_test_set(run.dataset.test, options.index, config.data, side)
     layers = options.layers.split(",") if options.layers else []
     try:
         figures = draw_run(model, shown, pixels, layers, options.head) | draw_curves(folder)

@@ -7,6 +7,7 @@ import re
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from convnn.config.identity import LENGTH
 from convnn.config.keys import own_operator
 from convnn.config.schema import (
     ATTENTION,
@@ -226,6 +227,11 @@ def check(config: Config) -> Config:
         )
     if optim.sched != "constant" and optim.warmup_epochs >= train.epochs:
         raise ConfigError(f"optim.warmup_epochs={optim.warmup_epochs} must be less than train.epochs={train.epochs}")
+    for earlier in train.extended_from:
+        if not {"epochs"} <= earlier.keys() <= set(LENGTH) or min(earlier.values()) < 1:
+            raise ConfigError(
+                f"train.extended_from={train.extended_from} must be earlier lengths, such as [{{epochs: 10}}]"
+            )
     if (train.mixup or train.cutmix) and train.batch_size % 2:
         raise ConfigError(f"train.batch_size={train.batch_size} must be even with train.mixup or train.cutmix")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):

@@ -32,8 +32,13 @@ COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 ConfigStore.instance().store(name="schema", node=schema_node(Config))
 
 
-_ELSEWHERE = {"grid": "sweep.py grid=NAME", "table": "scripts/reproduce.py table=NAME"}
-"""Folders of conf/ that are no groups of a run."""
+_ELSEWHERE = {
+    "grid": "sweep.py grid=NAME",
+    "table": "scripts/reproduce.py table=NAME",
+    "resume": "train.py resume=DIR",
+    "from_run": "train.py from_run=DIR",
+}
+"""Words of one program that are none of another, where they are understood."""
 
 
 def _options(*more: str) -> str:

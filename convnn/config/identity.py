@@ -145,6 +145,29 @@ def without_place(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {**identity, "data": {key: value for key, value in identity["data"].items() if key != "root"}}
 
 
+LENGTH = ("epochs", "max_steps")
+"""Keys of ``train`` that say how long a run is."""
+
+
+def length_of(train: Mapping[str, Any]) -> dict[str, int]:
+    """Return how long a run is planned to be, from the values of ``train``, as ``train.extended_from`` has it."""
+    return {key: train[key] for key in LENGTH if train.get(key) is not None}
+
+
+def lengthened(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity of a run as it is once the run has the length of ``new``.
+
+    That is ``old`` itself unless ``new`` was extended from it, perhaps several times: a checkpoint of before an
+    extension is one of the extended run.
+    """
+    before, after = ([*one["train"].get("extended_from", []), length_of(one["train"])] for one in (old, new))
+    if after[: len(before)] != before:
+        return dict(old)
+    moved = (*LENGTH, "extended_from")
+    kept = {key: value for key, value in old["train"].items() if key not in moved}
+    return {**old, "train": kept | {key: new["train"][key] for key in moved if key in new["train"]}}
+
+
 def differing(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Return the leaves in which two nested mappings differ: by dotted key the old and the new value."""
     found: dict[str, tuple[Any, Any]] = {}

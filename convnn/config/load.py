@@ -70,8 +70,12 @@ def read_values(folder: Path) -> dict[str, Any]:
     return values
 
 
-def load_config(folder: Path) -> Config:
+def load_config(folder: Path, *, to_read: bool = True) -> Config:
     """Read the configuration of a run folder; keys that it lacks take their defaults.
+
+    Args:
+        folder: of the run.
+        to_read: nothing is going to be tracked, so that all but the tracker's name and mode is left out.
 
     Raises:
         ConfigError: if the folder is none, or its file is damaged.
@@ -79,6 +83,8 @@ def load_config(folder: Path) -> Config:
     values = read_values(folder)
     if isinstance(data := values.get("data"), dict):  # runs older than this key took no notice of such a folder
         data.setdefault("val_folder", not data.get("val_fraction"))
-    if isinstance(tracker := values.get("tracker"), dict):  # may be what W&B refuses, which is nothing to a reader
+    if to_read and isinstance(
+        tracker := values.get("tracker"), dict
+    ):  # may be what W&B refuses, which is nothing to a reader
         values["tracker"] = {key: value for key, value in tracker.items() if key in ("name", "mode")}
     return to_config(values)

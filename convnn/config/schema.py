@@ -228,6 +228,9 @@ class TrainConfig:
     """Passes over the training images."""
     max_steps: int | None = number(None, 1)
     """Stop after this many optimizer steps in all; null: no limit. All schedules end there."""
+    extended_from: list[dict[str, int]] = later(field(default_factory=list))  # noqa: RUF009
+    """Lengths that the run was planned for before it was extended, such as [{epochs: 10}]; ``train.py resume=DIR
+    train.epochs=20`` writes it. From the end of each on the learning rate is that of a run of the next length."""
     batch_size: int = number(128, 1)
     """Images per step, over all processes together."""
     eval_batch_size: int | None = number(None, 1)

@@ -6,7 +6,7 @@ Shapes: N images, B batch, C channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -41,6 +41,8 @@ class Batches:
     mirrored: bool = False
     """Share training batches for timm's Mixup and CutMix, which mix image i of B with image B - 1 - i: both go to the
     same process, so that the shares are mixed as the whole batch would be in one process."""
+    change: Callable[[Tensor, list[int]], Tensor] | None = None
+    """Changes images (B, C, h, w) uint8, whose numbers in the split it is told, before they are normalised."""
 
     def __post_init__(self) -> None:
         self.device = self.split.labels.device
@@ -83,6 +85,8 @@ class Batches:
             for part, images in zip(parts, batches, strict=True):
                 if self.train:
                     images = self._augment(images, shifts[part], flips[part])
+                if self.change is not None and len(order[part]):
+                    images = self.change(images, order[part].tolist())
                 yield self._normalise(images), self.split.labels[order[part]]
 
     def share(self, readers: Readers) -> None:

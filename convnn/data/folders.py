@@ -98,7 +98,7 @@ def list_images(root: Path, folder: Path) -> Listing:
             *(root, folder.name, listed(sorted(same))),
         )
     with os.scandir(folder) as entries:
-        beside = sum(not _is_hidden(entry.name) and not entry.is_dir() for entry in entries)
+        beside = sum(not is_hidden(entry.name) and not entry.is_dir() for entry in entries)
     tree.others.update({"beside the class folders": beside} if beside else {})
     return Listing(np.array([path for own in found for path in own]), labels, classes, tree.others)
 
@@ -112,7 +112,8 @@ def _check_classes(root: Path, folder: Path, classes: list[str]) -> None:
         raise ConfigError(f"data.root={root}: {folder.name} has one class folder, {classes[0]!r}; {way}")
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder counts as not there."""
     return name.startswith(".") or name in _LITTER
 
 
@@ -122,7 +123,7 @@ def _classes(root: Path, folder: Path) -> list[str]:
         return []
     try:
         with os.scandir(folder) as entries:
-            return sorted(e.name for e in entries if not _is_hidden(e.name) and e.is_dir())
+            return sorted(e.name for e in entries if not is_hidden(e.name) and e.is_dir())
     except OSError as error:
         raise ConfigError(f"data.root={root} cannot be read: {error}") from error
 
@@ -171,13 +172,13 @@ class _Tree:
             folders[:] = [
                 folder
                 for folder, path in paths.items()
-                if not _is_hidden(folder) and _place(path) not in above and self._enter(path, name)
+                if not is_hidden(folder) and _place(path) not in above and self._enter(path, name)
             ]
             for file in files:
                 suffix = os.path.splitext(file)[1].lower()  # noqa: PTH122 a Path for each of a million files is slow
-                if suffix in suffixes and not _is_hidden(file):
+                if suffix in suffixes and not is_hidden(file):
                     found.append(os.fsencode(os.path.join(place, file)))  # noqa: PTH118
-                elif not _is_hidden(file):
+                elif not is_hidden(file):
                     others[suffix or "without a suffix"] += 1
             if place == str(top):
                 self.nested.append(set() if found else set(folders))

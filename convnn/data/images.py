@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 BACKGROUND = "white"
 """What shows through transparent pixels."""
+
+READ = "data.root: "
+"""How messages about files begin."""
 
 _NOT_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 """Formats that Pillow knows by name only, or draws with another program."""
@@ -95,7 +99,16 @@ def _opened(path: bytes, prefix: str) -> Iterator[Image]:
         ) from error
 
 
-def open_image(path: bytes, prefix: str = "data.root: ") -> Image:
+@contextmanager
+def reading(prefix: str) -> Iterator[None]:
+    """Begin messages about files that cannot be read with what the user calls their place."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(re.sub(f"^{READ}", lambda _: prefix, str(error))) from error
+
+
+def open_image(path: bytes, prefix: str = READ) -> Image:
     """Read a file as an upright RGB image of 8 bits, its first frame if it has several.
 
     EXIF orientation is applied. Deeper grey values are scaled by the range of their format (see ``_deep_grey``).
@@ -130,7 +143,7 @@ def image_size(path: bytes) -> tuple[int, int]:
     Raises:
         ConfigError: naming the file, if it cannot be read.
     """
-    with _opened(path, "data.root: ") as image:
+    with _opened(path, READ) as image:
         return image.size
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from torch import nn
@@ -23,13 +24,18 @@ def build_model(config: Config, dataset: Dataset) -> tuple[nn.Module, SwapReport
     Raises:
         ConfigError: if the parts do not fit together.
     """
-    channels, height, width = dataset.train.shape
+    return build_network(config, len(dataset.classes), dataset.train.shape)
+
+
+def build_network(config: Config, classes: int, shape: Sequence[int]) -> tuple[nn.Module, SwapReport, int]:
+    """Do what ``build_model`` does, for a number of classes and images of a shape: channels, rows and columns."""
+    channels, height, width = shape
     image_size = config.data.image_size or config.backbone.image_size
     if image_size is None and height != width:
         raise ConfigError(f"data={config.data.name} has {height}x{width} images; set data.image_size")
     image_size = image_size or height
     seed_everything(config.seed)
-    model = create_backbone(config.backbone, len(dataset.classes), channels, image_size)
+    model = create_backbone(config.backbone, classes, channels, image_size)
     init = config.swap.init
     if init == "auto" and not loads_weights(asdict(config.backbone)):
         init = "fresh"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from convnn.config.identity import differences, without_place
+from convnn.config.identity import differences, lengthened, without_place
 from convnn.errors import CheckpointError, first_line, load_failure
 from convnn.runs.data_record import DataRecord
 from convnn.runtime.files import write_atomically
@@ -127,7 +127,7 @@ def settle(folder: Path, keep: str) -> None:
 
 
 def check_identity(path: Path, state: Mapping[str, Any], identity: Mapping[str, Any], data: DataRecord) -> None:
-    """Refuse a checkpoint of another configuration or of other data.
+    """Refuse a checkpoint of another configuration or of other data; one of before an extension of the run is taken.
 
     Raises:
         CheckpointError: naming what differs in the configuration.
@@ -136,7 +136,7 @@ def check_identity(path: Path, state: Mapping[str, Any], identity: Mapping[str, 
     known, old = DataRecord.read(state), state["identity"]
     if known is not None:
         old, identity = without_place(old), without_place(identity)
-    changed = differences(old, identity)
+    changed = differences(lengthened(old, identity), identity)
     if changed:
         raise CheckpointError(f"{path} belongs to another configuration ({'; '.join(changed[:5])}); set these back")
     if known is not None:

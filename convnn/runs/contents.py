@@ -9,12 +9,14 @@ from pathlib import Path
 
 from convnn.errors import CheckpointError, ConfigError
 from convnn.runtime.files import is_leftover, read_json
-from convnn.runtime.owned import digest_of
+from convnn.runtime.owned import digest_of, unchanged_files
 
 MARKER = ".convnn-run"
 """Says that a folder is one of a run. Version 0.1 wrote none."""
 PICTURES_LIST = ".convnn-pictures"
 """Lists the pictures that were written into a folder."""
+EVALUATIONS, EVALUATION_LIST = "evaluation", ".convnn-evaluation"
+"""Folder of a run's evaluations, each in a folder of its own, and the list of the files in that."""
 _FILES = ("result.json", "env.json", "train.log", "metrics.jsonl", "swap.txt", "wandb_id")
 _IN_FOLDERS = {
     "checkpoints": [
@@ -83,6 +85,9 @@ def remove_earlier(folder: Path) -> list[str]:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    for place in (*(folder / EVALUATIONS).glob("*/"), folder / EVALUATIONS):
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
     left = [path for path in folder.iterdir() if path.name not in (*_KEPT, *_IN_FOLDERS) and not is_leftover(path)]
     for name in _IN_FOLDERS:
         if (folder / name).is_dir():
@@ -102,6 +107,9 @@ def _written(folder: Path) -> Iterator[Path]:
     if wandb_id.isalnum():
         for kind in ("run", "offline-run"):
             yield from (folder / "wandb").glob(f"{kind}-*-{wandb_id}")
+    for listing in (folder / EVALUATIONS).glob(f"*/{EVALUATION_LIST}"):
+        yield from (path for path in unchanged_files(listing) if path.is_file())
+        yield listing
     for place, names in (("", _FILES), *_IN_FOLDERS.items()):
         found = (folder / place / name for name in names)
         yield from (path for path in found if path.is_symlink() or path.is_file())

@@ -12,10 +12,20 @@ from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
-from convnn.config.identity import differences, fingerprint, fingerprint_of, identity, run_name, without_place
+from convnn.config.identity import (
+    LENGTH,
+    differences,
+    differing,
+    fingerprint,
+    fingerprint_of,
+    identity,
+    lengthened,
+    run_name,
+    without_place,
+)
 from convnn.config.load import load_config, read_values
 from convnn.config.schema import Config
-from convnn.errors import ConfigError
+from convnn.errors import CheckpointError, ConfigError
 from convnn.runs.contents import MARKER, check_removable, is_run_folder, remove_earlier
 from convnn.runs.data_record import DataRecord, RecordReader
 from convnn.runs.record import read_result
@@ -56,6 +66,8 @@ class RunFolder:
     """False in all but the first of several processes: what they are asked to write, they do not."""
     replaces: bool = False
     """What an earlier run left goes when this one begins."""
+    extends: bool = False
+    """The run is to become longer than it was planned when it was last trained."""
     moved: bool = False
     """The run's data lies elsewhere than when it began."""
     data: DataRecord | None = None
@@ -111,6 +123,23 @@ class RunFolder:
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self._handler)
 
+    def extend(self, config: Config, resumed: bool) -> None:
+        """Write that the run is a longer one from now on, once it is known that it can go on.
+
+        Its result goes first: at no moment does a folder say that the longer run is complete.
+
+        Raises:
+            CheckpointError: if no checkpoint was ``resumed``.
+            OSError: if the folder cannot be written.
+        """
+        if not resumed:
+            raise CheckpointError(f"run.dir={self.path} has no checkpoint from which it could be extended")
+        if self.writes:
+            (self.path / "result.json").unlink(missing_ok=True)
+            kept = read_values(self.path)
+            kept["train"] |= {key: getattr(config.train, key) for key in (*LENGTH, "extended_from")}
+            write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(kept)))
+
     def _write_config(self, config: Config) -> None:
         write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
@@ -165,9 +194,10 @@ def open_run_folder(config: Config) -> RunFolder:
         ConfigError: if the folder is taken, locked, of another configuration, or cannot be written.
     """
     folder = distributed.fail_together(lambda: _open(config) if distributed.is_main() else None)
-    found = distributed.broadcast((folder.path, folder.resume, folder.done) if folder else None)
+    found = distributed.broadcast((folder.path, folder.resume, folder.done, folder.extends) if folder else None)
     if folder is None and found is not None:
-        folder = RunFolder(*found, writes=False)
+        path, resume, done, extends = found
+        folder = RunFolder(path, resume, done, writes=False, extends=extends)
     assert folder is not None
     return folder
 
@@ -192,15 +222,10 @@ def _open(config: Config) -> RunFolder:
             old, new = identity(begun), identity(config)
             if known is not None:
                 old, new = without_place(old), without_place(new)
-            changed = differences(old, new)
-            if changed:
-                raise ConfigError(
-                    f"run.dir={path} holds a run of another configuration ({'; '.join(changed[:5])}); "
-                    "set these back, or choose another run.dir"
-                )
+            _check_same(path, lengthened(old, new), new)
             result = read_result(path)
-            folder.resume, folder.moved = True, begun.data.root != config.data.root
-            folder.done = result if result and result.get("status") == COMPLETE else None
+            folder.resume, folder.moved, folder.extends = True, begun.data.root != config.data.root, old != new
+            folder.done = result if result and result.get("status") == COMPLETE and not folder.extends else None
             if folder.done:
                 read.compare(known, config.data, f"run.dir={path}", OTHER_DATA)
     except BaseException:
@@ -229,6 +254,20 @@ def check_place(path: Path, policy: str) -> bool:
             f"run.dir={path} already holds a run ({state}); set run.if_exists=resume, skip or overwrite, or run.dir"
         )
     return used
+
+
+def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless a folder's run is the one that is to be continued, naming what differs."""
+    found = differing(old, new)
+    if not found:
+        return
+    way = "set these back, or choose another run.dir"
+    if found.keys() <= {f"train.{key}" for key in LENGTH}:
+        way += f"; train.py resume={path} with these makes the run that is there longer"
+    if lengthened(new, old) == old:
+        way = "that run is this one, extended: choose another run.dir"
+    changed = "; ".join(differences(old, new)[:5])
+    raise ConfigError(f"run.dir={path} holds a run of another configuration ({changed}); {way}")
 
 
 def _path(config: Config, read: RecordReader) -> Path:

@@ -98,12 +98,22 @@ class Owner:
 
     def _earlier(self, out: Path) -> Digests:
         """Return the files written before with the SHA-256 of what was written."""
-        listed = (read_json(out / self.manifest) or {}).get("files")
-        if not isinstance(listed, dict):
-            return self.older(out)
-        return {
-            name: digests for name, digests in listed.items() if Path(name).name == name and isinstance(digests, list)
-        }
+        listed = _listed(out / self.manifest)
+        return self.older(out) if listed is None else listed
+
+
+def _listed(manifest: Path) -> Digests | None:
+    """Return what a list says was written into its folder; None without a list."""
+    listed = (read_json(manifest) or {}).get("files")
+    if not isinstance(listed, dict):
+        return None
+    return {name: digests for name, digests in listed.items() if Path(name).name == name and isinstance(digests, list)}
+
+
+def unchanged_files(manifest: Path) -> list[Path]:
+    """Return the files of a list that are there as they were written."""
+    listed = _listed(manifest) or {}
+    return [path for name in listed if (path := manifest.parent / name).is_file() and _is_free(path, listed)]
 
 
 def _is_free(path: Path, earlier: Digests) -> bool:

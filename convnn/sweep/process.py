@@ -76,7 +76,7 @@ def run_point(
             environment = os.environ | gpu | _threads(parallel) | {PARENT: str(os.getpid())}
             write_json(status_file(folder, point), record)
             command = [sys.executable, *TRAIN, *point.overrides, *extra_overrides]
-            command += [f"run.dir={quoted(str(folder / point.folder))}", "run.if_exists=resume"]
+            command += [f"run.dir={quoted(str(folder / point.folder))}", "run.if_exists=skip"]
             code, output, sent = _run_command(command, folder / point.log, environment, signal_to_send)
         record |= {"exit_code": code, "finished": _now()}
         record["status"], record["reason"] = _status_and_reason(folder, point, code, output, sent)

@@ -33,6 +33,8 @@ from convnn.text import command_line
 _REFUSED = {
     "run.dir": "the points' folders are made by sweep.py; set sweep.dir",
     "run.if_exists": "points are always continued; remove a point's folder to run it anew",
+    "resume": "the same command again continues a sweep; train.py resume=DIR continues one run",
+    "from_run": "train.py from_run=DIR begins one run",
     "sweep.point": "it is set by sweep.py",
     "sweep.token": "it is set by sweep.py",
     "hydra.mode": "sweep.py is always a multirun",

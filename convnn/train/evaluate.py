@@ -38,7 +38,7 @@ class Meter:
 
     def add(self, loss: Tensor, output: Tensor, labels: Tensor) -> None:
         """Count a batch: its mean loss and its logits (B, classes)."""
-        top = output.topk(min(5, output.shape[1]), dim=1).indices == labels[:, None]
+        top = best_classes(output) == labels[:, None]
         n = torch.tensor(len(labels), device=self.sums.device)
         self.sums += torch.stack([loss.to(self.sums.dtype) * n, top[:, 0].sum(), top.any(1).sum(), n])
 
@@ -49,6 +49,11 @@ class Meter:
         return loss / n, 100 * top1 / n, 100 * top5 / n
 
 
+def best_classes(output: Tensor) -> Tensor:
+    """Return the classes of the five highest logits, the highest first, or of all where there are fewer."""
+    return output.topk(min(5, output.shape[1]), dim=1).indices
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -56,6 +61,7 @@ def evaluate(
     autocast: Callable[[], Any] = nullcontext,
     stop: Callable[[], int | None] | None = None,
     seeds: tuple[int, int] | None = None,
+    each: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[float, float, float]:
     """Return mean loss, top-1 and top-5 (percent) over all samples of a split, whichever process has them.
 
@@ -66,6 +72,7 @@ def evaluate(
         stop: asked before every batch.
         seeds: seed of the run and its step, from which with the number of an image what is drawn for it follows
             (``eval_candidates=resample``); None: the generators stay as they are.
+        each: gets the logits (B, classes) and the labels (B,) of every batch.
 
     Raises:
         StoppedError: when ``stop()`` names a signal.
@@ -84,6 +91,8 @@ def evaluate(
             if len(labels):
                 output = output.float()
                 meter.add(F.cross_entropy(output, labels), output, labels)
+                if each is not None:
+                    each(output, labels)
     if batches.world_size > 1:
         meter.sums = distributed.reduce(meter.sums)
     model.train(training)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Any
 
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
@@ -105,6 +107,42 @@ def make_scheduler(
     if optim.sched == "poly":
         return PolyLRScheduler(optimizer, power=optim.power or 1.0, **common)
     return {"cosine": CosineLRScheduler, "tanh": TanhLRScheduler}[optim.sched](optimizer, **common)
+
+
+class ExtendedSchedule:
+    """The learning rate of a run that was extended: up to the end of each length it is that length's own schedule."""
+
+    def __init__(self, ends: Sequence[int], schedules: Sequence[Scheduler]) -> None:
+        self.ends, self.schedules = list(ends), list(schedules)
+
+    def step_update(self, step: int) -> None:
+        """Set the rate of a step; it follows from the step's number alone."""
+        self.schedules[min(bisect_right(self.ends, step), len(self.ends) - 1)].step_update(step)
+
+
+def make_schedules(
+    optimizer: Optimizer, optim: OptimConfig, lengths: Sequence[tuple[int, int]], steps_per_epoch: int
+) -> Scheduler | ExtendedSchedule | None:
+    """Return the learning-rate schedule of a run that was perhaps extended; None if it never moves.
+
+    Args:
+        optimizer: whose rate moves.
+        optim: names the schedule.
+        lengths: epochs and steps that the run was planned for, the last one the present plan.
+        steps_per_epoch: of the training data.
+
+    Raises:
+        ConfigError: as ``make_scheduler``.
+    """
+    made = []
+    for epochs, steps in lengths:
+        for group in optimizer.param_groups:  # a schedule starts from the rates that it finds
+            group["lr"] = group.get("initial_lr", group["lr"])
+        made.append(make_scheduler(optimizer, optim, epochs, steps_per_epoch, steps))
+    schedules = [schedule for schedule in made if schedule is not None]
+    if len(schedules) < 2:
+        return schedules[0] if schedules else None
+    return ExtendedSchedule([steps for _, steps in lengths], schedules)
 
 
 def _check_schedule(optim: OptimConfig, epochs: int) -> None:

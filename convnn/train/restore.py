@@ -8,23 +8,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from convnn.config.identity import differing, identity, without_place
+from convnn.config.identity import differing, identity, lengthened, without_place
 from convnn.config.load import read_values
 from convnn.config.schema import Config
+from convnn.data.corruptions import check_corruption
 from convnn.data.datasets import load_dataset
-from convnn.data.splits import Dataset
-from convnn.data.stream import make_batches
+from convnn.data.files import class_folder
+from convnn.data.splits import Dataset, balanced, split_fingerprint
 from convnn.errors import ConfigError
-from convnn.models.build import build_model
+from convnn.models.build import build_network
 from convnn.models.swap import neighbor_layers
 from convnn.runs.checkpoint import load_checkpoint, load_model_state
 from convnn.runs.data_record import DataRecord
 from convnn.runs.folder import known_record
-from convnn.runtime.device import make_autocast, pick_device, set_determinism
-from convnn.train.evaluate import evaluate
+from convnn.train.predictions import Predictions, predict
 
 log = logging.getLogger("convnn")
 _UNUSED = ("backbone.pretrained", "backbone.kwargs.checkpoint_path")
@@ -39,24 +40,29 @@ class Restored:
     """On the CPU; the averaged one if there is one."""
     image_size: int
     """Side in pixels of what the model takes."""
-    dataset: Dataset
-    """With labels that index the run's classes."""
+    classes: list[str]
+    """Names, in the order of the model's logits."""
+    shape: list[int]
+    """Channels, rows and columns of the images that the run was trained on."""
     checkpoint: dict[str, Any]
-    same_images: bool | None
+    dataset: Dataset | None = None
+    """With labels that index the run's classes; None: nothing of the data was needed."""
+    same_images: bool | None = None
     """Whether the compared splits have the images that the run had; None: it is not known."""
 
 
 def load_run(
     config: Config, folder: Path, checkpoint: str, *, splits: Sequence[str] = ("test",), other_data: bool = False
 ) -> Restored:
-    """Rebuild the model of ``checkpoints/<checkpoint>.pt``, and load the data.
+    """Rebuild the model of ``checkpoints/<checkpoint>.pt``, and load the data where that is needed.
 
     Args:
         config: of the run, as its folder has it.
         folder: of the run.
         checkpoint: ``last`` or ``best``.
-        splits: those whose images must be the run's.
-        other_data: they may be others, of the same classes; that is said.
+        splits: those whose images are used and must be the run's; none: the run folder suffices, unless it is an old
+            one that does not tell the classes and the size of the images.
+        other_data: data that the user named: its images may be others, of the same classes; that is said.
 
     Raises:
         CheckpointError: if the checkpoint is missing, damaged or does not fit.
@@ -66,27 +72,51 @@ def load_run(
     state = load_checkpoint(path)
     _check_config(config, folder, state)
     known = DataRecord.read(state) or known_record(folder)
-    data = config.data
-    if known is not None and known.shape and data.target == "convnn.data.load_imagefolder" and not data.load_size:
-        data = replace(data, load_size=known.shape[-1])  # that of the run, whatever the files' sizes are now
-    dataset, same = _as_trained(load_dataset(data), known, folder, splits, other_data)
+    dataset, same = None, None
+    if splits or other_data or known is None or known.shape is None:
+        dataset, same = _as_trained(_load_data(config, known, folder), known, folder, splits, other_data)
+        classes, shape = dataset.classes, list(dataset.train.shape)
+    else:
+        classes, shape = known.classes, known.shape
     config.backbone.pretrained = False
     config.backbone.kwargs.pop("checkpoint_path", None)  # timm is not to open other files
-    model, _, image_size = build_model(config, dataset)
+    model, _, image_size = build_network(config, len(classes), shape)
     load_model_state(model, state["ema"] or state["model"], path)
     for name, layer in neighbor_layers(model).items():
         layer.set_spectrum(**state["spectrum"][name])
         layer.backend = "auto"  # a run that demanded kernels may be evaluated without them
-    return Restored(model, image_size, dataset, state, same)
+    return Restored(model, image_size, classes, shape, state, dataset, same)
+
+
+def _load_data(config: Config, known: DataRecord | None, folder: Path) -> Dataset:
+    """Load the data of a run, as it was for the run.
+
+    Raises:
+        ConfigError: if it cannot be had; where the run folder should have told what is asked, it says so.
+    """
+    data = config.data
+    if known is not None and known.shape and data.target == "convnn.data.load_imagefolder" and not data.load_size:
+        data = replace(data, load_size=known.shape[-1])  # that of the run, whatever the files' sizes are now
+    try:
+        return load_dataset(data)
+    except ConfigError as error:
+        if known is not None and known.shape is not None:
+            raise
+        lacks = "the size of its images" if known else "the names of its classes and the size of its images"
+        raise ConfigError(
+            f"run={folder} is of before runs recorded {lacks}, and its data cannot be read ({error}); "
+            "give the folder of that data with data_root=DIR"
+        ) from error
 
 
 def _check_config(config: Config, folder: Path, state: dict[str, Any]) -> None:
     """Raise ConfigError, naming key and values, unless the checkpoint was trained with this configuration."""
-    found = differing(without_place(identity(config)), without_place(state["identity"]))
+    now, trained = without_place(identity(config)), without_place(state["identity"])
+    found = differing(now, lengthened(trained, now))
     there = read_values(folder)
     lines = [
-        f"{key}: {now}{'' if _has(there, key) else ' by default, as it is missing'}, in the run {trained}"
-        for key, (now, trained) in found.items()
+        f"{key}: {here}{'' if _has(there, key) else ' by default, as it is missing'}, in the run {then}"
+        for key, (here, then) in found.items()
         if key not in _UNUSED
     ]
     if lines:
@@ -121,21 +151,69 @@ def _as_trained(
     return dataset, not known.differences(now, splits)
 
 
-def evaluate_run(config: Config, folder: Path, checkpoint: str, *, other_data: bool = False) -> dict[str, Any]:
-    """Evaluate ``checkpoints/<checkpoint>.pt`` of a run on its test set, on the device that ``config`` names.
+@dataclass(frozen=True)
+class Asked:
+    """The images that a run is evaluated on."""
 
-    Precision, determinism and draws are those of the run. Arguments and errors as of ``load_run``.
+    folder: Path | None = None
+    """Of class folders; None: the run's own test set."""
+    corruption: str | None = None
+    """Of ``convnn.data.corruptions``; None: the images as they are."""
+    severity: int = 3
+    """1 to 5."""
+    limit: int | None = None
+    """Only so many, spread evenly over the classes; the same ones each time."""
+
+    @property
+    def name(self) -> str:
+        """What the images are called, where a folder is named after them; empty: the whole test set as it is."""
+        parts = [self.folder.resolve().name] if self.folder else []
+        parts += [f"{self.corruption}-{self.severity}"] if self.corruption else []
+        return "-".join([*parts, *([f"limit{self.limit}"] if self.limit else [])])
+
+
+def evaluate_run(config: Config, folder: Path, checkpoint: str, *, other_data: bool = False) -> dict[str, Any]:
+    """Return the scores of ``predict_run`` on the run's own test set."""
+    return predict_run(config, folder, checkpoint, other_data=other_data)[0]
+
+
+def predict_run(
+    config: Config, folder: Path, checkpoint: str, asked: Asked | None = None, *, other_data: bool = False
+) -> tuple[dict[str, Any], Predictions, list[str]]:
+    """Evaluate ``checkpoints/<checkpoint>.pt`` of a run on the device that ``config`` names.
+
+    Precision, determinism and draws are those of the run. Arguments and errors as of ``load_run``; ``asked`` says on
+    what, by default on the run's test set.
+
+    Returns:
+        The scores, what the model says of each image, and the names of the classes.
     """
-    device = pick_device(config.device)
-    set_determinism(config.train.deterministic)
-    run = load_run(config, folder, checkpoint, other_data=other_data)
-    model, train = run.model, config.train
-    if train.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    size = train.eval_batch_size or train.batch_size
-    split = run.dataset.test.to(device)
-    batches = make_batches(split, size, config.data, run.image_size, channels_last=train.channels_last)
-    seeds = config.seed, run.checkpoint["step"]
-    loss, top1, top5 = evaluate(model.to(device), batches, make_autocast(train.amp, device), seeds=seeds)
-    scores = {"loss": loss, "top1": top1, "top5": top5, "same_images": run.same_images}
-    return {"checkpoint": checkpoint, "epochs": run.checkpoint["epoch"], "images": len(split)} | scores
+    asked = asked or Asked()
+    check_corruption(asked.corruption, asked.severity)
+    run = load_run(config, folder, checkpoint, splits=() if asked.folder else ("test",), other_data=other_data)
+    if asked.folder:
+        split = class_folder(asked.folder, run.classes, run.shape, run.image_size)
+        known = DataRecord.read(run.checkpoint)
+        same = None if known is None else split_fingerprint(split) == known.content.get("test")
+    else:
+        assert run.dataset is not None
+        split, same = run.dataset.test, run.same_images
+    index = balanced(split.labels.numpy(), asked.limit, np.random.default_rng(config.data.split_seed))
+    (loss, top1, top5), found = predict(
+        run.model,
+        config,
+        split.take(torch.from_numpy(index)),
+        run.image_size,
+        step=run.checkpoint["step"],
+        index=index,
+        corruption=asked.corruption,
+        severity=asked.severity,
+        base=asked.folder or Path(config.data.root),
+    )
+    scores: dict[str, Any] = {"checkpoint": checkpoint, "epochs": run.checkpoint["epoch"], "images": len(index)}
+    scores |= {"loss": loss, "top1": top1, "top5": top5, "same_images": same}
+    if asked.folder:
+        scores["data"] = str(asked.folder)
+    if asked.corruption:
+        scores |= {"corruption": asked.corruption, "severity": asked.severity}
+    return scores, found, run.classes

@@ -29,6 +29,7 @@ def result_of(
     data: DataRecord,
     device: torch.device,
     environment_changes: list[str],
+    lengths: list[tuple[int, int]],
 ) -> dict[str, Any]:
     """Return the content of result.json of a run that ends as ``status``; every process must ask.
 
@@ -47,6 +48,7 @@ def result_of(
         "best_epoch": best.get("epoch"),
         "epochs": state.epoch,
         "steps": state.step,
+        "extended_from": [{"epochs": epochs, "steps": steps} for epochs, steps in lengths[:-1]],
         "skipped_steps": state.skipped_steps,
         "seconds": round(state.train_seconds, 3),
         "params": count_parameters(model),

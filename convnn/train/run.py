@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from convnn.config.schema import Config
@@ -93,6 +94,8 @@ def run_trainer(trainer: Trainer, stop: Callable[[], int | None]) -> Result:
     config, folder = trainer.config, trainer.folder
     distributed.fail_together(lambda: folder.begin(config, trainer.data))
     resumed = folder.resume and distributed.fail_together(trainer.resume)
+    if folder.extends:
+        distributed.fail_together(lambda: folder.extend(config, resumed))
     disk = checkpoint_bytes(trainer.model, config)
     changes: list[str] = []
     if folder.writes:
@@ -111,6 +114,7 @@ def run_trainer(trainer: Trainer, stop: Callable[[], int | None]) -> Result:
         data=trainer.data,
         device=trainer.device,
         environment_changes=changes,
+        lengths=trainer.lengths,
     )
     exit_code, result = EXIT_FAILED, {}
     try:
@@ -173,5 +177,11 @@ def _announce(trainer: Trainer, resumed: bool) -> None:
         log.info("%s", schedule)
         if not neighbor_layers(trainer.model):
             log.warning("the schedule moves nothing: no replaced layer lies on the spectrum")
+    for (_, before), (_, after) in pairwise(trainer.lengths):
+        log.info(
+            "extended from %g to %g epochs: from step %d on the learning rate is what a run of %d steps has at that "
+            "step; blend, k and temperature stay as they are at step %d",
+            *(before / trainer.steps_per_epoch, after / trainer.steps_per_epoch, before, after, trainer.lengths[0][1]),
+        )
     if resumed:
         log.info("resumed at epoch %d, step %d", trainer.state.epoch + 1, trainer.state.step)

@@ -9,7 +9,8 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from convnn.config.identity import fingerprint, identity
+from convnn.config.identity import fingerprint, identity, length_of
 from convnn.config.schema import Config
 from convnn.data.batches import Batches
 from convnn.data.datasets import load_dataset
@@ -39,7 +40,7 @@ from convnn.runtime import distributed
 from convnn.runtime.device import check_compiler, make_autocast, pick_device, seed_step
 from convnn.train.divergence import DivergenceCheck
 from convnn.train.evaluate import Meter, evaluate
-from convnn.train.optim import make_optimizer, make_scheduler
+from convnn.train.optim import make_optimizer, make_schedules
 from convnn.train.probe import Probe
 from convnn.train.progress import Progress
 from convnn.train.state import RunState
@@ -95,15 +96,37 @@ class Trainer:
             if (split := getattr(dataset, name)) is not None
         }
         self.steps_per_epoch = len(self.batches["train"])
-        self.total_steps = self.steps_per_epoch * train.epochs
-        if train.max_steps is not None:
-            self.total_steps = min(self.total_steps, train.max_steps)
+        self.lengths = self._lengths()
+        self.total_steps = self.lengths[-1][1]
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         self.num_classes = len(dataset.classes)
         self._examine(dataset.train.shape[0])
         self._build_training()
         self.probe = Probe(config.diagnostics, self.batches["test"], self.autocast)
         self.state = RunState(Meter.new(self.device))
+
+    def _lengths(self) -> list[tuple[int, int]]:
+        """Return the epochs and the steps that the run was planned for, one pair for each time; the last is the plan.
+
+        Raises:
+            ConfigError: if an extension would not make the run longer, or begins within an epoch.
+        """
+        train, each, found = self.config.train, self.steps_per_epoch, []
+        for plan in (*train.extended_from, length_of(asdict(train))):
+            steps = each * plan["epochs"]
+            found.append((plan["epochs"], min(steps, plan.get("max_steps", steps))))
+        for (_, before), (_, after) in pairwise(found):
+            if before % each:
+                raise ConfigError(
+                    f"train.max_steps={before} ended the run within an epoch of {each} steps; "
+                    "a run can be extended where one ends"
+                )
+            if after <= before:
+                raise ConfigError(
+                    f"train.epochs={train.epochs} leaves the run at {after} steps, as "
+                    f"train.max_steps={train.max_steps} ends it there; set train.max_steps=null"
+                )
+        return found
 
     def _examine(self, channels: int) -> None:
         """Check what the model returns at both ends of the schedule, and count its operations at the last."""
@@ -148,7 +171,7 @@ class Trainer:
     def _build_training(self) -> None:
         optim, train = self.config.optim, self.config.train
         self.optimizer = make_optimizer(self.model, optim)
-        self.scheduler = make_scheduler(self.optimizer, optim, train.epochs, self.steps_per_epoch, self.total_steps)
+        self.scheduler = make_schedules(self.optimizer, optim, self.lengths, self.steps_per_epoch)
         self.mixup = None
         self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
         if train.mixup or train.cutmix:
@@ -313,8 +336,8 @@ class Trainer:
             self.state.meter.add(loss.detach(), output.detach(), labels)
 
     def _time(self, step: int) -> float:
-        """Fraction of training at a step: 0 at the first, 1 at the last."""
-        return step / max(self.total_steps - 1, 1)
+        """Fraction of training at a step: 0 at the first, 1 at the last of the first plan, and after an extension."""
+        return min(step / max(self.lengths[0][1] - 1, 1), 1.0)
 
     def _check_finite(self) -> None:
         """Raise DivergedError if a step was not finite, naming it and the last good checkpoint."""

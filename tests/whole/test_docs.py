@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from fake_runs import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -106,13 +107,15 @@ def commands(program, *pages):
                 yield [word.replace("=DIR", "=.") for word in words]
 
 
-def test_training_commands_compose():
+def test_training_commands_compose(tmp_path, monkeypatch):
+    from convnn.cli.continuing import config_from_folder
     from convnn.config.compose import compose_config
 
     every = list(commands("train.py", *PAGES))
-    assert len(every) >= 7
+    assert len(every) >= 10
+    monkeypatch.chdir(write_run(tmp_path / "r", {"train.epochs": 10}))
     for words in every:
-        assert compose_config(words)
+        assert config_from_folder(words) or compose_config(words)
 
 
 @pytest.mark.long

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {
     "scripts/evaluate.py": "convnn.cli.evaluate",
     "scripts/predict.py": "convnn.cli.predict",
+    "scripts/prepare_data.py": "convnn.cli.prepare_data",
     "scripts/visualize.py": "convnn.cli.visualize",
     "scripts/report.py": "convnn.cli.report",
     "scripts/export.py": "convnn.cli.export",

@@ -22,8 +22,8 @@ Writes scores.json, per_class.csv (class, images, correct, accuracy) and per_ima
 probability).
 
 {options}
-With data_root of other images, same_images=false says so. Without out the files go to evaluation/NAME in the run folder,
-NAME made of the options; files there that no evaluation wrote are never replaced.
+With data_root of other images, same_images=false says so. Without out the files go to evaluation/NAME in the run
+folder, NAME made of the options; files there that no evaluation wrote are never replaced.
 Exit codes: 0 done, 1 the checkpoint cannot be used or a file not be written, 2 wrong arguments.
 """
 

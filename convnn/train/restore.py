@@ -28,7 +28,7 @@ from convnn.runs.folder import known_record
 from convnn.train.predictions import Predictions, predict
 
 log = logging.getLogger("convnn")
-_UNUSED = ("backbone.pretrained", "backbone.kwargs.checkpoint_path")
+_UNUSED = ("backbone.pretrained", "backbone.kwargs.checkpoint_path", "swap.init")
 """Keys that count for a run's beginning alone: a checkpoint has all weights."""
 
 

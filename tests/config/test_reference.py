@@ -98,7 +98,8 @@ def test_every_option_of_the_programs_is_described():
     found = dict(program_groups())
     assert found.keys() == PROGRAMS.keys()
     assert [(program, key.name) for program, group in found.items() for key in group.keys if not key.about] == []
-    assert [key.name for key in found["scripts/evaluate.py"].keys] == ["run", "checkpoint", "data_root", "device"]
+    own = ["run", "checkpoint", "data_root", "device", "data", "corruption", "severity", "limit", "out"]
+    assert [key.name for key in found["scripts/evaluate.py"].keys] == own
 
 
 def test_every_program_with_options_has_a_row():

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convnn.ops import native
+
 BLOCK = 1 << 19
 """Gathered elements held at once: 2 MiB in float32, which stay in a core's cache."""
 
@@ -199,7 +201,7 @@ class Depthwise(torch.autograd.Function):
                     for_slots[slot] += weight @ product
                     for_weights[part, slot] = product @ slots[slot]
                     back *= weight[:, None]
-                for_table.index_add_(0, rows, back)
+                native.add_rows(for_table, rows, back)
         return for_table, for_weights, for_slots, None
 
 
@@ -231,7 +233,7 @@ class Conv(torch.autograd.Function):
             if for_weights is not None:
                 for_weights[part] = (back * taken).sum(-1).view(len(own), -1)
             for_slots.addmm_(_weighted(taken, weights, part).view(len(own), -1).t(), own)
-            for_table.index_add_(0, rows, _weighted(back, weights, part))
+            native.add_rows(for_table, rows, _weighted(back, weights, part))
         return for_table, for_weights, for_slots, None
 
 

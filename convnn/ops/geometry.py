@@ -111,11 +111,16 @@ class Geometry:
 
     def distance_to_all(self, queries: Tensor, metric: str = "chebyshev") -> Tensor:
         """Return ``distance`` from queries (Q,) to every token, axis by axis: (Q, N); 0 to prefix tokens."""
+        rows, cols = self.steps_to_all(queries)
+        grid = _length(rows[:, :, None], cols[:, None], metric).flatten(1)
+        return torch.cat([grid.new_zeros(len(grid), self.prefix), grid], dim=1) if self.prefix else grid
+
+    def steps_to_all(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the distances from queries (Q,) along each axis: to rows (Q, rows) and to columns (Q, columns)."""
         own = self.coordinates(queries[:, None])
         every = (torch.arange(side, device=queries.device) for side in self.padded_shape)
         rows, cols = (self.steps(axis, own[axis], other) for axis, other in enumerate(every))
-        grid = _length(rows[:, :, None], cols[:, None], metric).flatten(1)
-        return torch.cat([grid.new_zeros(len(grid), self.prefix), grid], dim=1) if self.prefix else grid
+        return rows, cols
 
     def window_centre(self, axis: int, own: Tensor) -> Tensor:
         """Return the row (or column) that queries in rows ``own`` measure from: their own, or see ``margin``."""

@@ -9,6 +9,7 @@ Shapes: R rows; G items (batch times heads), P queries, D channels, M candidates
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -60,17 +61,26 @@ def best_of_rows(score: Tensor, k: int) -> Tensor | None:
     return torch.from_numpy(found)
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """How similarities are ranked, for ``rank_pairs``."""
+
+    k: int
+    """Columns to be found of each row, at most M."""
+    own: Tensor
+    """Column that each query leaves out, or -1, (P,)."""
+    share: float | Tensor = 1.0
+    """The blend, a number or (G, 1, 1)."""
+    distance: Tensor | tuple[Tensor, Tensor] | None = None
+    """Share of the map, (P, M), or along its axes, (P, rows) and (P, columns), where the farther counts; None: none."""
+    floor: Tensor | None = None
+    """Differences that count, (G, P, 1), see ``similarity.span``; None: no range is asked for."""
+    alike: float = 0.0
+    """As ``similarity.ALIKE``."""
+
+
 def rank_pairs(
-    q: Tensor,
-    keys: Tensor,
-    bias: Tensor | None,
-    k: int,
-    *,
-    own: Tensor,
-    share: float | Tensor,
-    distance: Tensor | None,
-    floor: Tensor | None,
-    alike: float,
+    q: Tensor, keys: Tensor, bias: Tensor | None, ranking: Ranking, first: int = 0
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the columns of each query's k best keys, and the range of its similarities ``q @ keys + bias``.
 
@@ -81,36 +91,36 @@ def rank_pairs(
         q: (G, P, D), for which ``serves`` has been asked.
         keys: (G, D, M).
         bias: (G, 1, M).
-        k: at most M.
-        own: column that each query leaves out, or -1, (P,).
-        share: the blend, a number or (G, 1, 1).
-        distance: share of the map, (P, M); None: nothing to blend.
-        floor: of differences that count, (G, P, 1), see ``similarity.span``; None: no range.
-        alike: as ``similarity.ALIKE``.
+        ranking: how.
+        first: slots to leave for the caller.
 
     Returns:
-        (G, P, k); the least and the largest, (G, P, 1) or None.
+        (G, P, first + k), of which the first slots are 0; the least and the largest, (G, P, 1) or None.
     """
     from convnn.ops import native_kernel
 
-    few = keys.shape[1] <= FEW_CHANNELS
+    few, floor = keys.shape[1] <= FEW_CHANNELS, ranking.floor
     if not few:
         score = product(q, keys)
         q, bias = score if bias is None else score.add_(bias), None
-    kind, none = q.new_empty(0).numpy().dtype.type, q.new_empty(0, 0).numpy()
+    kind, none = q.new_empty(0).numpy().dtype.type, q.new_empty(0, 0)
     low, high = (
         None if floor is None else torch.empty_like(floor, memory_format=torch.contiguous_format) for _ in "lh"
     )
-    found = torch.empty(*q.shape[:2], k, dtype=torch.int64)
+    found = torch.zeros(*q.shape[:2], first + ranking.k, dtype=torch.int64)
+    share, distance = ranking.share, ranking.distance
     shares = share.flatten().numpy() if isinstance(share, Tensor) else np.full(len(q), share, kind)
-    flat = [none if t is None else t.squeeze(-1).contiguous().numpy() for t in (floor, low, high)]
-    place = none if distance is None else distance.contiguous().numpy()
-    rest = (own.numpy(), shares, place, flat[0], kind(alike), flat[1], flat[2], found.numpy())
+    places = (none, *distance) if isinstance(distance, tuple) else (distance, none, none)
+    flat = [none if t is None else t.squeeze(-1) for t in (floor, low, high)]
+    limit, least, most = (t.contiguous().numpy() for t in flat)
+    away, rows, cols = ((none if t is None else t).contiguous().numpy() for t in places)
+    terms = ranking.own.numpy(), shares, away, rows, cols, limit, kind(ranking.alike)
+    outcome = least, most, found.numpy(), first
     if few:
-        offset = none if bias is None else bias.squeeze(-2).contiguous().numpy()
-        native_kernel.rank_products(q.contiguous().numpy(), keys.contiguous().numpy(), offset, *rest)
+        offset = (none if bias is None else bias.squeeze(-2)).contiguous().numpy()
+        native_kernel.rank_products(q.contiguous().numpy(), keys.contiguous().numpy(), offset, terms, outcome)
     else:
-        native_kernel.rank_scores(q.contiguous().numpy(), *rest)
+        native_kernel.rank_scores(q.contiguous().numpy(), terms, outcome)
     return found, low, high
 
 
@@ -121,6 +131,19 @@ def serves(k: int, q: Tensor, keys: Tensor, bias: Tensor | None) -> bool:
     # A sum of finite products is NaN only where it overflows on the way.
     most = _size(q) * _size(keys) * q.shape[-1] + (0.0 if bias is None else _size(bias))
     return most < torch.finfo(q.dtype).max / 4
+
+
+def add_rows(table: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Add rows (R, C) to those of ``table`` (N, C) that ``rows`` (R,) names, in place, one after another.
+
+    ``index_add_`` does the same, in the same order, at the cost of an operation for each row.
+    """
+    if not (_fits(table) and table.is_contiguous() and values.dtype == table.dtype):
+        table.index_add_(0, rows, values)
+        return
+    from convnn.ops.native_kernel import add_rows as kernel
+
+    kernel(table.detach().numpy(), rows.contiguous().numpy(), values.detach().contiguous().numpy())
 
 
 def _size(x: Tensor) -> float:

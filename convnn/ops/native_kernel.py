@@ -104,57 +104,74 @@ def _blend(row, least, most, share, distance, floor, alike):
         for column in range(len(row)):
             row[column] = -(rest * distance[column])
     else:
+        scale = share / width
         for column in range(len(row)):
-            row[column] = (row[column] - least) / width * share - rest * distance[column]
+            row[column] = (row[column] - least) * scale - rest * distance[column]
 
 
 @numba.njit(nogil=True, error_model="numpy", cache=True)
-def _rank(row, own, p, g, share, distance, floor, alike, low, high, tops, values, reach, places):
+def _distances(rows, cols, distance):
+    """Write the distance to every token of a grid, whichever axis is farther, behind infinity for prefix tokens."""
+    prefix = len(distance) - len(rows) * len(cols)
+    for column in range(prefix):
+        distance[column] = np.inf
+    for i in range(len(rows)):
+        line = distance[prefix + i * len(cols) : prefix + (i + 1) * len(cols)]
+        for j in range(len(cols)):
+            line[j] = max(rows[i], cols[j])
+
+
+@numba.njit(nogil=True, error_model="numpy", cache=True)
+def _rank(row, p, g, terms, outcome, room):
     """Rank a row of similarities: note its range, blend it and leave the query's own column out, where asked for."""
+    own, share, distance, rows, cols, floor, alike = terms
+    low, high, found, first = outcome
+    tops, values, reach, away = room
     if low.size:
         least, most = _range(row)
         low[g, p], high[g, p] = least, most
-        if distance.size:
+        if rows.size:
+            _distances(rows[p], cols[p], away)
+            _blend(row, least, most, share[g], away, floor[g, p], alike)
+        elif distance.size:
             _blend(row, least, most, share[g], distance[p], floor[g, p], alike)
     if own[p] >= 0:
         row[own[p]] = -np.inf
-    _best(row, tops, values, reach, places)
+    _best(row, tops, values, reach, found[g, p, first:])
 
 
 @numba.njit(nogil=True, error_model="numpy", cache=True)
-def rank_scores(score, own, share, distance, floor, alike, low, high, found):
-    """Rank similarities (G, P, M), which are lost: write the columns of the best to ``found`` and the ranges.
+def rank_scores(score, terms, outcome):
+    """Rank similarities (G, P, M), which are lost: write the columns of the best and the ranges.
 
     Args:
         score: none may be NaN.
-        own: column of each query that is left out, or -1, (P,).
-        share: the blend, (G,).
-        distance: share of the map, (P, M), or empty: nothing to blend.
-        floor: see ``similarity.span``, (G, P).
-        alike: see ``similarity.ALIKE``.
-        low: (G, P), or empty: no range.
-        high: as ``low``.
-        found: (G, P, K).
+        terms: the column of each query that is left out, or -1, (P,); the blend, (G,); what position takes off: the
+            share of the map, (P, M), or those along both axes, of which the larger counts, (P, rows) and (P, columns of
+            the map), or empty arrays; ``floor`` (G, P) and ``alike`` of ``similarity.span``.
+        outcome: ``low`` and ``high``, (G, P), or empty: no range; ``found`` (G, P, first + K); ``first``, how many
+            of its slots are left alone.
     """
-    (items, queries, columns), k = score.shape, found.shape[2]
-    tops, values, reach = np.empty(columns // LANES, score.dtype), np.empty(k, score.dtype), np.empty(LANES, np.int64)
+    items, queries, columns = score.shape
+    room = _room(score, columns, outcome)
     for g in range(items):
         for p in range(queries):
-            _rank(score[g, p], own, p, g, share, distance, floor, alike, low, high, tops, values, reach, found[g, p])
+            _rank(score[g, p], p, g, terms, outcome, room)
 
 
 @numba.njit(nogil=True, error_model="numpy", cache=True)
-def rank_products(q, keys, bias, own, share, distance, floor, alike, low, high, found):
+def rank_products(q, keys, bias, terms, outcome):
     """Do what ``rank_scores`` does for the scores ``q @ keys + bias``, each row of which exists for a moment.
 
     Args:
         q: (G, P, D).
         keys: (G, D, M).
         bias: (G, M), or empty: none.
-        own: as the rest in ``rank_scores``.
+        terms: as in ``rank_scores``.
+        outcome: likewise.
     """
-    (items, queries, channels), columns, k = q.shape, keys.shape[2], found.shape[2]
-    tops, values, reach = np.empty(columns // LANES, q.dtype), np.empty(k, q.dtype), np.empty(LANES, np.int64)
+    (items, queries, channels), columns = q.shape, keys.shape[2]
+    room = _room(q, columns, outcome)
     row = np.empty(columns, q.dtype)
     for g in range(items):
         for p in range(queries):
@@ -168,4 +185,21 @@ def rank_products(q, keys, bias, own, share, distance, floor, alike, low, high, 
             if bias.size:
                 for column in range(columns):
                     row[column] += bias[g, column]
-            _rank(row, own, p, g, share, distance, floor, alike, low, high, tops, values, reach, found[g, p])
+            _rank(row, p, g, terms, outcome, room)
+
+
+@numba.njit(nogil=True, error_model="numpy", cache=True)
+def _room(like, columns, outcome):
+    """Return what ranking a row needs for a while: numbers of blocks, of the best, places in a block, distances."""
+    _, _, found, first = outcome
+    k, dtype = found.shape[2] - first, like.dtype
+    return np.empty(columns // LANES, dtype), np.empty(k, dtype), np.empty(LANES, np.int64), np.empty(columns, dtype)
+
+
+@numba.njit(nogil=True, error_model="numpy", cache=True)
+def add_rows(table, rows, values):
+    """Add each row of ``values`` (R, C) to that of ``table`` (N, C) which ``rows`` (R,) names, one after another."""
+    for r in range(len(rows)):
+        own, value = table[rows[r]], values[r]
+        for channel in range(len(value)):
+            own[channel] += value[channel]

@@ -129,8 +129,9 @@ class Block:
     """Of the Q queries."""
     own: Tensor
     """The tokens that the queries sit on, (part,)."""
-    distance: Tensor | None
-    """From the queries to every candidate where position counts, (part, M); as a share of the map if it is blended."""
+    distance: Tensor | tuple[Tensor, Tensor] | None
+    """From the queries to every candidate where position counts, (part, M), as a share of the map if it is blended; or
+    with ``Scores.along_axes`` to every row and to every column, (part, rows) and (part, columns)."""
     outside: Tensor | None
     """Candidates out of reach, (part, M) bool; None: none."""
     taken: Tensor | None
@@ -155,6 +156,11 @@ class Scores:
             keys = self.terms.k if self.all else self.terms.k[:, self.tokens]
             self.q, keys, self.bias = score_terms(self.terms.q, keys, self.selection.similarity)
             self.keys = keys.mT
+        self.compiled = runs_at_once() and self._serves()
+        """``native`` ranks pairs: nothing but position, a blend and the query itself bears on their scores."""
+        every = self.all and self.selection.distance == "chebyshev"
+        self.along_axes = self.compiled and self.terms.mixed and every
+        """It finds distances itself, from those along both axes."""
 
     @property
     def kept(self) -> int:
@@ -166,9 +172,7 @@ class Scores:
         """Queries can have fewer than k neighbours: the last slots hold fillers that do not count."""
         return is_relative(self.selection) or spanned(self.selection) > len(self.tokens)
 
-    @cached_property
-    def compiled(self) -> bool:
-        """``native`` ranks pairs: nothing but position, a blend and the query itself bears on their scores."""
+    def _serves(self) -> bool:
         plain = self.selection.self_again is None and self.selection.score_step is None
         if self.by_position or self.short or not plain or not unobserved():
             return False
@@ -184,6 +188,8 @@ class Scores:
         step, item_step = len(queries), items
         if runs_at_once():
             limit = CHUNK_SCORES.get(queries.device.type, CHUNK_SCORES_ELSEWHERE)
+            if self.compiled and self.q.shape[-1] <= native.FEW_CHANNELS:  # whose scores are not held at all
+                limit = max(limit, items * len(queries) * len(tokens) // (4 * torch.get_num_threads()))
             step = min(len(queries), max(1, limit // len(tokens)))
             item_step = max(1, limit // (len(tokens) * step))
         for first in range(0, len(queries), step) if step else ():
@@ -200,19 +206,19 @@ class Scores:
             yield [Block(slice(i, i + item_step), part, own, distance, outside, taken) for i in starts]
 
     def best(self, block: Block) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return what ``stable_topk`` makes of ``compute``, and the range, where ``compiled`` says that it can."""
-        share, items = self.terms.share, block.items
-        return native.rank_pairs(
-            self.q[items, block.part].detach(),
-            self.keys[items].detach(),
-            None if self.bias is None else self.bias[items].detach(),
+        """Return what ``stable_topk`` makes of ``compute``, behind a slot for the query itself where it is first, and
+        the range, where ``compiled`` says that this can."""
+        share, items, first = self.terms.share, block.items, int(self.selection.self_first)
+        ranking = native.Ranking(
             self.kept,
-            own=self._own_columns[block.own] if self.selection.self_first else torch.full_like(block.own, -1),
+            own=self._own_columns[block.own] if first else torch.full_like(block.own, -1),
             share=share[items].detach() if isinstance(share, Tensor) else share,
             distance=block.distance,
             floor=self.terms.floor[items, block.part] if self.ranged else None,
             alike=ALIKE,
         )
+        bias = None if self.bias is None else self.bias[items].detach()
+        return native.rank_pairs(self.q[items, block.part].detach(), self.keys[items].detach(), bias, ranking, first)
 
     @cached_property
     def _own_columns(self) -> Tensor:
@@ -238,8 +244,11 @@ class Scores:
             score = score.scatter_(-1, own[:, None].expand(*score.shape[:-1], 1), -torch.inf)
         return score, low, high
 
-    def _distance(self, own: Tensor) -> Tensor:
-        """Return the distance from queries on the tokens ``own`` to every candidate, (Q, M); as a share if blended."""
+    def _distance(self, own: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the distance from queries on the tokens ``own`` to every candidate, as a ``Block`` has it."""
+        if self.along_axes:
+            rows, cols = (steps.to(self.q.dtype) / self.geometry.extent for steps in self.geometry.steps_to_all(own))
+            return rows, cols
         if self.all:
             distance = self.geometry.distance_to_all(own, self.selection.distance)
         else:
@@ -251,7 +260,7 @@ class Scores:
     def _score(self, block: Block) -> tuple[Tensor, Tensor | None, Tensor | None]:
         items, part, distance, outside = block.items, block.part, block.distance, block.outside
         if self.by_position:
-            assert distance is not None
+            assert isinstance(distance, Tensor)
             return -distance[None], None, None
         score = product(self.q[items, part], self.keys[items])
         if self.bias is not None:
@@ -260,11 +269,12 @@ class Scores:
             return score, None, None
         low = _within(score, outside, torch.inf).amin(-1, keepdim=True)  # aminmax takes ten times as long
         high = _within(score, outside, -torch.inf).amax(-1, keepdim=True)
-        if self.terms.mixed and distance is not None:
+        if self.terms.mixed:
+            assert isinstance(distance, Tensor)
             share = self.terms.share[items] if isinstance(self.terms.share, Tensor) else self.terms.share
             least, largest = span(low, high, self.terms.floor[items, part])
             # As blend_scores does, in place: the block is the largest thing here.
-            score.sub_(least).div_(largest - least).mul_(share).sub_((1 - share) * distance)
+            score.sub_(least).mul_(share / (largest - least)).sub_((1 - share) * distance)
         return score, low, high
 
     def similarity_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -148,8 +148,12 @@ def _shared_out(scores: Scores, device: torch.device) -> list[list[Piece]]:
 def _ranked(scores: Scores, compiled: bool, block: Block) -> Piece:
     """Return the best candidates of a block, (items, part, K), which of them are valid, and the range of the scores."""
     selection, valid = scores.selection, None
+    own = scores.queries[block.part, None]
     if compiled:
-        ranked, low, high = scores.best(block)
+        index, low, high = scores.best(block)
+        index = index if scores.all else scores.tokens[index]
+        if selection.self_first:
+            index[..., :1] = own
     else:
         score, low, high = scores.compute(block)
         ranked = stable_topk(score, scores.kept)
@@ -157,14 +161,14 @@ def _ranked(scores: Scores, compiled: bool, block: Block) -> Piece:
             # Prefix tokens can have a score of -inf too, but come before the tokens that were taken out.
             taken = torch.zeros_like(score, dtype=torch.bool) if block.taken is None else block.taken
             valid = ~taken.expand_as(score).gather(-1, ranked)
+        index = scores.tokens[ranked]
+        if selection.self_first:
+            own = own.expand(*index.shape[:-1], 1)
+            index = torch.cat([own, index], dim=-1)
+            valid = None if valid is None else torch.cat([torch.ones_like(own, dtype=torch.bool), valid], dim=-1)
     if selection.rank_step > 1:
-        steps = slice(selection.rank_step - 1 if selection.self_first else 0, None, selection.rank_step)
-        ranked, valid = ranked[..., steps], None if valid is None else valid[..., steps]
-    index = ranked if scores.all else scores.tokens[ranked]
-    if selection.self_first:
-        own = scores.queries[block.part, None].expand(*index.shape[:-1], 1)
-        index = torch.cat([own, index], dim=-1)
-        valid = None if valid is None else torch.cat([torch.ones_like(own, dtype=torch.bool), valid], dim=-1)
+        index = index[..., :: selection.rank_step]
+        valid = None if valid is None else valid[..., :: selection.rank_step]
     return index, valid, low, high
 
 

@@ -72,8 +72,7 @@ def blend_scores(features: Tensor, distance: Tensor, blend: float | Tensor, low:
     distance over the extent of the map, so that at 0.5 a tenth of the map weighs as much as a tenth of the similarity.
     Where all candidates are alike, ``high`` is infinite (see ``span``) and f is 0: position alone decides.
     """
-    scaled = (features - low) / (high - low)
-    return blend * scaled - (1 - blend) * distance
+    return (features - low) * (blend / (high - low)) - (1 - blend) * distance
 
 
 def span(low: Tensor, high: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,7 @@ def test_pairs_are_ranked_as_torch_ranks_their_products(channels, biased, dtype)
         want = score.clone()
         want[:, torch.arange(1, queries), own[1:]] = -torch.inf
         assert native.serves(k, q, keys, bias)
-        found, *ranges = native.rank_pairs(q, keys, bias, k, own=own, share=1.0, distance=None, floor=None, alike=ALIKE)
+        found, *ranges = native.rank_pairs(q, keys, bias, native.Ranking(k, own))
         assert torch.equal(found, by_sorting(want, k)) and ranges == [None, None]
 
 
@@ -114,12 +114,28 @@ def test_blends_are_those_of_torch(learned, floor, channels, dtype):
         score = q @ keys
         low, high = score.amin(-1, keepdim=True), score.amax(-1, keepdim=True)
         least, most = span(low, high, lowest)
-        want = (score - least) / (most - least) * share - (1 - torch.as_tensor(share, dtype=dtype)) * distance
-        found, *ranges = native.rank_pairs(
-            q, keys, None, k, own=torch.full((queries,), -1), share=share, distance=distance, floor=lowest, alike=ALIKE
-        )
+        want = (score - least) * (share / (most - least)) - (1 - torch.as_tensor(share, dtype=dtype)) * distance
+        ranking = native.Ranking(k, torch.full((queries,), -1), share, distance, lowest, ALIKE)
+        found, *ranges = native.rank_pairs(q, keys, None, ranking)
         assert torch.equal(found, by_sorting(want, k))
         assert all(map(torch.equal, ranges, (low, high)))
+
+
+@pytest.mark.parametrize("channels", [3, 64])
+def test_distances_along_the_axes_are_those_of_the_grid_behind_its_prefix(channels):
+    torch.manual_seed(0)
+    for rows, columns, prefix in ((5, 7, 0), (4, 4, 1), (1, 9, 2), (3, 1, 0)):
+        count = prefix + rows * columns
+        q, keys = pairs(2, 6, count, channels, torch.float64)
+        axes = torch.rand(6, rows, dtype=torch.float64), torch.rand(6, columns, dtype=torch.float64)
+        grid = torch.maximum(axes[0][:, :, None], axes[1][:, None]).flatten(1)
+        whole = torch.cat([torch.full((6, prefix), torch.inf, dtype=torch.float64), grid], dim=1)
+        own, floor = torch.arange(6) % count, torch.zeros(2, 6, 1, dtype=torch.float64)
+        found = [
+            native.rank_pairs(q, keys, None, native.Ranking(min(9, count), own, 0.4, distance, floor, ALIKE), 1)[0]
+            for distance in (whole, axes)
+        ]
+        assert torch.equal(*found) and (found[0][..., 0] == 0).all()
 
 
 def test_scores_that_could_be_nan_are_not_served():
@@ -161,6 +177,18 @@ def test_a_layer_chooses_alike_on_both_paths(options, similarity, blend, monkeyp
     assert bool(served) == (settings["k"] <= native.MAX_K)
     monkeypatch.setattr(native, "installed", lambda: False)
     assert torch.equal(layer.neighborhood(x).index, compiled)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("rows", [torch.int32, torch.int64])
+def test_rows_are_added_as_torch_adds_them(rows, dtype, monkeypatch):
+    torch.manual_seed(0)
+    for count, channels in ((200, 3), (50, 64), (0, 4)):
+        index, values = torch.randint(0, 20, (count,), dtype=rows), torch.randn(count, 2 * channels).to(dtype)[:, ::2]
+        want = torch.randn(20, channels).to(dtype)
+        found = want.clone()
+        native.add_rows(found, index, values)
+        assert torch.equal(found, want.index_add_(0, index, values))  # to the last bit
 
 
 def test_what_counts_operations_meets_the_product():

@@ -207,7 +207,8 @@ class ConvNN2d(NeighborLayer):
             positions = geometry.positions(v.device).to(v.dtype)
             v = torch.cat([v, positions.expand(*v.shape[:-1], 2)], dim=-1)
         queries = geometry.query_index(x.device)
-        own = v[:, :, queries]
+        if self.aggregation in ("max_relative", "sage", "edge") or self.eps is not None:
+            own = v[:, :, queries]
         if self.neighbor_map is not None:
             v = self.neighbor_map(v)
         y = neighbor_aggregate(

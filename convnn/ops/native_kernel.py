@@ -110,15 +110,18 @@ def _blend(row, least, most, share, distance, floor, alike):
 
 
 @numba.njit(nogil=True, error_model="numpy", cache=True)
-def _distances(rows, cols, distance):
-    """Write the distance to every token of a grid, whichever axis is farther, behind infinity for prefix tokens."""
-    prefix = len(distance) - len(rows) * len(cols)
-    for column in range(prefix):
-        distance[column] = np.inf
+def _blend_grid(row, least, most, share, rows, cols, floor, alike):
+    """Do what ``_blend`` does for a grid, where the farther axis counts, behind prefix tokens infinitely far away."""
+    width, rest = most - least, row.dtype.type(1) - share
+    scale = row.dtype.type(0)
+    if width > max(alike * max(abs(least), abs(most)), floor):
+        scale = share / width
+    prefix = len(row) - len(rows) * len(cols)
+    row[:prefix] = -np.inf
     for i in range(len(rows)):
-        line = distance[prefix + i * len(cols) : prefix + (i + 1) * len(cols)]
+        line = row[prefix + i * len(cols) : prefix + (i + 1) * len(cols)]
         for j in range(len(cols)):
-            line[j] = max(rows[i], cols[j])
+            line[j] = (line[j] - least) * scale - rest * max(rows[i], cols[j])
 
 
 @numba.njit(nogil=True, error_model="numpy", cache=True)
@@ -126,13 +129,12 @@ def _rank(row, p, g, terms, outcome, room):
     """Rank a row of similarities: note its range, blend it and leave the query's own column out, where asked for."""
     own, share, distance, rows, cols, floor, alike = terms
     low, high, found, first = outcome
-    tops, values, reach, away = room
+    tops, values, reach = room
     if low.size:
         least, most = _range(row)
         low[g, p], high[g, p] = least, most
         if rows.size:
-            _distances(rows[p], cols[p], away)
-            _blend(row, least, most, share[g], away, floor[g, p], alike)
+            _blend_grid(row, least, most, share[g], rows[p], cols[p], floor[g, p], alike)
         elif distance.size:
             _blend(row, least, most, share[g], distance[p], floor[g, p], alike)
     if own[p] >= 0:
@@ -190,10 +192,10 @@ def rank_products(q, keys, bias, terms, outcome):
 
 @numba.njit(nogil=True, error_model="numpy", cache=True)
 def _room(like, columns, outcome):
-    """Return what ranking a row needs for a while: numbers of blocks, of the best, places in a block, distances."""
+    """Return what ranking a row needs for a while: numbers of blocks, numbers of the best, places in a block."""
     _, _, found, first = outcome
     k, dtype = found.shape[2] - first, like.dtype
-    return np.empty(columns // LANES, dtype), np.empty(k, dtype), np.empty(LANES, np.int64), np.empty(columns, dtype)
+    return np.empty(columns // LANES, dtype), np.empty(k, dtype), np.empty(LANES, np.int64)
 
 
 @numba.njit(nogil=True, error_model="numpy", cache=True)

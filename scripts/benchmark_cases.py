@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import timm
@@ -347,6 +347,15 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@lru_cache(maxsize=1)
+def _load_kernels() -> None:
+    """Have everything compiled loaded, forward and backward, for few channels and for many."""
+    stable_topk(torch.zeros(1, 64), 1)
+    for channels in (3, 64):
+        for blend in (0.5, 1.0):
+            ConvNN2d(channels, 4, blend=blend)(torch.randn(1, channels, 4, 4, requires_grad=True)).sum().backward()
+
+
 def peak_memory(case: Case, device: torch.device) -> int:
     """Return the bytes that one call needs above what is there before it; on a CPU in a process of its own."""
     if device.type == "cuda":
@@ -356,7 +365,7 @@ def peak_memory(case: Case, device: torch.device) -> int:
         step()
         return torch.cuda.max_memory_allocated(device) - before
     # What the first call loads and compiles, and the inputs, belong to no case.
-    stable_topk(torch.zeros(1, 64), 1)
+    _load_kernels()
     case.build(device)
     # A forked child starts with this process's memory, and what is free there would not be counted again.
     gc.collect()

@@ -6,9 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 from convnn.config.identity import NO_SPECTRUM
+from convnn.config.overrides import key_of
 from convnn.runs.status import COMPLETE, FAILURES, INTERRUPTED, INVALID, PARTIAL
 from convnn.sweep.options import SweepConfig
-from convnn.sweep.plan import Plan
+from convnn.sweep.plan import Plan, Point
 from convnn.sweep.state import point_state
 
 
@@ -53,7 +54,7 @@ def describe_plan(plan: Plan, folder: Path, options: SweepConfig) -> str:
         state = point_state(folder, point)
         word = {COMPLETE: "done", INTERRUPTED: PARTIAL}.get(state.status, state.status)
         counts[word] += 1
-        own = " ".join(o for o in point.overrides if o not in shared)
+        own = " ".join(o for o in point.overrides if o not in shared and not _unused(o, plan, point))
         text = f"{word:<8} {point.name}  {own}"
         lines.append(text + (f"  ({state.reason})" if state.reason and word in FAILURES else ""))
     counts[INVALID] = len(plan.invalid)
@@ -65,6 +66,12 @@ def describe_plan(plan: Plan, folder: Path, options: SweepConfig) -> str:
     if any(counts[s] for s in FAILURES) and not options.retry_failed:
         total += "; failed points are left (sweep.retry_failed=false)"
     return "\n".join([*lines, f"{len(plan.points) + len(plan.invalid)} points in {folder}: {total}"])
+
+
+def _unused(override: str, plan: Plan, point: Point) -> bool:
+    """Return whether an override has no effect, as that of an operator where no layer is replaced."""
+    plain = not plan.configs[point.fingerprint].swap.effective_rules()
+    return plain and key_of(override).partition(".")[0] in ("operator", "schedule")
 
 
 def cost_line(plan: Plan, folder: Path, timed: bool = False) -> str:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from convnn.config.compose import CONF_DIR, compose_config
 from convnn.config.identity import fingerprint, identity
 from convnn.config.overrides import merge_overrides, quoted
 from convnn.errors import ConfigError
-from convnn.sweep.describe import NO_SPECTRUM, moved_axes
+from convnn.sweep.describe import NO_SPECTRUM, describe_plan, moved_axes
 from convnn.sweep.options import SweepConfig, sweep_options
 from convnn.sweep.plan import load_point, make_plan, read_plan, save_plan
 
@@ -79,6 +80,8 @@ def test_points_that_differ_in_nothing_that_counts_are_merged():
     assert len(found.points) == 2 + 2 * 6 and found.duplicates == 2 * 5
     plain = [p for p in found.points if not found.configs[p.fingerprint].swap.effective_rules()]
     assert [found.configs[p.fingerprint].seed for p in plain] == [0, 1]
+    lines = [line.split("  ")[-1] for line in describe_plan(found, Path("none"), SweepConfig()).splitlines()]
+    assert lines.count("swap=none seed=0") == 1 and lines.count("swap=none seed=1") == 1
     assert len(plan("schedule=linear", "operator.blend=0,1").points) == 1
     assert len(plan("schedule=constant", "operator.blend=0,1").points) == 2
     assert len(plan("schedule.blend.start=0,0.5").points) == 1  # of a constant one

@@ -19,7 +19,8 @@ def check_early(config: Config) -> None:
         ConfigError: one line that names the key and the fix, as the run itself would say later.
     """
     check_kinds(config)
-    check_data_place(config.data)
+    if config.run.if_exists not in ("skip", "resume"):  # a complete run needs its data no more
+        check_data_place(config.data)
     if config.run.dir and world_from_environment().rank == 0:  # whose folder the others would find begun
         check_place(Path(config.run.dir), config.run.if_exists)
 

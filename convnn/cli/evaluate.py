@@ -66,7 +66,8 @@ def evaluate(argv: list[str]) -> None:
         scores, found, classes = predict_run(
             config, folder, options.checkpoint, asked, other_data=bool(options.data_root)
         )
-    name = "-".join(filter(None, [options.checkpoint, asked.name]))
+    others = "" if scores.get("same_images", True) else "other-images"
+    name = "-".join(filter(None, [options.checkpoint, others, asked.name]))
     out = Path(options.out) if options.out else folder / EVALUATIONS / name
     try:
         write_evaluation(out, scores, found, classes)

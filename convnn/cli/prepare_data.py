@@ -25,7 +25,7 @@ Makes data ready from files at hand, without a network:
   source=cifar-10-python.tar.gz                 for data=cifar10 (or cifar-100-python.tar.gz for data=cifar100)
   source=cifar-10-python.tar.gz folder=cifar3k train=2000 test=500
                                                 a folder of image files for data=imagefolder, with as many of each class
-  source=images.tar.xz folder=DIR [train=N]     an archive, or a folder, of train/CLASS/* and test/CLASS/*
+  source=images.tar.xz folder=DIR [train=N]     an archive, or a folder, of train/CLASS, test/CLASS (and val/CLASS)
 
 {options}
 Exit codes: 0 done, 1 the disk refuses, 2 wrong arguments or files.
@@ -85,8 +85,9 @@ def prepare(argv: list[str]) -> None:
             own = replace(data, name="imagefolder", target=target, root=str(below), stream="true")
         _write(own, made)
         made.rename(folder)
-    counts = {split: sum(1 for _ in (folder / split).glob("*/*")) for split in ("train", "test")}
-    print(f"{counts['train']} training and {counts['test']} test images: data=imagefolder data.root={folder}")
+    counts = {split: sum(1 for _ in (folder / split).glob("*/*")) for split in ("train", "val", "test")}
+    told = ", ".join(f"{count} {split}" for split, count in counts.items() if count)
+    print(f"{told} images: data=imagefolder data.root={folder}")
 
 
 def _install(source: Path, root: Path, name: str) -> None:
@@ -131,7 +132,12 @@ def _write(data: DataConfig, made: Path) -> None:
     from convnn.data.datasets import load_dataset
 
     dataset = load_dataset(data)
-    for name, split in (("train", dataset.train), ("test", dataset.test)):
+    for name, limit in (("train", data.limit), ("test", data.limit_test)):
+        if limit is not None and limit < len(dataset.classes):
+            raise ConfigError(f"{name}={limit} is less than the {len(dataset.classes)} classes; raise it")
+    for name, split in (("train", dataset.train), ("val", dataset.val), ("test", dataset.test)):
+        if split is None:
+            continue
         labels = split.labels.tolist()
         for label in set(labels):
             (made / name / dataset.classes[label]).mkdir(parents=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import textwrap
@@ -83,6 +84,9 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> Any:
         return call()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        _leave_if_nobody_reads()
+        raise
     except distributed.PeerError as error:
         distributed.leave_error_to_others()
         sys.exit(EXIT_CONFIG if error.config else EXIT_FAILED)
@@ -98,6 +102,15 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> Any:
         if distributed.rank_prefix():
             print(f"error: {distributed.rank_prefix()}{type(error).__name__}", file=sys.stderr)
         raise
+
+
+def _leave_if_nobody_reads() -> None:
+    """Leave quietly, as programs do, if whoever reads the output, such as ``head``, has read enough."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes as it ends
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def path(default: Any = None) -> Any:

@@ -38,6 +38,7 @@ def run_from_folder(argv: Sequence[str]) -> bool:
     Raises:
         ConfigError: if it cannot be carried out.
     """
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--cfg=") else [arg])]
     flags = [arg for arg in argv if arg.startswith("-")]
     if any(flag in ("-h", "--help", "--version") or flag.startswith(("--hydra-help", "--info")) for flag in flags):
         return False

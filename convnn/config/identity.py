@@ -67,7 +67,7 @@ def known_side(values: Mapping[str, Any]) -> int | None:
     None if only the data can tell.
     """
     data, target = values["data"], values["data"]["target"]
-    own = None if target in ("convnn.data.load_cifar", "convnn.data.load_digits") else data["load_size"]
+    own = data["load_size"] if target in ("convnn.data.load_imagefolder", "convnn.data.load_synthetic") else None
     found: int | None = data["image_size"] or values["backbone"]["image_size"] or own or _SIDES.get(target)
     return found
 
@@ -121,8 +121,16 @@ def effect(config: Config) -> dict[str, Any]:
         unused.add("num_candidates")
     if config.operator.target in NO_SPECTRUM and not any(r.operator for r in config.swap.effective_rules().values()):
         unused |= {"blend", "k", "temperature"}
+    targets = [config.operator.target, *(r.operator.get("target") for r in config.swap.effective_rules().values())]
+    if not all(target is None or is_own(target) for target in targets):  # what others make of a setting is not known
+        unused = set()
     operator = {key: value for key, value in kept["operator"].items() if key not in unused}
     return kept | {"schedule": schedule, "operator": operator}
+
+
+def is_own(target: str) -> bool:
+    """Return whether an operator is convnn's, under its present name or its first."""
+    return target in FIRST_NAMES or target in FIRST_NAMES.values()
 
 
 def fingerprint(config: Config) -> str:

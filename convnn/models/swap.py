@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from convnn.config.checks import check_kind, check_operator, check_rule
+from convnn.config.identity import is_own
 from convnn.config.keys import own_operator, typed_rule
 from convnn.config.presets import operator_of
 from convnn.config.schema import ATTENTION, CONV, OperatorConfig, SwapConfig, SwapRule
@@ -112,8 +113,8 @@ def swap_layers(
         rules: one rule or several, as ``SwapRule``, mappings of its fields, globs over names, or a ``SwapConfig``.
         operator: what to put in: the name of a preset (``convnn.presets()``), an ``OperatorConfig``, or a mapping of
             its fields, over the preset of its ``name`` if it has one; see ``convnn.preset``.
-        init: ``fresh``, ``transfer``, or ``auto``: ``transfer`` where the operator defines it. Default: that of the
-            SwapConfig if it names one of the first two, else ``fresh``.
+        init: ``fresh``, ``transfer``, or ``auto``: ``transfer`` where an operator of convnn defines it. Default: that
+            of the SwapConfig if it names one of the first two, else ``fresh``.
         **settings: of the operator: ``swap_layers(model, "layer4.*", "hybrid", k=9)``.
 
     Returns:
@@ -133,7 +134,10 @@ def swap_layers(
     inits: dict[str, str] = {}
     for name, claim in claims.items():
         site = _site(model, name, grids)
-        for way in ("transfer", "fresh") if init == "auto" else (init,):
+        ways: tuple[str, ...] = (init,)
+        if init == "auto":  # others may take no notice of what they are asked for
+            ways = ("transfer", "fresh") if is_own(claim.operator.target) else ("fresh",)
+        for way in ways:
             try:
                 new_layers[name], inits[name] = _built(claim, way, site), way
                 refused.pop(name, None)

@@ -98,7 +98,7 @@ def load_latest(folder: Path, map_location: Any = "cpu") -> tuple[Path, dict[str
             damaged.append(path)
     whole = [item for item in good if item[1].get("optimizer") is not None]
     if good and not whole and not damaged:
-        log.warning("%s: there is %s, which holds weights alone; beginning anew", first, good[0][0].name)
+        log.warning("%s: there is %s, which holds weights alone, nothing to go on from", first, good[0][0].name)
         return None
     if not whole:
         raise CheckpointError(f"{first}; no other checkpoint there is whole either; begin anew elsewhere") from first

@@ -138,6 +138,7 @@ class RunFolder:
             (self.path / "result.json").unlink(missing_ok=True)
             kept = read_values(self.path)
             kept["train"] |= {key: getattr(config.train, key) for key in (*LENGTH, "extended_from")}
+            kept["checkpoint"] = asdict(config.checkpoint)
             write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(kept)))
 
     def _write_config(self, config: Config) -> None:

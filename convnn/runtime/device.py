@@ -103,6 +103,17 @@ def explain_out_of_memory(batch_size: int) -> Iterator[None]:
         raise ConfigError(f"out of {full} memory; try train.batch_size={max(batch_size // 2, 1)}") from error
 
 
+@contextmanager
+def explain_small_batches(batch_size: int) -> Iterator[None]:
+    """Turn torch's complaint of a batch normalisation over a single value into a ConfigError."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ConfigError(f"train.batch_size={batch_size}: batch normalisation needs more than one value") from error
+
+
 def check_compiler(device: torch.device) -> None:
     """Raise ConfigError where ``train.compile`` finds no compiler: of C++ on a CPU, of C for Triton on a GPU."""
     way = "install it, or set train.compile=false"

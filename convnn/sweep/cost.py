@@ -20,6 +20,7 @@ from convnn.models.cost import DEAR, cost_ratio, forward_cost
 from convnn.runs.folder import RunFolder
 from convnn.runs.record import read_result
 from convnn.runs.status import COMPLETE
+from convnn.runtime.device import explain_out_of_memory, explain_small_batches
 from convnn.text import duration, size
 from convnn.train.disk import checkpoint_bytes
 from convnn.train.trainer import Trainer
@@ -126,7 +127,8 @@ class Timed:
 def _timed(config: Config) -> Timed:
     with tempfile.TemporaryDirectory() as place:
         trainer = Trainer(config, RunFolder(Path(place), resume=False, writes=False))
-        step = trainer.time_steps()
+        with explain_out_of_memory(config.train.batch_size), explain_small_batches(config.train.batch_size):
+            step = trainer.time_steps()
     evaluated = sum(len(batches.split) for name, batches in trainer.batches.items() if name != "train")
     return Timed(step, trainer.steps_per_epoch, evaluated)
 

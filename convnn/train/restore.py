@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -167,7 +168,9 @@ class Asked:
     @property
     def name(self) -> str:
         """What the images are called, where a folder is named after them; empty: the whole test set as it is."""
-        parts = [self.folder.resolve().name] if self.folder else []
+        place = self.folder.resolve() if self.folder else None
+        # Folders of one name at several places, such as "test", are told apart.
+        parts = [f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:6]}"] if place else []
         parts += [f"{self.corruption}-{self.severity}"] if self.corruption else []
         return "-".join([*parts, *([f"limit{self.limit}"] if self.limit else [])])
 

@@ -13,18 +13,26 @@ from itertools import pairwise
 from typing import Any
 
 from convnn.config.schema import Config
-from convnn.errors import EXIT_DIVERGED, EXIT_FAILED, ConfigError, DivergedError
+from convnn.errors import EXIT_DIVERGED, EXIT_FAILED, DivergedError
 from convnn.models.build import kept_weights
 from convnn.models.cost import dear_swap
 from convnn.models.schedule import describe_schedule
 from convnn.models.swap import neighbor_layers
 from convnn.ops.subsets import seed_subsets
+from convnn.runs.checkpoint import settle
 from convnn.runs.environment import record_environment
 from convnn.runs.folder import RunFolder, open_run_folder
 from convnn.runs.status import COMPLETE, DIVERGED, INTERRUPTED
 from convnn.runs.tracking import Tracker
 from convnn.runtime import distributed
-from convnn.runtime.device import device_name, explain_compilation, explain_out_of_memory, pick_device, set_determinism
+from convnn.runtime.device import (
+    device_name,
+    explain_compilation,
+    explain_out_of_memory,
+    explain_small_batches,
+    pick_device,
+    set_determinism,
+)
 from convnn.runtime.signals import StopSignals
 from convnn.text import size
 from convnn.train.disk import CheckpointBytes, checkpoint_bytes
@@ -49,6 +57,8 @@ def run(config: Config) -> Result:
         try:
             if folder.done is not None:
                 log.info("%s is complete (top-1 %.2f); nothing to do", folder.path, folder.done["top1_last"])
+                if folder.writes:  # the run may have been killed before it did
+                    settle(folder.checkpoints, config.checkpoint.keep)
                 return folder.done
             return _run_in(folder, config)
         finally:
@@ -118,7 +128,8 @@ def run_trainer(trainer: Trainer, stop: Callable[[], int | None]) -> Result:
     )
     exit_code, result = EXIT_FAILED, {}
     try:
-        signum = trainer.fit(stop, tracker.log)
+        with explain_small_batches(config.train.batch_size):
+            signum = trainer.fit(stop, tracker.log)
         if signum is None and tracker.takes_images and config.diagnostics.pictures:
             tracker.log_images(draw_at_end(trainer.eval_model, trainer.batches["test"], folder.path))
         result = ending(COMPLETE if signum is None else INTERRUPTED)
@@ -129,20 +140,23 @@ def run_trainer(trainer: Trainer, stop: Callable[[], int | None]) -> Result:
         result = ending(DIVERGED) | {"reason": str(error)}
         exit_code = EXIT_DIVERGED
         log.error("diverged: %s", error)
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        size = config.train.batch_size
-        raise ConfigError(f"train.batch_size={size}: batch normalisation needs more than one value") from error
     finally:
         if result:
             result["exit_code"] = exit_code
             folder.write_json("result.json", result)
             if result["status"] == COMPLETE:
-                trainer.settle()
+                _settle(trainer)
         tracker.finish(result, exit_code)
         seed_subsets(None)
     return result
+
+
+def _settle(trainer: Trainer) -> None:
+    """Leave of the checkpoints what a complete run keeps; it is complete also where the disk refuses that."""
+    try:
+        trainer.settle()
+    except OSError as error:
+        log.warning("more checkpoints are kept than checkpoint.keep says: %s", error)
 
 
 def _say_disk(need: CheckpointBytes, folder: RunFolder) -> None:

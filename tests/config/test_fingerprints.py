@@ -65,6 +65,7 @@ def test_a_rules_own_operator_keeps_its_first_name():
         ("data=cifar10 backbone.image_size=224", False),
         ("data=imagefolder data.root=x data.load_size=32", True),
         ("data=imagefolder data.root=x", None),
+        ("data.target=mine.load data.load_size=32", None),
     ],
 )
 def test_the_stem_that_follows_the_images_is_the_one_it_becomes(overrides, same):

@@ -70,6 +70,7 @@ def test_what_is_refused(archive, tmp_path, call):
     damaged.parent.mkdir()
     damaged.write_bytes(archive.read_bytes()[:-50])
     Path("there").mkdir()
+    write_image_folder(tmp_path / "images")
     for args, hint in (
         ([], "source: is required"),
         (["source=none.tar"], "there is no such file"),
@@ -78,10 +79,18 @@ def test_what_is_refused(archive, tmp_path, call):
         ([f"source={tmp_path}/empty", "folder=new"], "has no folder train/CLASS"),
         ([f"source={archive}", "folder=there"], "is there already"),
         ([f"source={archive}", "folder=new", "train=0"], "train=0 must"),
+        ([f"source={tmp_path}/images", "folder=new", "train=1"], "train=1 is less than the 2 classes"),
     ):
         assert_refused(call, SCRIPT, args, hint)
     code, err = call(SCRIPT, [f"source={damaged}", "root=bad"])
     assert code == 2 and "md5" in err and len(err.splitlines()) == 1
+
+
+def test_validation_images_come_along(tmp_path, call):
+    write_image_folder(tmp_path / "images", per_class=4)
+    shutil.copytree(tmp_path / "images" / "test", tmp_path / "images" / "val")
+    assert call(SCRIPT, [f"source={tmp_path}/images", "folder=made"])[0] == 0
+    assert len(load_imagefolder(DataConfig(root="made")).val) == 8
 
 
 def test_a_tar_that_leads_out_is_refused(tmp_path, call):

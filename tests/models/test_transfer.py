@@ -197,3 +197,17 @@ def test_without_loaded_weights_all_is_fresh():
     data = Split(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
     model, report, side = build_model(config, Dataset(data, data, list("0123456789")))
     assert {row.init for row in report.rows} == {"fresh"} and kept_weights(config, model, report, side) is None
+
+
+class Careless(nn.Conv2d):
+    """An operator that takes no notice of how its weights are to begin."""
+
+    @classmethod
+    def from_layer(cls, layer, config, init, site):
+        return cls(layer.in_channels, layer.out_channels, 3, layer.stride, 1, bias=False)
+
+
+def test_operators_of_others_begin_anew_unless_asked():
+    model = timm.create_model("resnet18", num_classes=4)
+    own = OperatorConfig(name="careless", target=f"{__name__}.Careless")
+    assert {row.init for row in swap_layers(model, "layer4.1.conv*", own, "auto").rows} == {"fresh"}

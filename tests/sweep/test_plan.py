@@ -87,6 +87,9 @@ def test_points_that_differ_in_nothing_that_counts_are_merged():
     assert len(plan("schedule.blend.start=0,0.5").points) == 1  # of a constant one
     assert len(plan("operator.num_candidates=9,16").points) == 1
     assert len(plan("operator.num_candidates=9,16", "operator.candidates=random").points) == 2
+    foreign = ["operator.target=mine.Operator", "swap=first_half"]  # may read any setting, and is moved by no schedule
+    for axis in ("operator.num_candidates=9,16", "operator.blend=0,1 schedule=linear"):
+        assert len(plan(*axis.split(), *foreign).points) == 2
     own = ["+swap.rules.a.match=layer1.*", "+swap.rules.a.operator.candidates=random"]
     assert len(plan("operator.num_candidates=9,16", *own).points) == 2
 

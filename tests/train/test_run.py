@@ -199,7 +199,7 @@ def test_weights_alone_are_nothing_to_go_on_from(tmp_path, monkeypatch, caplog):
     previous_of(last).unlink(missing_ok=True)
     assert (tmp_path / "r" / "checkpoints" / "best.pt").exists()
     run(tiny(place, "train.epochs=4", "run.if_exists=resume"))
-    assert "best.pt, which holds weights alone; beginning anew" in (tmp_path / "r" / "train.log").read_text()
+    assert "best.pt, which holds weights alone, nothing to go on from" in (tmp_path / "r" / "train.log").read_text()
     assert len(rows(tmp_path / "r")) == 4
 
 
@@ -219,3 +219,22 @@ def test_progress_is_logged_where_no_terminal_shows_it(tmp_path, caplog):
     ]
     assert [m.groups()[:2] for m in found] == [("1", "4"), ("1", "8"), ("2", "4"), ("2", "8")]
     assert all(line.endswith(" of training left") for line in lines)
+
+
+def test_a_complete_run_that_was_killed_before_it_tidied_up_does_so_when_asked_again(tmp_path):
+    own = [f"run.dir={tmp_path}/r", "checkpoint.keep=last"]
+    run(tiny(*own))
+    folder = tmp_path / "r" / "checkpoints"
+    for name in ("last.previous.pt", "best.pt"):
+        shutil.copy(folder / "last.pt", folder / name)
+    run(tiny(*own, "run.if_exists=skip"))
+    assert [p.name for p in folder.iterdir()] == ["last.pt"]
+
+
+def test_a_complete_run_that_cannot_tidy_up_is_complete(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError("read-only")
+
+    monkeypatch.setattr(trainer, "settle", refuse)
+    assert run(tiny(f"run.dir={tmp_path}/r"))["status"] == "complete"
+    assert "more checkpoints are kept than checkpoint.keep says: read-only" in caplog.text

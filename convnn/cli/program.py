@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import select
 import signal
 import sys
 import textwrap
@@ -106,11 +108,12 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> Any:
 
 def _leave_if_nobody_reads() -> None:
     """Leave quietly, as programs do, if whoever reads the output, such as ``head``, has read enough."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes as it ends
-        sys.exit(128 + signal.SIGPIPE)
+    with contextlib.suppress(OSError, ValueError):  # of an output that is no file
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes as it ends
+            sys.exit(128 + signal.SIGPIPE)
 
 
 def path(default: Any = None) -> Any:

@@ -34,7 +34,7 @@ from convnn.figures.style import (
 from convnn.report.content import Picture
 from convnn.report.looks import Looks
 from convnn.report.spectrum import draw_layers, draw_spectrum
-from convnn.report.tables import METRICS, complete_groups, describe, labels_of, short_name
+from convnn.report.tables import METRICS, PLAIN, complete_groups, describe, labels_of, short_name
 from convnn.report.view import BLEND, MAX_CELLS, MAX_DOTS, MAX_LINES, MAX_PANELS, K, Row, View
 from convnn.runs.metrics import is_number
 from convnn.runs.record import read_record
@@ -134,13 +134,17 @@ def accuracy_over_number(looks: Looks, x: str) -> tuple[Figure, str] | None:
         axes.set_xlabel(plain_text(short_name(x)))
         axes.set_ylabel(plain_text(METRICS[view.metric], 34))
         number_axis(axes, sorted({row[x] for row in panel}))
-    if line:
-        ordered = {show(value): handles[show(value)] for value in style if show(value) in handles}
-        add_legend(figure, ordered, plain_text(short_name(line)))
+    plain = [row for row in view.rows if row[x] == PLAIN]
+    ordered = {show(value): handles[show(value)] for value in style if show(value) in handles} if line else {}
+    if len(plain) == 1:
+        for axes in all_axes:
+            ordered[PLAIN] = _baseline(axes, view, plain[0])
+    if ordered:
+        add_legend(figure, ordered, plain_text(short_name(line)) if line else None)
     caption = view.caption("band" if joined else "bar")
     if not joined and view.keys != [x]:
         caption += f" The points differ in more than {short_name(x)}, so that no line joins them."
-    moving = len(view.rows) - len(rows)
+    moving = len(view.rows) - len(rows) - (len(plain) if len(plain) == 1 else 0)
     if moving:
         caption += f" Left out: {moving} without one fixed {short_name(x)}."
     if len(values) > len(style):
@@ -160,6 +164,14 @@ def _line(axes: Axes, view: View, points: list[Row], x: str, style: dict[str, An
         low, high = ([y + sign * s for y, s in zip(ys, stds, strict=True)] for sign in (-1, 1))
         axes.fill_between(xs, low, high, color=style["color"], alpha=alpha, linewidth=0)
     return axes.plot(xs, ys, markersize=7, **style)[0]
+
+
+def _baseline(axes: Axes, view: View, row: Row) -> Any:
+    """Draw a plain backbone, which has no place on the axis, as a level with a band; return the legend's entry."""
+    mean, std = view.mean(row), view.std(row)
+    if std > 0:
+        axes.axhspan(mean - std, mean + std, color="#555555", alpha=0.1, linewidth=0)
+    return axes.axhline(mean, color="#555555", linestyle="--")
 
 
 def _dots(axes: Axes, looks: Looks, rows: list[Row], x: str, markers: Mapping[int, str]) -> None:

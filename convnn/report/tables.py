@@ -38,6 +38,8 @@ _FIRST = (
     *("operator.branch_ratio", "operator.k", "operator.blend"),
 )
 ON_SPECTRUM = "on_spectrum"
+PLAIN = "no layer replaced"
+"""What stands for the operator's keys of a plain backbone."""
 """Column: whether a run's layers have a blend, a k and a temperature; empty: not known."""
 
 
@@ -149,7 +151,7 @@ def name_moving(values: Mapping[str, Any]) -> dict[str, Any]:
             continue
         movers = _movers(values, key) if is_number(values.get(key)) else {}
         if plain and key in values:
-            named[key] = "no layer replaced"
+            named[key] = PLAIN
         elif any(other.endswith(".shape") for other in movers):
             named[key] = f"{next(v for other, v in movers.items() if other.endswith('.shape'))} schedule"
         elif any(other.endswith(".learn_blend") for other in movers):

@@ -44,7 +44,16 @@ def test_a_blend_that_moves_is_left_out_of_the_spectrum(mover, tmp_path):
     made = draw_spectrum(frame, looks, folders)
     assert drawn(made) == [[(0.0, 90.0), (1.0, 80.0)]] and "Left out: 1 without one fixed blend" in made[1]
     made = accuracy_over_number(looks, BLEND)
-    assert drawn(made) == [[(0.0, 90.0), (1.0, 80.0)]] and "Left out: 1 without one fixed blend" in made[1]
+    level = [[(0, 10.0), (1, 10.0)]] if mover == PLAIN else []  # the baseline has a line of its own
+    assert drawn(made) == [[(0.0, 90.0), (1.0, 80.0)], *level]
+    assert ("Left out: 1 without one fixed blend" in made[1]) == (not level)
+
+
+def test_several_baselines_are_left_out(tmp_path):
+    plain = [(PLAIN | {"optim.lr": lr}, 10.0) for lr in (0.1, 0.2)]
+    write(tmp_path, ({BLEND: 0.0}, 90.0), ({BLEND: 1.0}, 80.0), *plain)
+    made = accuracy_over_number(tables(tmp_path)[1], BLEND)
+    assert len(drawn(made)) == 1 and "Left out: 2 without one fixed blend" in made[1]
 
 
 @pytest.mark.parametrize("mover", [SCHEDULED, LEARNED])

@@ -195,10 +195,11 @@ def damage_trials(bench: Bench, kind: str, total: int) -> None:
             every = sorted((run / "checkpoints").glob("*.pt"))
             last = [run / "checkpoints" / name for name in ("last.pt", "last.previous.pt")]
             chosen = bench.rng.choice([last[:1], last[:1], last[:1], last, last, every])
+            whole = {path for path in last if path.exists()}  # best.pt has weights alone
             for path in chosen:
                 if path.exists():
                     damage(bench.rng, path)
-            finish(bench, place, kind, 1, refusable=chosen == every)
+            finish(bench, place, kind, 1, refusable=whole <= set(chosen))
         else:
             name = bench.rng.choice(
                 ["metrics.jsonl", "metrics.jsonl", "result.json", "env.json", ".lock", "config.yaml"]

@@ -12,7 +12,7 @@ import torch
 from helpers import equal_states, tiny
 from training import HARD, rows, stop_after
 
-from convnn.errors import ConfigError
+from convnn.errors import CheckpointError, ConfigError
 from convnn.runs.checkpoint import load_checkpoint
 from convnn.runs.folder import open_run_folder
 from convnn.train import trainer as training
@@ -107,15 +107,27 @@ def begun(interrupted, tmp_path):
 
 
 @pytest.mark.long
-def test_the_best_checkpoint_stands_in_when_the_last_two_are_damaged(begun, whole):
+def test_a_whole_best_checkpoint_stands_in_when_the_last_two_are_damaged(begun, whole):
+    """Version 0.1 wrote such; today's has weights alone."""
     config, folder = begun
     last, previous = folder / "checkpoints" / "last.pt", folder / "checkpoints" / "last.previous.pt"
+    shutil.copy(previous, folder / "checkpoints" / "best.pt")
     last.write_bytes(b"<html>")
     previous.write_bytes(previous.read_bytes()[:1000])
     run(config)
     assert_same(folder, whole)
     assert "going on from best.pt" in (folder / "train.log").read_text()
     assert (folder / "checkpoints" / "last.damaged.pt").read_bytes() == b"<html>"
+
+
+def test_the_best_weights_are_nothing_to_go_on_from_when_the_last_two_are_damaged(begun):
+    config, folder = begun
+    before = load_checkpoint(folder / "checkpoints" / "best.pt")
+    for name in ("last.pt", "last.previous.pt"):
+        (folder / "checkpoints" / name).write_bytes(b"<html>")
+    with pytest.raises(CheckpointError, match="no other checkpoint there is whole either"):
+        run(config)
+    assert before["optimizer"] is None and load_checkpoint(folder / "checkpoints" / "best.pt")["step"] == before["step"]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00", b'{"epoch": 0, "st'])

@@ -6,7 +6,7 @@ import logging
 import shutil
 import signal
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
@@ -58,7 +58,8 @@ def run(config: Config) -> Result:
             if folder.done is not None:
                 log.info("%s is complete (top-1 %.2f); nothing to do", folder.path, folder.done["top1_last"])
                 if folder.writes:  # the run may have been killed before it did
-                    settle(folder.checkpoints, config.checkpoint.keep)
+                    with suppress(OSError):
+                        settle(folder.checkpoints, config.checkpoint.keep)
                 return folder.done
             return _run_in(folder, config)
         finally:

@@ -6,9 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from convnn.data.batches import Batches
-    from convnn.data.datasets import load_cifar, load_dataset, load_digits, load_imagefolder, load_synthetic
-    from convnn.data.splits import Dataset, FileSplit, Split
+    from convnn.data.batches import Batches as Batches
+    from convnn.data.datasets import load_cifar as load_cifar
+    from convnn.data.datasets import load_dataset as load_dataset
+    from convnn.data.datasets import load_digits as load_digits
+    from convnn.data.datasets import load_imagefolder as load_imagefolder
+    from convnn.data.datasets import load_synthetic as load_synthetic
+    from convnn.data.splits import Dataset as Dataset
+    from convnn.data.splits import FileSplit as FileSplit
+    from convnn.data.splits import Split as Split
 
 _HOME = {
     "Batches": "batches",
@@ -21,17 +27,6 @@ _HOME = {
     "load_imagefolder": "datasets",
     "load_synthetic": "datasets",
 }
-__all__ = [
-    "Batches",
-    "Dataset",
-    "FileSplit",
-    "Split",
-    "load_cifar",
-    "load_dataset",
-    "load_digits",
-    "load_imagefolder",
-    "load_synthetic",
-]
 
 
 def __getattr__(name: str) -> Any:
@@ -41,4 +36,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_HOME})

@@ -26,8 +26,8 @@ def check_early(config: Config) -> None:
 
 
 _CIFAR = {
-    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
-    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
+    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),
+    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"),
 }
 
 
@@ -37,9 +37,9 @@ def check_data_place(data: DataConfig) -> None:
     if data.target == "convnn.data.load_imagefolder":
         split_folders(root, data.val_folder)
     elif data.target == "convnn.data.load_cifar" and data.name in _CIFAR and not data.download:
-        folder, archive = _CIFAR[data.name]
+        folder, archive, md5 = _CIFAR[data.name]
         if not (root / folder).exists() and not (root / archive).exists():
             raise ConfigError(
                 f"data={data.name}: no files in {(root / folder).absolute()}, and data.download=false; "
-                f"put {archive} into {root.absolute()}, or set data.root"
+                f"put {archive} (md5 {md5}) into {root.absolute()}, or set data.root"
             )

@@ -4,6 +4,8 @@ import signal
 import subprocess
 import sys
 
+from convnn.cli.early import _CIFAR
+
 CODE = """
 from convnn.cli.program import run_program
 run_program(lambda argv: [print("line", flush=True) for _ in range(100000)] and None)
@@ -18,3 +20,10 @@ def test_a_reader_that_has_read_enough_is_no_error():
         program.stdout.close()
         assert program.stderr.read() == ""
     assert program.returncode == 128 + signal.SIGPIPE
+
+
+def test_the_archives_that_early_checks_name_are_torchvisions():
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    known = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+    assert {n: (kind.base_folder, kind.filename, kind.tgz_md5) for n, kind in known.items()} == _CIFAR

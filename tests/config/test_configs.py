@@ -124,7 +124,8 @@ def test_backbone_trains(backbone, tmp_path):
 @pytest.mark.parametrize("experiment", GROUPS["experiment"])
 @pytest.mark.long
 def test_experiment(experiment, tmp_path):
-    one_step([f"experiment={experiment}", "tracker=jsonl", "device=cpu"], tmp_path)
+    data = ["data=synthetic", "data.limit=64", "data.limit_test=32"] if experiment == "cifar10_small" else []
+    one_step([f"experiment={experiment}", "tracker=jsonl", "device=cpu", *data], tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_checkpoints_of_before_an_extension_are_the_runs(folder, finished):
     scores = evaluate_run(replace(load_config(folder), device="cpu"), folder, "best")
     assert scores["epochs"] == 2 and scores["top1"] == finished[1]["top1_last"]
     (folder / "checkpoints" / "last.pt").write_bytes(b"torn")
-    (folder / "checkpoints" / "last.previous.pt").unlink()
+    (folder / "checkpoints" / "last.previous.pt").unlink(missing_ok=True)
     (folder / "result.json").unlink()
     again = longer(folder)  # from best.pt, of before the extension
     assert again["fingerprint"] == result["fingerprint"]

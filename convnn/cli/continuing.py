@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from convnn.config.overrides import key_of
 from convnn.config.schema import Config
 from convnn.errors import ConfigError
 from convnn.runs.contents import MARKER, is_run_folder
+from convnn.runtime.distributed import world_from_environment
 from convnn.runtime.files import read_json
 
 log = logging.getLogger("convnn")
@@ -38,7 +38,7 @@ def config_from_folder(overrides: Sequence[str]) -> Config | None:
     others = [override for override in overrides if override != given[0]]
     _check_folder(folder, given[0])
     if key == FROM_RUN:
-        if os.environ.get("RANK", "0") == "0":  # of several processes, which have not met yet
+        if world_from_environment().rank == 0:  # of several processes, which have not met yet
             log.info("the configuration is that of %s; its weights are not taken", folder)
         return derived_config(folder, others)
     place = next((override for override in others if key_of(override).startswith("run.")), None)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import Field, asdict, fields, is_dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -37,28 +37,24 @@ def all_keys(schema: type = Config, prefix: str = "") -> list[str]:
     return keys
 
 
-def text_keys(schema: type = Config, prefix: str = "") -> list[str]:
+def text_keys(schema: type = Config) -> list[str]:
     """Return the dotted keys that take any text."""
-    keys = []
-    for f in fields(schema):
-        default = f.default_factory() if callable(f.default_factory) else None
-        if is_dataclass(default):
-            keys += text_keys(type(default), f"{prefix}{f.name}.")
-        elif str(f.type).startswith("str") and "choices" not in f.metadata:
-            keys.append(prefix + f.name)
-    return keys
+    return [key for key, f in _leaves(schema) if str(f.type).startswith("str") and "choices" not in f.metadata]
 
 
-def list_keys(schema: type = Config, prefix: str = "") -> list[str]:
+def list_keys(schema: type = Config) -> list[str]:
     """Return the dotted keys that take a list."""
-    keys = []
+    return [key for key, f in _leaves(schema) if str(f.type).startswith("list")]
+
+
+def _leaves(schema: type, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
+    """Yield every dotted key that has no keys below it, with its field."""
     for f in fields(schema):
         default = f.default_factory() if callable(f.default_factory) else None
         if is_dataclass(default):
-            keys += list_keys(type(default), f"{prefix}{f.name}.")
-        elif str(f.type).startswith("list"):
-            keys.append(prefix + f.name)
-    return keys
+            yield from _leaves(type(default), f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, f
 
 
 def as_list(key: str, value: Any) -> ConfigError:

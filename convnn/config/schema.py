@@ -143,7 +143,7 @@ class SwapConfig(SwapRule):
 
     init: str = choice("auto", "fresh", "transfer")
     """``fresh`` weights; ``transfer`` those of the replaced layer; or ``auto``: in a backbone that loads its weights
-    ``transfer`` where the operator defines it, else ``fresh``."""
+    ``transfer`` where an operator of convnn defines it, else ``fresh``."""
     rules: dict[str, Any] = field(default_factory=dict)
     """Named rules, each with the keys above; when given they stand instead of it. No layer may be claimed twice."""
 

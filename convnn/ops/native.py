@@ -152,4 +152,5 @@ def _size(x: Tensor) -> float:
 
 
 def _fits(x: Tensor) -> bool:
-    return installed() and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.numel() > 0
+    """Return whether the kernels take a tensor; numba is loaded for one on a CPU alone."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.numel() > 0 and installed()

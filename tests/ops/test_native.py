@@ -205,6 +205,7 @@ import sys, torch
 from convnn import ConvNN2d
 layer, x = ConvNN2d(3, 4, blend=0.0), torch.zeros(1, 3, 8, 8)
 layer(x)
+ConvNN2d(3, 4).to("meta")(x.to("meta"))  # on which operations are counted
 before = "numba" in sys.modules
 layer.set_spectrum(blend=1.0)
 layer(x)

@@ -49,3 +49,13 @@ def stop_after(monkeypatch, calls, signum=signal.SIGTERM):
 
 def rows(folder):
     return [without_times(row) for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def rates_of(optimizer, schedule, steps):
+    """The learning rate of every step."""
+    found = []
+    for step in range(steps):
+        if schedule is not None:
+            schedule.step_update(step)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import equal_states, tiny
 from programs import snapshot
-from training import rows, stop_after
+from training import rates_of, rows, stop_after
 
 from convnn.config.continued import resumed_config
 from convnn.config.identity import fingerprint
@@ -36,12 +36,7 @@ def longer(where, *overrides):
 def rates(lengths, **optim):
     optimizer = make_optimizer(torch.nn.Linear(2, 2), OptimConfig(lr=0.8, **optim))
     schedule = make_schedules(optimizer, OptimConfig(lr=0.8, **optim), lengths, 10)
-    found = []
-    for step in range(lengths[-1][1]):
-        if schedule is not None:
-            schedule.step_update(step)
-        found.append(optimizer.param_groups[0]["lr"])
-    return found
+    return rates_of(optimizer, schedule, lengths[-1][1])
 
 
 @pytest.mark.parametrize(

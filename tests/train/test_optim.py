@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from helpers import tiny
+from training import rates_of
 
 from convnn.config.compose import compose_config
 from convnn.config.identity import identity
@@ -22,12 +23,7 @@ def rates(total_steps=None, epochs=10, steps=4, **optim):
     """Return the rate of every step."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.8)
     scheduler = make_scheduler(optimizer, OptimConfig(lr=0.8, **optim), epochs, steps, total_steps)
-    found = []
-    for step in range(total_steps or epochs * steps):
-        if scheduler is not None:
-            scheduler.step_update(step)
-        found.append(optimizer.param_groups[0]["lr"])
-    return found
+    return rates_of(optimizer, scheduler, total_steps or epochs * steps)
 
 
 @pytest.mark.parametrize(

@@ -39,5 +39,5 @@ def test_only_a_run_that_may_be_complete_is_spared_the_look_at_its_data(tmp_path
     for policy in ("skip", "resume"):
         check_early(tiny(*gone, f"run.if_exists={policy}"))
     for policy in ("fail", "overwrite"):
-        with pytest.raises(ConfigError, match="no folder .*gone/train"):
+        with pytest.raises(ConfigError, match=r"no folder .*gone/train"):
             check_early(tiny(*gone, f"run.if_exists={policy}"))

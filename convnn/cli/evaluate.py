@@ -18,8 +18,8 @@ usage: uv run scripts/evaluate.py run=DIR [data=FOLDER] [corruption=NAME severit
 
 Prints loss, top-1 and top-5 (percent) of a run's checkpoint on its test set as one line of JSON: the run's own numbers.
 Refused if config.yaml is not what the run was trained with, or the test images or classes are not those of the run.
-Writes scores.json, per_class.csv (class, images, correct, accuracy) and per_image.csv (file or index, label, predicted,
-probability).
+Writes scores.json, per_class.csv (class, images, correct, accuracy), per_image.csv (file or index, label, predicted,
+probability) and predictions.npz (arrays index, label, predicted, probabilities).
 
 {options}
 With data_root of other images, same_images=false says so. Without out the files go to evaluation/NAME in the run

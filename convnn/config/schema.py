@@ -298,7 +298,7 @@ class DiagnosticsConfig:
 
 @dataclass
 class CheckpointConfig:
-    """What stays of a run's checkpoints when it is complete; no part of its identity.
+    """What stays of a run's models when it is complete; no part of its identity.
 
     While it trains there are the newest one and the one before it, to go on from, and the weights of the best epoch.
     """
@@ -307,6 +307,9 @@ class CheckpointConfig:
     """The weights of the ``last`` epoch, of the ``best`` one, or of both (``all``)."""
     optimizer: bool = True
     """Keep the optimizer's state with the last weights, so that the run can be given more epochs."""
+    predictions: str = choice("probabilities", "classes", "off")
+    """What ``predictions.npz`` has of each test image, of the last epoch and of the best: the class that the model
+    predicts, and with ``probabilities`` those of all classes in float16."""
 
 
 @dataclass

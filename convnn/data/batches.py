@@ -56,6 +56,10 @@ class Batches:
             return len(self.split) // self.batch_size
         return math.ceil(len(self.split) / self.batch_size)
 
+    def numbers(self) -> np.ndarray:
+        """Return the numbers of this process's images of an evaluation in their split, in order: (n,) int64."""
+        return np.concatenate([np.arange(p.start, p.stop) for p in map(self._share, range(len(self)))])
+
     def images_of(self, step: int) -> int:
         """Return how many images the batch of a step has, over all processes."""
         return min(self.batch_size, len(self.split) - step * self.batch_size)

@@ -17,7 +17,9 @@ PICTURES_LIST = ".convnn-pictures"
 """Lists the pictures that were written into a folder."""
 EVALUATIONS, EVALUATION_LIST = "evaluation", ".convnn-evaluation"
 """Folder of a run's evaluations, each in a folder of its own, and the list of the files in that."""
-_FILES = ("result.json", "env.json", "train.log", "metrics.jsonl", "swap.txt", "wandb_id")
+PREDICTIONS = "predictions.npz"
+"""What the model says of each test image, see ``convnn.runs.predictions``."""
+_FILES = ("result.json", "env.json", "train.log", "metrics.jsonl", "swap.txt", "wandb_id", PREDICTIONS)
 _IN_FOLDERS = {
     "checkpoints": [
         "".join(parts) for parts in product(("last", "best"), ("", ".previous"), ("", ".damaged"), (".pt",))

@@ -18,7 +18,8 @@ from convnn.config.schema import Config
 from convnn.data.corruptions import corrupted
 from convnn.data.splits import AnySplit
 from convnn.data.stream import make_batches
-from convnn.runs.contents import EVALUATION_LIST
+from convnn.runs.contents import EVALUATION_LIST, PREDICTIONS
+from convnn.runs.predictions import KeptPredictions, write_predictions
 from convnn.runtime.device import make_autocast, pick_device, set_determinism
 from convnn.runtime.files import write_json
 from convnn.runtime.owned import Owner, naming
@@ -43,10 +44,9 @@ class Predictions:
     files: list[str] | None = None
     """(N,) names, where the images are files."""
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Return what an archive of arrays holds: index, label, predicted, and probabilities as float16."""
-        named = {name: getattr(self, name) for name in ("index", "label", "predicted")}
-        return named | {"probabilities": self.probabilities.astype(np.float16)}
+    def kept(self) -> KeptPredictions:
+        """Return what predictions.npz has of them."""
+        return KeptPredictions(self.index, self.label, self.predicted, self.probabilities)
 
     def per_class(self, classes: Sequence[str]) -> list[tuple[Any, ...]]:
         """Return (class, images, correct, accuracy in percent or empty without images) of every class."""
@@ -127,7 +127,7 @@ def predict(
 
 
 def write_evaluation(out: Path, scores: dict[str, Any], found: Predictions, classes: Sequence[str]) -> None:
-    """Write scores.json, per_class.csv and per_image.csv into a folder, all of them or none.
+    """Write scores.json, per_class.csv, per_image.csv and predictions.npz into a folder, all of them or none.
 
     Raises:
         ConfigError: if a file would replace one that no evaluation wrote.
@@ -146,6 +146,8 @@ def write_evaluation(out: Path, scores: dict[str, Any], found: Predictions, clas
         for name, (header, rows) in tables.items():
             with naming(aside / name):
                 (aside / name).write_bytes(csv_text(header, rows))
+        with naming(aside / PREDICTIONS):
+            write_predictions(aside / PREDICTIONS, {"last": found.kept()})
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:

@@ -40,6 +40,7 @@ from convnn.runtime import distributed
 from convnn.runtime.device import check_compiler, make_autocast, pick_device, seed_step
 from convnn.train.divergence import DivergenceCheck
 from convnn.train.evaluate import Meter, evaluate
+from convnn.train.kept import TestOutputs
 from convnn.train.optim import make_optimizer, make_schedules
 from convnn.train.probe import Probe
 from convnn.train.progress import Progress
@@ -103,6 +104,7 @@ class Trainer:
         self._examine(dataset.train.shape[0])
         self._build_training()
         self.probe = Probe(config.diagnostics, self.batches["test"], self.autocast)
+        self.outputs = TestOutputs(config.checkpoint.predictions, self.batches["test"], self.folder)
         self.state = RunState(Meter.new(self.device))
 
     def _lengths(self) -> list[tuple[int, int]]:
@@ -364,6 +366,7 @@ class Trainer:
         state.rows.append(row)
         track(row)
         log.info("%s", describe_row(row, self.epochs, moving=self.config.schedule.blend.shape != "constant"))
+        self.outputs.write(row["epoch"], state.best, state.epoch == self.epochs)
         if is_best and self.config.checkpoint.keep != "last":
             self.save("best", whole=False)
         self.save("last")
@@ -385,9 +388,9 @@ class Trainer:
         seed_step(*seeds, self.device, evaluation=True)
         distributed.broadcast_buffers(self.model, self.eval_model)
         row |= {"train_loss": loss, "train_top1": None if self.mixup is not None else top1}
-        for name in ("val", "test"):
-            if name in self.batches:
-                scores = evaluate(self.eval_model, self.batches[name], self.autocast, stop, seeds)
+        for name, batches in self.batches.items():
+            if name != "train":
+                scores = evaluate(self.eval_model, batches, self.autocast, stop, seeds, self.outputs.taking(name))
                 row |= dict(zip((f"{name}_loss", f"{name}_top1", f"{name}_top5"), scores, strict=True))
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         row["layers"] = [{"name": n, **layer.spectrum()} for n, layer in neighbor_layers(self.model).items()]

@@ -84,6 +84,8 @@ def test_fresh_weights_by_default_are_the_same_run_until_the_backbone_loads_some
         assert fingerprint(compose_config([loads])) != fingerprint(compose_config([loads, fresh]))
 
 
-@pytest.mark.parametrize("key", ["train.log_every=7", "checkpoint.keep=last", "checkpoint.optimizer=false"])
+@pytest.mark.parametrize(
+    "key", ["train.log_every=7", "checkpoint.keep=last", "checkpoint.optimizer=false", "checkpoint.predictions=off"]
+)
 def test_what_does_not_change_the_outcome_is_no_part(key):
     assert fingerprint(compose_config([key])) == fingerprint(compose_config())

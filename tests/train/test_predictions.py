@@ -88,9 +88,9 @@ def test_an_evaluation_leaves_tables_that_say_what_it_printed(pets, capsys):
 def test_the_arrays_hold_what_the_tables_say(pets):
     _, where = pets
     values, found, classes = predict_run(load_config(where), where, "last")
-    arrays = found.arrays()
+    arrays = found.kept().arrays()
     assert {name: (a.dtype.name, a.shape) for name, a in arrays.items()} == {
-        "index": ("int64", (8,)), "label": ("int64", (8,)), "predicted": ("int64", (8,)),
+        "index": ("int32", (8,)), "label": ("uint8", (8,)), "predicted": ("uint8", (8,)),
         "probabilities": ("float16", (8, 2)),
     }  # fmt: skip
     assert np.allclose(found.probabilities.sum(1), 1) and arrays["index"].tolist() == list(range(8))

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import TINY, tiny, without_times
@@ -23,6 +24,7 @@ from convnn.models.cost import parameters_without_gradient
 from convnn.ops.subsets import random_subset, seed_subsets
 from convnn.runs.checkpoint import load_checkpoint
 from convnn.runs.metrics import read_metrics
+from convnn.runs.predictions import read_predictions
 from convnn.runtime import distributed
 from convnn.runtime.device import seed_step
 from convnn.runtime.distributed import World
@@ -108,6 +110,11 @@ def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
         for key, value in weights[0][part].items():
             assert torch.allclose(value, weights[1][part][key], atol=1e-4)
     assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "two").iterdir()}
+    for which in ("last", "best"):
+        mine, theirs = (read_predictions(tmp_path / name, which) for name in ("one", "two"))
+        assert np.array_equal(mine.index, theirs.index) and np.array_equal(mine.label, theirs.label)
+        assert np.array_equal(mine.predicted, theirs.predicted) and mine.epoch == theirs.epoch
+        assert np.allclose(mine.probabilities, theirs.probabilities, atol=2e-3)
     for text in (out, (tmp_path / "two" / "train.log").read_text()):
         assert len(re.findall(r"epoch +20/20 ", text)) == 1
 

@@ -9,6 +9,7 @@ import logging
 import math
 from collections import Counter
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +32,18 @@ MAX_BYTES = 8 << 30
 
 def load_digits(config: DataConfig) -> Dataset:
     """Load scikit-learn's 1,797 handwritten digits, 8x8 grey: every fifth image of each class is for testing."""
-    from sklearn.datasets import load_digits as load
+    found = find_spec("sklearn")  # loading the package takes longer than the rest of a run's start
+    file = Path(found.origin if found and found.origin else "").parent / "datasets" / "data" / "digits.csv.gz"
+    if file.exists():
+        table = np.loadtxt(file, delimiter=",")
+        pixels, target = table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(int)
+    else:
+        from sklearn.datasets import load_digits as load
 
-    bunch = load()
-    images = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
-    labels = torch.from_numpy(bunch.target).long()
+        bunch = load()
+        pixels, target = bunch.images, bunch.target
+    images = torch.from_numpy(np.rint(pixels * (255 / 16)).astype(np.uint8)).unsqueeze(1)
+    labels = torch.from_numpy(target).long()
     is_test = torch.zeros(len(labels), dtype=torch.bool)
     for c in range(10):
         is_test[(labels == c).nonzero().squeeze(1)[::5]] = True

@@ -43,7 +43,8 @@ def main(values: DictConfig) -> float | str | None:
     extra = tuple(
         o for o in (f"tracker.group={quoted(sweep.name)}",) if "tracker.group" not in map(key_of, point.overrides)
     )
-    parallel = int(HydraConfig.get().launcher.get("n_jobs") or 1)
+    launcher = HydraConfig.get().launcher
+    parallel = int(launcher.get("n_jobs") or 1)
     status = run_point(
         folder,
         point,
@@ -52,6 +53,7 @@ def main(values: DictConfig) -> float | str | None:
         device=values.device if not sweep.point else _device(point),
         jobs_per_device=sweep.jobs_per_device,
         parallel=parallel,
+        warm=sweep.warm == "auto" and "submitit" not in launcher._target_,  # whose jobs are of one point each
     )
     if sweep_has_ended(sweep.token):
         os._exit(1)  # a worker without a sweep would wait for ever to hand over its result
@@ -99,5 +101,6 @@ def job_options(options: SweepConfig, token: str) -> list[str]:
         f"sweep.dir={quoted(options.dir)}",
         f"sweep.name={quoted(options.name)}",
         f"sweep.jobs_per_device={options.jobs_per_device}",
+        f"sweep.warm={options.warm}",
         f"sweep.token={quoted(token)}",
     ]

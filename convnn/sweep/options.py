@@ -43,6 +43,9 @@ class SweepConfig:
     """Write tables and plots at the end."""
     jobs_per_device: int = number(1, 1)
     """Runs that may share one GPU."""
+    warm: str = choice("auto", "false")
+    """``auto``: points are forked from a process that has loaded torch once, where the system can (Linux); ``false``:
+    each loads it anew. Numbers are the same."""
     point: str | None = None
     """Set by sweep.py for each job: ``p`` and the fingerprint of the point."""
     token: str | None = None
@@ -75,6 +78,7 @@ def sweep_options(overrides: Sequence[str], launcher: Sequence[str] = ()) -> Swe
         raise ConfigError("sweep.dir is empty; name a folder")
     options.dir = expanded(options.dir, "sweep.dir")
     options.dry_run = meant(options.dry_run, ("false", "true", "timed"))
+    options.warm = meant(options.warm, ("auto", "false"))
     check_fields(options, "sweep")
     for name, values in options.axes.items():
         if isinstance(values, list) and not values:

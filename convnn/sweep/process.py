@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from convnn.config.overrides import quoted
 from convnn.errors import EXIT_DIVERGED, EXIT_FAILED
@@ -20,6 +20,7 @@ from convnn.runs.status import COMPLETE, DIVERGED, FAILED, INTERRUPTED, KILLED, 
 from convnn.runtime.distributed import usable_cores
 from convnn.runtime.files import lock, write_json
 from convnn.runtime.signals import PARENT, STOP_SIGNALS, StopSignals
+from convnn.sweep import warm as warm_points
 from convnn.sweep.gpus import reserve_gpu
 from convnn.sweep.plan import Point
 from convnn.sweep.state import lock_file, point_state, status_file, stop_file, sweep_has_ended
@@ -39,6 +40,7 @@ def run_point(
     device: str = "auto",
     jobs_per_device: int = 1,
     parallel: int = 1,
+    warm: bool = False,
 ) -> str:
     """Train a point in a process of its own and return its status; nothing that goes wrong there raises here.
 
@@ -53,6 +55,7 @@ def run_point(
         device: the run's ``device``, for the reservation of a GPU.
         jobs_per_device: runs that may share a GPU.
         parallel: jobs that share this machine's cores.
+        warm: fork the process from one that has loaded torch, where that is possible.
     """
     stop = stop_file(folder, token)
     with ExitStack() as stack:
@@ -77,7 +80,7 @@ def run_point(
             write_json(status_file(folder, point), record)
             command = [sys.executable, *TRAIN, *point.overrides, *extra_overrides]
             command += [f"run.dir={quoted(str(folder / point.folder))}", "run.if_exists=skip"]
-            code, output, sent = _run_command(command, folder / point.log, environment, signal_to_send)
+            code, output, sent = _run_command(command, folder / point.log, environment, signal_to_send, warm)
         record |= {"exit_code": code, "finished": _now()}
         record["status"], record["reason"] = _status_and_reason(folder, point, code, output, sent)
         write_json(status_file(folder, point), record)
@@ -117,7 +120,11 @@ def _worker_signals() -> Iterator[StopSignals]:
 
 
 def _run_command(
-    command: list[str], log: Path, environment: dict[str, str], signal_to_send: Callable[[], int | None]
+    command: list[str],
+    log: Path,
+    environment: dict[str, str],
+    signal_to_send: Callable[[], int | None],
+    warm: bool,
 ) -> tuple[int, str, int | None]:
     """Run a command to its end, or until it has to stop; return exit code, end of output, and the signal sent."""
     try:
@@ -125,15 +132,13 @@ def _run_command(
             output.write(f"$ {shlex.join(command)}\n".encode())
             output.flush()
             start = output.tell()
-            child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # so that a terminal's Ctrl-C reaches the sweep alone, which passes it on
-            )
+            forked = warm_points.start(command, output.fileno(), environment) if warm else None
+            child = forked or _started(command, output, environment)
             sent = _wait(child, signal_to_send)
+            if forked and forked.lost and sent is None:
+                warm_points.give_up()
+                child = _started(command, output, environment)  # which goes on where that one stopped
+                sent = _wait(child, signal_to_send)
             output.seek(0, os.SEEK_END)
             output.seek(max(start, output.tell() - 4000))
             return child.returncode, output.read().decode(errors="replace"), sent
@@ -141,7 +146,18 @@ def _run_command(
         return EXIT_FAILED, f"error: {error}", None
 
 
-def _wait(child: subprocess.Popen[bytes], signal_to_send: Callable[[], int | None]) -> int | None:
+def _started(command: list[str], output: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,  # so that a terminal's Ctrl-C reaches the sweep alone, which passes it on
+    )
+
+
+def _wait(child: subprocess.Popen[bytes] | warm_points.WarmPoint, signal_to_send: Callable[[], int | None]) -> int | None:
     """Wait for a process to end, pass a signal on to it, and kill it if it stays; return the signal sent, or None."""
     sent, since = None, 0.0
     while child.poll() is None:

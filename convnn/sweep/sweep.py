@@ -28,6 +28,7 @@ from convnn.sweep.plan import Plan, Point, keep_known_names, make_plan, save_pla
 from convnn.sweep.progress import Progress
 from convnn.sweep.same_data import check_points
 from convnn.sweep.state import PointState, lock_file, point_state, stop_file
+from convnn.sweep.warm import close as close_warm
 from convnn.text import command_line
 
 _REFUSED = {
@@ -186,6 +187,7 @@ class Sweep:
                     todo = self._left_by_others(signals)
         finally:
             stop.unlink(missing_ok=True)
+            close_warm()
         reported = signals.seen is None and self._report()
         print(self._closing(failures=not reported))
         if signals.seen is not None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -27,9 +28,10 @@ def driver(tmp_path):
 
 
 def stand_in_for_train(folder, program):
-    """Make a folder for PYTHONPATH that lets sweeps start another program instead of training."""
+    """Make a folder for PYTHONPATH that lets sweeps start another program instead of training, warm or not."""
     folder.mkdir()
-    code = f"from convnn.sweep import process\nprocess.TRAIN = ({str(program)!r},)\n"
+    shutil.copy(program, folder)
+    code = f"from convnn.sweep import process, warm\nprocess.TRAIN, warm.LIBRARIES = ('-m', {program.stem!r}), ()\n"
     (folder / "sitecustomize.py").write_text(code)
     return folder
 

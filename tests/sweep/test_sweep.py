@@ -56,9 +56,11 @@ def check_faults(tmp_path, run):
     assert run(FAULTS)[0] == 0  # nothing is left
 
 
+@pytest.mark.parametrize("warm", ["auto", "false"])
 @pytest.mark.long
-def test_faults_do_not_sink_the_sweep_and_are_run_again(driver, tmp_path):
-    check_faults(tmp_path, lambda *o: sweep(driver, tmp_path, *o))
+def test_faults_do_not_sink_the_sweep_and_are_run_again(warm, driver, tmp_path):
+    check_faults(tmp_path, lambda *o: sweep(driver, tmp_path, f"sweep.warm={warm}", *o))
+    assert alive(tmp_path) == []
 
 
 @pytest.mark.slow

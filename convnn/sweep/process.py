@@ -157,7 +157,9 @@ def _started(command: list[str], output: IO[bytes], environment: dict[str, str])
     )
 
 
-def _wait(child: subprocess.Popen[bytes] | warm_points.WarmPoint, signal_to_send: Callable[[], int | None]) -> int | None:
+def _wait(
+    child: subprocess.Popen[bytes] | warm_points.WarmPoint, signal_to_send: Callable[[], int | None]
+) -> int | None:
     """Wait for a process to end, pass a signal on to it, and kill it if it stays; return the signal sent, or None."""
     sent, since = None, 0.0
     while child.poll() is None:

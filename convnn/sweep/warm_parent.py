@@ -138,7 +138,7 @@ def _code_of(module: str) -> int:
     except KeyboardInterrupt:
         raise
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         return 1
     return 0
 

@@ -25,6 +25,18 @@ def folder(root, **kwargs):
     return config(name="imagefolder", target="convnn.data.load_imagefolder", root=str(root), **kwargs)
 
 
+def test_digits_are_those_that_scikit_learn_loads(monkeypatch):
+    from convnn.data import datasets
+
+    config = DataConfig(name="digits", target="convnn.data.load_digits")
+    plain = datasets.load_digits(config)
+    monkeypatch.setattr(datasets, "find_spec", lambda name: None)
+    loaded = datasets.load_digits(config)
+    for split in ("train", "test"):
+        one, other = getattr(plain, split), getattr(loaded, split)
+        assert one.images.equal(other.images) and one.labels.equal(other.labels)
+
+
 def test_digits_are_split_by_class():
     data = load_dataset(config())
     assert len(data.train) + len(data.test) == 1797 and data.train.images.shape[1:] == (1, 8, 8)

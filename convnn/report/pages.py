@@ -35,10 +35,10 @@ NOTE = "Mean ± sample standard deviation over n seeds; only complete runs count
 
 def markdown(report: Report) -> str:
     """Return the summary table, and the failed, open and invalid points."""
-    parts = [f"# {_md_cell(report.subject)}", f"{_md_cell(report.counts())}. {report.shown_metric()}.", NOTE]
-    parts += [markdown_table(*report.table(), _md_cell), _md_cell(report.follows())]
+    parts = [f"# {markdown_cell(report.subject)}", f"{markdown_cell(report.counts())}. {report.shown_metric()}.", NOTE]
+    parts += [markdown_table(*report.table(), markdown_cell), markdown_cell(report.follows())]
     for title, table in _lists(report):
-        parts += [f"## {title}", markdown_table(*table, _md_cell)]
+        parts += [f"## {title}", markdown_table(*table, markdown_cell)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -55,7 +55,8 @@ def _lists(report: Report) -> list[tuple[str, Table]]:
     return [(title, table) for title, table in lists if table[1]]
 
 
-def _md_cell(text: str) -> str:
+def markdown_cell(text: str) -> str:
+    """Return text that Markdown shows as it is."""
     for mark in ("\\", "|", "*", "`", "[", "]"):
         text = text.replace(mark, f"\\{mark}")
     return escape(text, quote=False)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +88,14 @@ def draw_all(
             ("curves", "Training curves", training_curves(frame, looks, folders)),
             *draw_layers(frame, looks, folders),
         ]
-        return [_save(name, title, *made, out, subject) for name, title, made in drawn if made is not None]
+        return save_all(drawn, out, subject)
+
+
+def save_all(
+    drawn: Iterable[tuple[str, str, tuple[Figure, str] | None]], out: Path, subject: str = ""
+) -> list[Picture]:
+    """Save pictures as (name, title, figure and caption), without those that were not made, as PNG and SVG."""
+    return [_save(name, title, *made, out, subject) for name, title, made in drawn if made is not None]
 
 
 def _save(name: str, title: str, figure: Figure, caption: str, out: Path, subject: str) -> Picture:

@@ -137,14 +137,18 @@ def _movers(values: Mapping[str, Any], key: str) -> dict[str, Any]:
     return found
 
 
+def is_plain(values: Mapping[str, Any]) -> bool:
+    """Return whether values by dotted key, ``swap.match`` among them, say that no layer is replaced."""
+    return "swap.match" in values and all(is_missing(v) for key, v in values.items() if _SWAPS.match(key))
+
+
 def name_moving(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration's values with the number of a key that something moves replaced by a text that says so.
 
     So no picture draws a scheduled or learned blend at the number that its configuration happens to have. Where no
     layer has a blend, as with ACmix, there is nothing in its place.
     """
-    named = dict(values)
-    plain = "swap.match" in values and all(is_missing(v) for key, v in values.items() if _SWAPS.match(key))
+    named, plain = dict(values), is_plain(values)
     for key in MOVABLE:
         if values.get(ON_SPECTRUM) is False and not plain:
             named |= {key: None} if key in values else {}

@@ -1,0 +1,236 @@
+"""Pictures of differences: a row an arm with its interval, accuracy over a number with intervals, Pareto fronts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from convnn.figures.style import NEUTRAL, add_legend, needs_log_scale, new_figure, number_axis, plain_text
+from convnn.report.arms import Arm
+from convnn.report.compare import COSTS, Differences
+from convnn.report.looks import Looks
+from convnn.report.tables import METRICS, describe, short_name
+from convnn.report.view import MAX_LINES, View
+from convnn.runs.metrics import is_number
+from convnn.stats.paired import mean_interval
+from convnn.text import is_missing, show
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Drawn = tuple[str, str, tuple["Figure", str] | None]
+MAX_ROWS = 60
+"""Arms in a picture of differences."""
+MAX_NAMES = 14
+"""Points of a Pareto picture that bear their arm's name: those of the front first."""
+ABOVE, BELOW = "#0072B2", "#D55E00"
+"""Of differences that are decided; grey: not decided."""
+
+
+def draw_differences(made: Differences, summary: pd.DataFrame) -> list[Drawn]:
+    """Return (name, title, figure and caption) of all pictures, to be drawn within the style's ``rc_context``."""
+    view = View(summary, made.settings.metric)
+    drawn: list[Drawn] = [("differences", f"Difference to {made.baseline.name}", forest(made))]
+    for key in view.x_keys():
+        drawn.append((f"intervals_{short_name(key)}", f"Accuracy over {short_name(key)}, with intervals",
+                      accuracy_with_intervals(made, view, key)))  # fmt: skip
+    drawn.append(("pareto", "Accuracy at a cost", pareto(made)))
+    return drawn
+
+
+def forest(made: Differences) -> tuple[Figure, str]:
+    """Draw a row for each arm: the mean difference with its t interval, the bootstrap's beside it, a line at zero."""
+    shown = made.comparisons[:MAX_ROWS]
+    dense = len(shown) > 15
+    figure, (axes,) = new_figure(1, height=1.9 + (0.34 if dense else 0.5) * len(shown))
+    axes.axvline(0, color=NEUTRAL, linewidth=1.5)
+    alpha, size = 1 - made.settings.level, 6 if dense else 8
+    marks: dict[str, Any] = {}
+    for place, one in enumerate(shown):
+        test, boot = one.paired, one.bootstrap
+        decided = one.p is not None and one.p < alpha
+        colour = (ABOVE if test.mean > 0 else BELOW) if decided else "#777777"
+        if test.low is not None and test.high is not None:
+            bar = axes.plot([test.low, test.high], [place, place], color=colour, linewidth=2.5, solid_capstyle="butt")
+            marks.setdefault("t interval", bar[0])
+        if boot is not None:
+            ends = [100 * boot.low, 100 * boot.high]
+            axes.plot(ends, [place + 0.24] * 2, color="#999999", linewidth=1.2, marker="|", markersize=5)
+        if test.n:
+            filled = colour if test.low is not None else "white"
+            axes.plot([test.mean], [place], "o", color=colour, markerfacecolor=filled, markersize=size)
+    axes.set_yticks(range(len(shown)), [plain_text(one.arm.name, 46, 1) for one in shown], fontsize=11 if dense else 14)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    for place in range(1, len(shown), 2):
+        axes.axhspan(place - 0.5, place + 0.5, color="#f4f4f4", zorder=0, linewidth=0)
+    _contain_zero(axes)
+    axes.set_xlabel(plain_text(f"points against {made.baseline.name}, {METRICS[made.settings.metric]}", 70, 2))
+    add_legend(figure, _forest_legend(made))
+    level = f"{100 * made.settings.level:g} %"
+    caption = f"Mean difference over common seeds; thick: paired t interval, {level}; thin: bootstrap over seeds and "
+    caption += f"images, {level}. Colours: Holm over {made.family} comparisons; each interval is of its own comparison."
+    if len(shown) < len(made.comparisons):
+        caption += f" The first {len(shown)} of {len(made.comparisons)} arms are shown."
+    return figure, caption
+
+
+def _forest_legend(made: Differences) -> dict[str, Any]:
+    from matplotlib.lines import Line2D
+
+    above, below, rest = made.verdicts()
+    entries = {}
+    for names, label, colour in ((above, "above", ABOVE), (below, "below", BELOW), (rest, "not decided", "#777777")):
+        if names:
+            entries[label] = Line2D([], [], color=colour, marker="o", linewidth=2.5)
+    if any(one.bootstrap for one in made.comparisons):
+        entries["bootstrap"] = Line2D([], [], color="#999999", linewidth=1.2, marker="|")
+    if any(one.paired.low is None for one in made.comparisons):
+        entries["no test"] = Line2D([], [], color="#777777", marker="o", markerfacecolor="white", linestyle="")
+    return entries
+
+
+def _contain_zero(axes: Axes) -> None:
+    low, high = axes.get_xlim()
+    span = max(high, 0) - min(low, 0) or 1
+    axes.set_xlim(min(low, -0.04 * span), max(high, 0.04 * span))
+
+
+def accuracy_with_intervals(made: Differences, view: View, x: str) -> tuple[Figure, str] | None:
+    """Draw the mean of each arm with its t interval over a numeric key, and its seeds as dots; None for one number."""
+    placed = [arm for arm in made.arms if is_number(arm.values.get(x))]
+    if len({arm.values[x] for arm in placed}) < 2:
+        return None
+    looks, line = Looks(view), view.line_key(x)
+    if line and len({_cell(arm, line) for arm in placed}) < 2:
+        line = None
+    rest = [key for key in view.keys if key not in (x, line)]
+    groups: dict[Any, list[Arm]] = {}
+    for arm in placed:
+        groups.setdefault((_cell(arm, line) if line else None, tuple(_cell(arm, key) for key in rest)), []).append(arm)
+    shown = dict(list(groups.items())[:MAX_LINES])
+    figure, (axes,) = new_figure(1, width=10.5)
+    numbers = sorted({float(arm.values[x]) for arm in placed})
+    gap = min(b - a for a, b in zip(numbers, numbers[1:], strict=False))
+    step = 0.0 if needs_log_scale(numbers) else min(0.5 * gap / max(len(shown), 1), 0.02 * (numbers[-1] - numbers[0]))
+    several = len({given for _, given in shown}) > 1
+    names = [_label(line, value, rest, given, several) for value, given in shown]
+    looked = looks.of([dict(dict.fromkeys(view.keys), **arms[0].values) for arms in shown.values()], over=x)
+    entries: dict[str, Any] = {}
+    for i, (name, arms, look) in enumerate(zip(names, shown.values(), looked, strict=True)):
+        entries[name] = _line(
+            axes, made, sorted(arms, key=lambda arm: arm.values[x]), x, step * (i - (len(shown) - 1) / 2), look
+        )
+    if not is_number(made.baseline.values.get(x)):
+        entries[made.baseline.name] = _level(axes, made)
+    axes.set_xlabel(plain_text(short_name(x)))
+    axes.set_ylabel(plain_text(METRICS[view.metric], 34))
+    number_axis(axes, numbers)
+    if len(entries) > 1:
+        add_legend(figure, entries, plain_text(short_name(line)) if line and not several else None)
+    caption = (
+        f"Mean with its {100 * made.settings.level:g} % t interval (these test images, new seeds); dots: the seeds."
+    )
+    caption += " Intervals of means overlap more than differences do: arms share their seeds."
+    if len(shown) < len(groups):
+        caption += f" {len(shown)} of {len(groups)} lines."
+    if len(placed) < len(made.arms):
+        caption += f" Left out: arms without one fixed {short_name(x)}, but for the baseline."
+    return figure, caption
+
+
+def _cell(arm: Arm, key: str) -> Any:
+    value = arm.values.get(key)
+    return None if is_missing(value) else value
+
+
+def _label(line: str | None, value: Any, rest: Sequence[str], given: Sequence[Any], several: bool) -> str:
+    keys = {line: value} if line else {}
+    if not several:
+        return show(value) if line else "arms"
+    return describe(keys | dict(zip(rest, given, strict=True)))
+
+
+def _line(axes: Axes, made: Differences, arms: Sequence[Arm], x: str, shift: float, look: dict[str, Any]) -> Any:
+    xs = [float(arm.values[x]) + shift for arm in arms]
+    scores = [made.score(arm) for arm in arms]
+    for place, arm, score in zip(xs, arms, scores, strict=True):
+        low, high = mean_interval(*score, made.settings.level) if score.n > 2 else (math.nan, math.nan)
+        axes.plot(
+            [place] * len(arm.scores), list(arm.scores.values()), "o", color=look["color"], alpha=0.35, markersize=4
+        )
+        axes.plot([place, place], [low, high], color=look["color"], linewidth=2, solid_capstyle="butt")
+    return axes.plot(xs, [score.mean for score in scores], markersize=8, **look)[0]
+
+
+def _level(axes: Axes, made: Differences) -> Any:
+    score = made.score(made.baseline)
+    if score.n > 2:
+        axes.axhspan(*mean_interval(*score, made.settings.level), color="#555555", alpha=0.1, linewidth=0)
+    return axes.axhline(score.mean, color="#555555", linestyle="--")
+
+
+def pareto(made: Differences) -> tuple[Figure, str] | None:
+    """Draw mean accuracy with its t interval against each cost that differs, and the front as a stair."""
+    costs = [cost for cost in COSTS if _differ([arm.cost(cost) for arm in made.arms])]
+    if not costs:
+        return None
+    figure, panels = new_figure(len(costs))
+    for axes, cost in zip(panels, costs, strict=True):
+        front = made.front(cost)
+        points = [(arm.cost(cost), made.score(arm), arm, on) for arm, on in zip(made.arms, front, strict=True)]
+        points = [point for point in points if math.isfinite(point[0])]
+        stair = sorted((c, score.mean) for c, score, _, on in points if on)
+        values = [c for c, *_ in points]
+        if needs_log_scale(values):
+            axes.set_xscale("log")
+        for c, score, arm, on in points:
+            colour = "#000000" if arm is made.baseline else ABOVE if on else "#999999"
+            if score.n > 2:
+                low, high = mean_interval(*score, made.settings.level)
+                axes.plot([c, c], [low, high], color=colour, linewidth=1, alpha=0.6)
+            axes.plot([c], [score.mean], "D" if arm is made.baseline else "o", color=colour, markersize=8, zorder=3)
+        right = max(values)
+        axes.step(
+            [*(c for c, _ in stair), right],
+            [*(v for _, v in stair), stair[-1][1]],
+            where="post",
+            color=ABOVE,
+            linewidth=1.2,
+            alpha=0.7,
+        )
+        _write_names(axes, points)
+        axes.set_xlabel("measured training time (s)" if cost == "seconds" else "forward pass of one image (GFLOPs)")
+        axes.set_ylabel(plain_text(METRICS[made.settings.metric], 34))
+    add_legend(figure, _pareto_legend(made))
+    caption = (
+        f"Means over seeds with their {100 * made.settings.level:g} % t intervals. The front is that of the means: "
+    )
+    return figure, caption + "whether two neighbours on it differ is for the table of differences to say."
+
+
+def _differ(costs: Sequence[float]) -> bool:
+    known = [cost for cost in costs if math.isfinite(cost) and cost > 0]
+    return len(known) > 1 and max(known) >= 1.01 * min(known)
+
+
+def _write_names(axes: Axes, points: Sequence[tuple[float, Any, Arm, bool]]) -> None:
+    """Name the arms beside their points: those of the front first, then the best, at most ``MAX_NAMES``."""
+    order = sorted(points, key=lambda point: (not point[3], -point[1].mean))[:MAX_NAMES]
+    for c, score, arm, _ in order:
+        axes.annotate(
+            plain_text(arm.name, 24, 1), (c, score.mean), xytext=(6, 4), textcoords="offset points", fontsize=9
+        )
+
+
+def _pareto_legend(made: Differences) -> dict[str, Any]:
+    from matplotlib.lines import Line2D
+
+    def mark(marker: str, colour: str) -> Any:
+        return Line2D([], [], linestyle="", marker=marker, color=colour, markersize=8)
+
+    name = f"baseline ({made.baseline.name})"
+    return {"on the front": mark("o", ABOVE), "other arms": mark("o", "#999999"), name: mark("D", "#000000")}

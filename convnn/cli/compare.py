@@ -13,9 +13,9 @@ USAGE = """
 usage: uv run scripts/compare.py DIR [DIR ...] [baseline=ARM] [out=FOLDER] [key=value ...]
        convnn-compare DIR ...     the same where convnn is installed
 
-Runs that differ in their seed alone are an arm. Prints for each arm the difference to the baseline over common seeds with
-its interval, p values corrected for their number, a bootstrap over seeds and test images, the seeds that a difference
-needs, and costs; docs/evidence.md says what each means.
+Runs that differ in their seed alone are an arm. Prints for each arm the difference to the baseline over common seeds
+with its interval, p values corrected for their number, a bootstrap over seeds and test images, the seeds that a
+difference needs, and costs; docs/evidence.md says what each means.
   DIR     a run folder, a sweep folder, or any folder above them; the runs of all are taken together
 {options}
 Exit codes: 0 compared, 1 the disk refused, 2 wrong arguments, no runs, or no baseline.

@@ -10,13 +10,14 @@ from convnn.config.load import expanded
 from convnn.errors import ConfigError
 
 USAGE = """
-usage: uv run scripts/report.py DIR [DIR ...] [out=FOLDER] [metric=top1_last]
+usage: uv run scripts/report.py DIR [DIR ...] [out=FOLDER] [metric=top1_last] [baseline=ARM]
        convnn-report DIR ...     the same where convnn is installed
 
 Finds the run folders and sweep folders below each DIR, prints a summary over seeds, and writes results.csv (a row a
 run), summary.csv, table.md, pictures (PNG and SVG) and index.html, which holds all of it. Failed, diverged and
 unfinished runs are listed and never count in a mean. Of a configuration found twice the newest run counts, with a
-warning if the results differ.
+warning if the results differ. Where there are two configurations or more, a section has their differences to one of
+them with intervals, as scripts/compare.py has.
   DIR     a run folder, a sweep folder, or any folder above them
 {options}
 Exit codes: 0 written, 1 the disk refused, 2 wrong arguments or no runs.
@@ -32,6 +33,9 @@ class Options:
     metric: str = "top1_last"
     """What is plotted: top1_last (test accuracy of the last epoch), top5_last, top1_best_on_test (chosen on the test
     set), top1_at_best_val or val_top1_best."""
+    baseline: str | None = None
+    """Configuration that the others are compared with: its name in the tables, or key=value[,key=value] that hold for
+    it alone; null: the one in which no layer is replaced."""
 
 
 def report(argv: list[str]) -> None:
@@ -44,7 +48,7 @@ def report(argv: list[str]) -> None:
     from convnn.report.build import make_report
 
     out = Path(options.out) if options.out else folders[0] / "report"
-    print(make_report(folders, out, options.metric).text())
+    print(make_report(folders, out, options.metric, options.baseline).text())
 
 
 def main() -> None:

@@ -8,30 +8,39 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from convnn.config.overrides import quoted_once
 from convnn.errors import ConfigError
+from convnn.report.compare import CompareSettings, Differences, compare_arms
+from convnn.report.compare_plots import save_differences
 from convnn.report.content import MAX_RUNS, Picture, Report, Table
+from convnn.report.differences import verdict, write_frames
 from convnn.report.pages import html_page, markdown
 from convnn.report.plots import draw_all
 from convnn.report.results import FoundRuns, find_results, integer_of, tidy
-from convnn.report.tables import METRICS, import_pandas, runs_frame, summarize
+from convnn.report.tables import METRICS, import_pandas, runs_frame, score_of, summarize
 from convnn.report.writing import REPORT
 from convnn.runtime.owned import naming
 from convnn.text import show
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-def make_report(folders: Sequence[Path], out: Path, metric: str = "top1_last") -> Report:
+
+def make_report(folders: Sequence[Path], out: Path, metric: str = "top1_last", baseline: str | None = None) -> Report:
     """Read all runs and sweeps below ``folders`` and write a report to ``out``.
 
     Args:
         folders: searched for run folders and sweep folders at any depth.
         out: made if missing; files of an earlier report there are replaced, all others stay.
         metric: what is plotted and stands first in the tables, a key of ``convnn.report.tables.METRICS``.
+        baseline: arm that the others are compared with, see ``convnn.report.arms.baseline_of``; None: the one in which
+            no layer is replaced, and no differences where there is none.
 
     Raises:
-        ConfigError: if there is nothing to report, the metric is unknown, pandas or matplotlib is missing, or a file
-            in ``out`` that no report wrote stands in the way.
+        ConfigError: if there is nothing to report, the metric is unknown, the baseline means no arm, pandas or
+            matplotlib is missing, or a file in ``out`` that no report wrote stands in the way.
         OSError: if the disk refuses, naming the file; an earlier report is then as it was.
     """
     if metric not in METRICS:
@@ -53,17 +62,37 @@ def make_report(folders: Sequence[Path], out: Path, metric: str = "top1_last") -
         duplicates=found.duplicates,
         conflicts=found.conflicts,
     )
+    report.differences, report.verdict = _differences(found, runs, summary, metric, baseline)
     with REPORT.written_aside(out) as aside:
         for name, frame in (("results.csv", runs), ("summary.csv", summary)):
             with naming(aside / name):
                 frame.to_csv(aside / name, index=False)
         report.pictures = draw_all(runs, summary, metric, [run.folder for run in found.runs], aside, report.subject)
         report.pictures += run_pictures(found, aside)
+        if report.differences is not None:
+            with naming(aside / "differences.csv"):
+                write_frames(report.differences, aside)
+            report.difference_pictures = save_differences(report.differences, summary, aside, report.subject)
         for name, text in (("table.md", markdown(report)), ("index.html", html_page(report))):
             with naming(aside / name):
                 (aside / name).write_text(text, encoding="utf-8")
-    report.pictures = [replace(p, png=out / p.png.name, svg=out / p.svg.name) for p in report.pictures]
+    for pictures in (report.pictures, report.difference_pictures):
+        pictures[:] = [replace(p, png=out / p.png.name, svg=out / p.svg.name) for p in pictures]
     return report
+
+
+def _differences(
+    found: FoundRuns, runs: pd.DataFrame, summary: pd.DataFrame, metric: str, baseline: str | None
+) -> tuple[Differences | None, str]:
+    """Return the differences of the arms and what they say, or nothing and how to have them."""
+    try:
+        made = compare_arms(found, runs, summary, CompareSettings(metric=metric, baseline=baseline))
+    except ConfigError as error:
+        if baseline is not None:
+            raise
+        several = sum(score_of(row, metric).n > 0 for row in summary.to_dict("records")) > 1
+        return None, f"No differences: {error}" if several else ""
+    return made, verdict(made)
 
 
 def run_pictures(found: FoundRuns, out: Path) -> list[Picture]:

@@ -207,7 +207,7 @@ def _warnings(made: Differences, every: Sequence[Arm]) -> list[str]:
 
 def _machines(arms: Sequence[Arm]) -> list[str]:
     """Return what the runs computed on, each different machine once."""
-    told = {}
+    told: dict[str, None] = {}
     for arm in arms:
         for run in arm.runs.values():
             values = {name: run.environment.get(name) for name in _MACHINE}
@@ -228,9 +228,10 @@ def _notes(made: Differences, predictions: Predictions, found: FoundRuns) -> lis
         lines.append("settings tried for each arm: not recorded (tuning=DIR names the sweeps in which they were tuned)")
     missing = predictions.missing
     if missing:
+        first = found.relative(missing[0].folder)
         lines.append(
-            f"no bootstrap where predictions.npz is missing ({len(missing)} runs, the first {found.relative(missing[0].folder)}); "
-            "it is written by: uv run scripts/evaluate.py run=DIR"
+            f"no bootstrap where predictions.npz is missing ({len(missing)} runs, the first {first}); it is made by: "
+            "uv run scripts/evaluate.py run=DIR"
         )
     return lines
 

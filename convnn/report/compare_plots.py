@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convnn.figures.style import NEUTRAL, add_legend, needs_log_scale, new_figure, number_axis, plain_text
+from convnn.figures.style import (
+    NEUTRAL,
+    RC_PARAMS,
+    add_legend,
+    line_styles,
+    needs_log_scale,
+    new_figure,
+    number_axis,
+    plain_text,
+)
 from convnn.report.arms import Arm
 from convnn.report.compare import COSTS, Differences
+from convnn.report.content import Picture
 from convnn.report.looks import Looks
-from convnn.report.tables import METRICS, describe, short_name
-from convnn.report.view import MAX_LINES, View
+from convnn.report.plots import save_all
+from convnn.report.results import NAMES
+from convnn.report.tables import METRICS, labels_of, short_name
+from convnn.report.view import BLEND, MAX_LINES, RATIO, View
 from convnn.runs.metrics import is_number
 from convnn.stats.paired import mean_interval
-from convnn.text import is_missing, show
+from convnn.text import is_missing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,15 +44,25 @@ ABOVE, BELOW = "#0072B2", "#D55E00"
 """Of differences that are decided; grey: not decided."""
 
 
-def draw_differences(made: Differences, summary: pd.DataFrame) -> list[Drawn]:
-    """Return (name, title, figure and caption) of all pictures, to be drawn within the style's ``rc_context``."""
+def save_differences(made: Differences, summary: pd.DataFrame, out: Path, subject: str = "") -> list[Picture]:
+    """Draw what the differences can show, as PNG and SVG.
+
+    Args:
+        made: the differences.
+        summary: of the same runs, see ``convnn.report.tables.summarize``.
+        out: where the files go.
+        subject: what the runs are, for the titles.
+    """
+    import matplotlib as mpl
+
     view = View(summary, made.settings.metric)
-    drawn: list[Drawn] = [("differences", f"Difference to {made.baseline.name}", forest(made))]
-    for key in view.x_keys():
-        drawn.append((f"intervals_{short_name(key)}", f"Accuracy over {short_name(key)}, with intervals",
-                      accuracy_with_intervals(made, view, key)))  # fmt: skip
-    drawn.append(("pareto", "Accuracy at a cost", pareto(made)))
-    return drawn
+    with mpl.rc_context(RC_PARAMS):
+        drawn: list[Drawn] = [("differences", f"Difference to {made.baseline.name}", forest(made))]
+        for key in number_keys(made, view):
+            name = short_name(key)
+            drawn.append((f"intervals_{name}", f"Accuracy over {name}", accuracy_with_intervals(made, view, key)))
+        drawn.append(("pareto", "Accuracy at a cost", pareto(made)))
+        return save_all(drawn, out, subject)
 
 
 def forest(made: Differences) -> tuple[Figure, str]:
@@ -81,10 +105,11 @@ def forest(made: Differences) -> tuple[Figure, str]:
 def _forest_legend(made: Differences) -> dict[str, Any]:
     from matplotlib.lines import Line2D
 
-    above, below, rest = made.verdicts()
+    above, below, _ = made.verdicts()
+    rest = [one for one in made.comparisons if one.p is not None and one.p >= 1 - made.settings.level]
     entries = {}
-    for names, label, colour in ((above, "above", ABOVE), (below, "below", BELOW), (rest, "not decided", "#777777")):
-        if names:
+    for some, label, colour in ((above, "above", ABOVE), (below, "below", BELOW), (rest, "not decided", "#777777")):
+        if some:
             entries[label] = Line2D([], [], color=colour, marker="o", linewidth=2.5)
     if any(one.bootstrap for one in made.comparisons):
         entries["bootstrap"] = Line2D([], [], color="#999999", linewidth=1.2, marker="|")
@@ -100,58 +125,70 @@ def _contain_zero(axes: Axes) -> None:
 
 
 def accuracy_with_intervals(made: Differences, view: View, x: str) -> tuple[Figure, str] | None:
-    """Draw the mean of each arm with its t interval over a numeric key, and its seeds as dots; None for one number."""
+    """Draw the mean of each arm with its t interval over a numeric key, and its seeds as dots; None for one number.
+
+    A line joins arms that differ in the key alone, names and settings of the optimizer aside.
+    """
     placed = [arm for arm in made.arms if is_number(arm.values.get(x))]
-    if len({arm.values[x] for arm in placed}) < 2:
-        return None
-    looks, line = Looks(view), view.line_key(x)
-    if line and len({_cell(arm, line) for arm in placed}) < 2:
-        line = None
-    rest = [key for key in view.keys if key not in (x, line)]
-    groups: dict[Any, list[Arm]] = {}
-    for arm in placed:
-        groups.setdefault((_cell(arm, line) if line else None, tuple(_cell(arm, key) for key in rest)), []).append(arm)
-    shown = dict(list(groups.items())[:MAX_LINES])
-    figure, (axes,) = new_figure(1, width=10.5)
     numbers = sorted({float(arm.values[x]) for arm in placed})
-    gap = min(b - a for a, b in zip(numbers, numbers[1:], strict=False))
-    step = 0.0 if needs_log_scale(numbers) else min(0.5 * gap / max(len(shown), 1), 0.02 * (numbers[-1] - numbers[0]))
-    several = len({given for _, given in shown}) > 1
-    names = [_label(line, value, rest, given, several) for value, given in shown]
-    looked = looks.of([dict(dict.fromkeys(view.keys), **arms[0].values) for arms in shown.values()], over=x)
+    if len(numbers) < 2:
+        return None
+    lines = _lines(placed, x)
+    shown = dict(list(lines.items())[:MAX_LINES])
+    figure, (axes,) = new_figure(1, width=10.5)
+    gap = min(b - a for a, b in itertools.pairwise(numbers))
+    step = 0.0 if needs_log_scale(numbers) else min(0.5 * gap / len(shown), 0.02 * (numbers[-1] - numbers[0]))
     entries: dict[str, Any] = {}
-    for i, (name, arms, look) in enumerate(zip(names, shown.values(), looked, strict=True)):
-        entries[name] = _line(
-            axes, made, sorted(arms, key=lambda arm: arm.values[x]), x, step * (i - (len(shown) - 1) / 2), look
-        )
+    for i, ((name, arms), look) in enumerate(zip(shown.items(), _looks(view, shown, x), strict=True)):
+        entries[name] = _line(axes, made, arms, x, step * (i - (len(shown) - 1) / 2), look)
     if not is_number(made.baseline.values.get(x)):
         entries[made.baseline.name] = _level(axes, made)
     axes.set_xlabel(plain_text(short_name(x)))
     axes.set_ylabel(plain_text(METRICS[view.metric], 34))
     number_axis(axes, numbers)
     if len(entries) > 1:
-        add_legend(figure, entries, plain_text(short_name(line)) if line and not several else None)
-    caption = (
-        f"Mean with its {100 * made.settings.level:g} % t interval (these test images, new seeds); dots: the seeds."
-    )
-    caption += " Intervals of means overlap more than differences do: arms share their seeds."
-    if len(shown) < len(groups):
-        caption += f" {len(shown)} of {len(groups)} lines."
-    if len(placed) < len(made.arms):
-        caption += f" Left out: arms without one fixed {short_name(x)}, but for the baseline."
+        add_legend(figure, entries)
+    caption = f"Mean with its {100 * made.settings.level:g} % t interval (new seeds, these images); dots: the seeds."
+    caption += " Arms share their seeds, so that a difference can be decided where these intervals overlap."
+    if len(shown) < len(lines):
+        caption += f" {len(shown)} of {len(lines)} lines."
+    if any(arm not in placed and arm is not made.baseline for arm in made.arms):
+        caption += f" Left out: arms without one fixed {short_name(x)}."
     return figure, caption
+
+
+def number_keys(made: Differences, view: View) -> list[str]:
+    """Return the keys to draw accuracy over: blend and branch ratio, be the points named or not; else one number."""
+
+    def varies(key: str) -> bool:
+        return len({arm.values[key] for arm in made.arms if is_number(arm.values.get(key))}) > 1
+
+    return [key for key in (BLEND, RATIO) if varies(key)] or [key for key in view.numbers if varies(key)][:1]
+
+
+def _lines(placed: Sequence[Arm], x: str) -> dict[str, list[Arm]]:
+    """Return the arms that differ in a key alone, sorted by it, under a label of the other keys."""
+    keys = [key for key in placed[0].values if "." in key and key != x and key not in NAMES]
+    keys = [key for key in keys if not key.startswith("optim.") and len({_cell(arm, key) for arm in placed}) > 1]
+    groups: dict[tuple[Any, ...], list[Arm]] = {}
+    for arm in sorted(placed, key=lambda arm: float(arm.values[x])):
+        groups.setdefault(tuple(_cell(arm, key) for key in keys), []).append(arm)
+    labels = labels_of([dict(zip(keys, given, strict=True)) for given in groups], keys)
+    order = {name: i for i, name in enumerate(arm.name for arm in placed)}
+    found = dict(zip(labels if keys else ["arms"], groups.values(), strict=True))
+    return dict(sorted(found.items(), key=lambda item: order[item[1][0].name]))
+
+
+def _looks(view: View, lines: Mapping[str, Sequence[Arm]], x: str) -> list[dict[str, Any]]:
+    """Return the looks of the lines: the page's where it draws over the key too, else their own."""
+    if x in view.keys:
+        return Looks(view).of([dict.fromkeys(view.keys) | arms[0].values for arms in lines.values()], over=x)
+    return [{"linestyle": "-", **style} for style in line_styles(list(lines)).values()]
 
 
 def _cell(arm: Arm, key: str) -> Any:
     value = arm.values.get(key)
     return None if is_missing(value) else value
-
-
-def _label(line: str | None, value: Any, rest: Sequence[str], given: Sequence[Any], several: bool) -> str:
-    keys = {line: value} if line else {}
-    if not several:
-        return show(value) if line else "arms"
-    return describe(keys | dict(zip(rest, given, strict=True)))
 
 
 def _line(axes: Axes, made: Differences, arms: Sequence[Arm], x: str, shift: float, look: dict[str, Any]) -> Any:
@@ -200,7 +237,7 @@ def pareto(made: Differences) -> tuple[Figure, str] | None:
             where="post",
             color=ABOVE,
             linewidth=1.2,
-            alpha=0.7,
+            linestyle=":",
         )
         _write_names(axes, points)
         axes.set_xlabel("measured training time (s)" if cost == "seconds" else "forward pass of one image (GFLOPs)")
@@ -218,12 +255,33 @@ def _differ(costs: Sequence[float]) -> bool:
 
 
 def _write_names(axes: Axes, points: Sequence[tuple[float, Any, Arm, bool]]) -> None:
-    """Name the arms beside their points: those of the front first, then the best, at most ``MAX_NAMES``."""
-    order = sorted(points, key=lambda point: (not point[3], -point[1].mean))[:MAX_NAMES]
-    for c, score, arm, _ in order:
-        axes.annotate(
-            plain_text(arm.name, 24, 1), (c, score.mean), xytext=(6, 4), textcoords="offset points", fontsize=9
-        )
+    """Name the arms beside their points where there is room, those of the front first, then the best."""
+    axes.set_xlim(axes.get_xlim()), axes.set_ylim(axes.get_ylim())  # names are placed within these
+    taken = [_box(axes, c, score.mean, -0.008, 0.0, 1) for c, score, *_ in points]
+    for c, score, arm, _ in sorted(points, key=lambda point: (not point[3], -point[1].mean))[:MAX_NAMES]:
+        name = plain_text(arm.name, 24, 1)
+        for right, up in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
+            box = _box(axes, c, score.mean, 0.014 * right, 0.035 * up, len(name) * right)
+            if box[0] >= 0 and box[1] <= 1 and not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                side = "left" if right > 0 else "right"
+                axes.annotate(name, (c, score.mean), (7 * right, 8 * up), textcoords="offset points", fontsize=10,
+                              ha=side, va="center")  # fmt: skip
+                break
+
+
+Box = tuple[float, float, float, float]
+
+
+def _box(axes: Axes, x: float, y: float, right: float, up: float, characters: int) -> Box:
+    """Return about what a text beside a point takes, in shares of the panel: left, right, bottom, top."""
+    across, above = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
+    ends = sorted((across + right, across + right + 0.0155 * characters))
+    return ends[0], ends[1], above + up - 0.02, above + up + 0.02
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
 
 
 def _pareto_legend(made: Differences) -> dict[str, Any]:
@@ -233,4 +291,7 @@ def _pareto_legend(made: Differences) -> dict[str, Any]:
         return Line2D([], [], linestyle="", marker=marker, color=colour, markersize=8)
 
     name = f"baseline ({made.baseline.name})"
-    return {"on the front": mark("o", ABOVE), "other arms": mark("o", "#999999"), name: mark("D", "#000000")}
+    fronts = zip(*(made.front(cost) for cost in COSTS), strict=True)
+    behind = any(not all(on) for on, arm in zip(fronts, made.arms, strict=True) if arm is not made.baseline)
+    others = {"other arms": mark("o", "#999999")} if behind else {}
+    return {"on the front": mark("o", ABOVE), **others, name: mark("D", "#000000")}

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from convnn.figures.style import RC_PARAMS
 from convnn.report.compare import CompareSettings, Differences, compare_arms
-from convnn.report.compare_plots import draw_differences
+from convnn.report.compare_plots import save_differences
 from convnn.report.content import Picture
-from convnn.report.differences import about, difference_table, matched_table, verdict, write_frames
-from convnn.report.pages import markdown_cell
-from convnn.report.plots import save_all
+from convnn.report.differences import write_frames
+from convnn.report.pages import difference_parts, markdown_cell
 from convnn.report.results import find_results
 from convnn.report.tables import import_pandas, runs_frame, summarize
 from convnn.runtime.owned import Owner, naming
-from convnn.text import markdown_table
 
 COMPARISON = Owner("comparison", ".convnn-comparison", last="comparison.md")
 
@@ -40,13 +37,10 @@ def read_differences(folders: Sequence[Path], settings: CompareSettings, out: Pa
     summary = summarize(frame)
     made = compare_arms(found, frame, summary, settings)
     if out is not None:
-        import matplotlib as mpl
-
         with COMPARISON.written_aside(out) as aside:
             with naming(aside / "differences.csv"):
                 write_frames(made, aside)
-            with mpl.rc_context(RC_PARAMS):
-                pictures = save_all(draw_differences(made, summary), aside)
+            pictures = save_differences(made, summary, aside)
             with naming(aside / "comparison.md"):
                 (aside / "comparison.md").write_text(markdown_of(made, pictures), encoding="utf-8")
     return made
@@ -57,12 +51,3 @@ def markdown_of(made: Differences, pictures: Sequence[Picture]) -> str:
     parts = [f"# Differences to {markdown_cell(made.baseline.name)}", *difference_parts(made)]
     parts += [f"![{markdown_cell(p.title)}]({p.png.name})\n\n{markdown_cell(p.caption)}" for p in pictures]
     return "\n\n".join(parts) + "\n"
-
-
-def difference_parts(made: Differences) -> list[str]:
-    """Return the tables, warnings and notes in Markdown."""
-    parts = [markdown_cell(f"{verdict(made)}."), markdown_table(*difference_table(made), markdown_cell)]
-    parts.append(markdown_cell(about(made)))
-    lines = [f"- **Warning**: {markdown_cell(line)}" for line in made.warnings]
-    lines += [f"- {markdown_cell(line)}" for line in made.notes]
-    return [*parts, *(["\n".join(lines)] if lines else []), markdown_table(*matched_table(made), markdown_cell)]

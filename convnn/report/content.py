@@ -14,6 +14,8 @@ from convnn.text import aligned, show
 if TYPE_CHECKING:
     import pandas as pd
 
+    from convnn.report.compare import Differences
+
 
 @dataclass
 class Picture:
@@ -57,6 +59,11 @@ class Report:
     conflicts: list[str] = field(default_factory=list)
     """Where a run that was left out had another result than the one that counts."""
     pictures: list[Picture] = field(default_factory=list)
+    differences: Differences | None = None
+    """Of the arms to a baseline; None: there are not two, or no baseline."""
+    verdict: str = ""
+    """What the differences say, or how to have them."""
+    difference_pictures: list[Picture] = field(default_factory=list)
 
     def counts(self) -> str:
         """Say how many runs there are of each status."""
@@ -114,7 +121,10 @@ class Report:
         text += ["", *(f"{name}: {status}: {reason} ({log})" for name, status, reason, log in problems[:20])]
         if len(problems) > 20:
             text.append(f"... and {len(problems) - 20} more in table.md")
-        names = ["index.html", "table.md", "summary.csv", "results.csv", *(p.png.name for p in self.pictures)]
+        text += [self.verdict] * bool(self.verdict)
+        names = ["index.html", "table.md", "summary.csv", "results.csv"]
+        names += ["differences.csv", "matched.csv"] * (self.differences is not None)
+        names += [p.png.name for p in (*self.pictures, *self.difference_pictures)]
         return "\n".join([*text, f"{self.out}: {', '.join(names)}"])
 
     def shown_metric(self) -> str:

@@ -55,7 +55,8 @@ class Predictions:
             for one in both:
                 if not (np.array_equal(one.index, first.index) and np.array_equal(one.label, first.label)):
                     return "other test images"
-        a, b = (np.stack([row[i].right for row in usable]) for i in (1, 2))
+        a = np.stack([one.right for _, one, _ in usable])
+        b = np.stack([one.right for _, _, one in usable])
         return a, b, [seed for seed, *_ in usable]
 
     def _of(self, arm: Arm, seed: int) -> Right | str:

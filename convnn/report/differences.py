@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,7 @@ def matched_table(made: Differences) -> Table:
     """Return for each arm and each cost the best other arm of at most its cost, and that one's lead in points."""
     header = ["arm", "accuracy"]
     for word in COSTS.values():
-        header += [word, f"best other at most {100 * SLACK:g} % dearer in {word}", "its lead"]
+        header += [word, f"best other in {word} + {100 * SLACK:g} %", "its lead"]
     matches = {cost: made.matched(cost) for cost in COSTS}
     rows = []
     for i, arm in enumerate(made.arms):
@@ -97,7 +98,7 @@ def verdict(made: Differences) -> str:
     told += [f"below it: {'; '.join(below)}"] if below else []
     told += [f"not decided: {'; '.join(rest)}"] if rest else []
     none = "" if above or below else "no arm differs beyond chance; "
-    return f"Against {made.baseline.name} (p < {1 - made.settings.level:.2g} after Holm): {none}{'. '.join(told)}"
+    return f"Against {made.baseline.name} (p < {1 - made.settings.level:.2g} after Holm): {none}{'. '.join(told)}."
 
 
 def about(made: Differences) -> str:
@@ -114,9 +115,10 @@ def about(made: Differences) -> str:
 
 def difference_text(made: Differences) -> str:
     """Return everything for a terminal."""
-    lines = [about(made), "", aligned(*difference_table(made)), "", f"{verdict(made)}."]
+    lines = [aligned(*difference_table(made)), "", verdict(made)]
     lines += _shown("warning: ", made.warnings) + _shown("", made.notes)
-    return "\n".join([*lines, "", aligned(*matched_table(made))])
+    lines += ["", aligned(*matched_table(made)), "", about(made)]
+    return "\n".join(textwrap.fill(line, 150) if not line.count("\n") else line for line in lines)
 
 
 def _shown(prefix: str, lines: Sequence[str]) -> list[str]:

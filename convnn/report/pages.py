@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import time
+from collections.abc import Sequence
 from html import escape
 
-from convnn.report.content import Report, Table
+from convnn.report.compare import Differences
+from convnn.report.content import Picture, Report, Table
+from convnn.report.differences import about, difference_table, matched_table, verdict
 from convnn.report.results import tidy
 from convnn.text import markdown_table
 
@@ -37,6 +40,9 @@ def markdown(report: Report) -> str:
     """Return the summary table, and the failed, open and invalid points."""
     parts = [f"# {markdown_cell(report.subject)}", f"{markdown_cell(report.counts())}. {report.shown_metric()}.", NOTE]
     parts += [markdown_table(*report.table(), markdown_cell), markdown_cell(report.follows())]
+    if report.verdict:
+        told = [markdown_cell(report.verdict)]
+        parts += ["## Differences", *(difference_parts(report.differences) if report.differences else told)]
     for title, table in _lists(report):
         parts += [f"## {title}", markdown_table(*table, markdown_cell)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -55,6 +61,15 @@ def _lists(report: Report) -> list[tuple[str, Table]]:
     return [(title, table) for title, table in lists if table[1]]
 
 
+def difference_parts(made: Differences) -> list[str]:
+    """Return the tables, warnings and notes of differences in Markdown."""
+    parts = [markdown_cell(verdict(made)), markdown_table(*difference_table(made), markdown_cell)]
+    parts.append(markdown_cell(about(made)))
+    lines = [f"- **Warning**: {markdown_cell(line)}" for line in made.warnings]
+    lines += [f"- {markdown_cell(line)}" for line in made.notes]
+    return [*parts, *(["\n".join(lines)] if lines else []), markdown_table(*matched_table(made), markdown_cell)]
+
+
 def markdown_cell(text: str) -> str:
     """Return text that Markdown shows as it is."""
     for mark in ("\\", "|", "*", "`", "[", "]"):
@@ -68,9 +83,13 @@ def html_page(report: Report) -> str:
         f"<h1>{escape(report.subject)}</h1>",
         f"<p>{escape(report.counts())}. {escape(report.shown_metric())}. "
         f"Made on {time.strftime('%Y-%m-%d %H:%M')}.</p>",
-        *(_html_picture(picture.title, picture.caption, picture.svg.read_bytes()) for picture in report.pictures),
+        *map(_html_picture, report.pictures),
         f"<h2>Summary</h2><p>{escape(NOTE)} {escape(report.follows())}</p>{_html_table(report.table())}",
     ]
+    if report.verdict:
+        parts += ["<h2>Differences</h2>", f"<p>{escape(report.verdict)}</p>"]
+    if report.differences is not None:
+        parts += _html_differences(report.differences, report.difference_pictures)
     for title, table in _lists(report):
         parts.append(f"<h2>{title}</h2>{_html_table(table)}")
     sweeps, runs = (
@@ -96,11 +115,19 @@ def html_page(report: Report) -> str:
 """
 
 
-def _html_picture(title: str, caption: str, svg: bytes) -> str:
-    data = base64.b64encode(svg).decode()
-    alt = escape(f"{title}. {caption}")
+def _html_differences(made: Differences, pictures: Sequence[Picture]) -> list[str]:
+    parts = [_html_table(difference_table(made)), f"<p>{escape(about(made))}</p>"]
+    lines = [f"<li><strong>Warning</strong>: {escape(line)}</li>" for line in made.warnings]
+    lines += [f"<li>{escape(line)}</li>" for line in made.notes]
+    parts += [f"<ul>{''.join(lines)}</ul>"] * bool(lines)
+    return [*parts, *map(_html_picture, pictures), _html_table(matched_table(made))]
+
+
+def _html_picture(picture: Picture) -> str:
+    data = base64.b64encode(picture.svg.read_bytes()).decode()
+    alt = escape(f"{picture.title}. {picture.caption}")
     image = f'<img alt="{alt}" src="data:image/svg+xml;base64,{data}">'
-    return f"<figure>{image}<figcaption>{escape(title)}. {escape(caption)}</figcaption></figure>"
+    return f"<figure>{image}<figcaption>{escape(picture.title)}. {escape(picture.caption)}</figcaption></figure>"
 
 
 def _html_table(table: Table) -> str:

@@ -13,8 +13,10 @@ from convnn.runs.status import TODO
 from convnn.text import show
 
 TUNED = "optim."
-_FREE = ("seed", "data.val_fraction", "data.val_folder", "data.content")
-_FREE += ("train.epochs", "train.max_steps", "train.extended_from", "train.eval_batch_size")
+_FREE = (
+    *("seed", "data.val_fraction", "data.val_folder", "data.content", "train.epochs", "train.max_steps"),
+    *("train.extended_from", "train.eval_batch_size"),
+)
 """What a run that tries a setting may have otherwise than the arm: seed, validation and test, length."""
 
 

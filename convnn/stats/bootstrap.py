@@ -36,9 +36,9 @@ class Crossed:
     high: float
     """The interval: the percentiles of the draws."""
     beats: float
-    """Share of the draws in which the first arm's accuracy, averaged over seeds and images, is above the second's; draws
-    of exactly 0 count half. It speaks of the means over new seeds and new images, not of two single runs, and is no p
-    value; two arms that never differ have 0.5."""
+    """Share of the draws in which the first arm's accuracy, averaged over seeds and images, is above the second's;
+    draws of exactly 0 count half. It speaks of the means over new seeds and new images, not of two single runs, and is
+    no p value; two arms that never differ have 0.5."""
 
 
 def crossed_bootstrap(a: Any, b: Any, level: float = 0.95, resamples: int = 4000, seed: int = 0) -> Crossed:

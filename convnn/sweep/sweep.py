@@ -241,7 +241,7 @@ class Sweep:
             from convnn.runs.tracking import publish_report
 
             rows, runs = (json.loads(t.to_json(orient="records")) for t in (report.summary, report.runs))
-            images = [p.png for p in report.pictures]
+            images = [p.png for p in (*report.pictures, *report.difference_pictures)]
             publish_report(configs[0].tracker, self.folder, self.options.name, rows, runs, images)
             print(f"upload all runs with: wandb sync {self.folder}/points/*/wandb/offline-run-* "
                   f"{self.folder}/wandb/offline-run-*")  # fmt: skip

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 SWAP = ("operator.", "swap.", "schedule.")
 """Keys without effect in an arm whose layers are all the backbone's own."""
 
+MOST_NAMES = 20
+"""Arms that an error names."""
+
 
 @dataclass
 class Arm:
@@ -110,7 +113,8 @@ def baseline_of(arms: Sequence[Arm], given: str | None) -> Arm:
     Raises:
         ConfigError: if no arm is meant, or more than one, with the names of all.
     """
-    known = "; ".join(arm.name for arm in arms)
+    known = "; ".join(arm.name for arm in arms[:MOST_NAMES])
+    known += f" and {len(arms) - MOST_NAMES} more" if len(arms) > MOST_NAMES else ""
     if given is None:
         plain = [arm for arm in arms if arm.plain]
         if len(plain) == 1:

@@ -15,7 +15,7 @@ from convnn.report.arms import Arm, arms_of, baseline_of, differing, differing_s
 from convnn.report.correctness import Predictions
 from convnn.report.results import FoundRuns, tidy
 from convnn.report.tables import METRICS
-from convnn.report.tuning import count_trials
+from convnn.report.tuning import Trials, count_trials
 from convnn.stats.bootstrap import Crossed, crossed_bootstrap
 from convnn.stats.families import holm
 from convnn.stats.paired import LEAST_SEEDS, Paired, common_seeds, paired
@@ -98,7 +98,7 @@ class Differences:
     baseline: Arm
     comparisons: list[Comparison]
     family: int
-    trials: dict[str, int] | None
+    trials: dict[str, Trials] | None
     """Settings tried, by arm; None: not recorded."""
     warnings: list[str]
     notes: list[str]
@@ -199,9 +199,15 @@ def _warnings(made: Differences, every: Sequence[Arm]) -> list[str]:
     machines = _machines(made.arms)
     if len(machines) > 1:
         lines.append(f"seconds were measured on {len(machines)} machines and do not compare: {'; '.join(machines)}")
-    if made.trials and len(set(made.trials.values())) > 1:
-        counts = ", ".join(f"{name} {n}" for name, n in made.trials.items())
-        lines.append(f"arms were not tuned alike; settings tried: {counts}")
+    if made.trials is not None:
+        counts = ", ".join(f"{name} {trials.count}" for name, trials in made.trials.items())
+        if len({trials.count for trials in made.trials.values()}) > 1:
+            lines.append(f"arms were not tuned alike; settings tried: {counts}")
+        for name, trials in made.trials.items():
+            if not trials.count:
+                lines.append(
+                    f"{name}: no run in tuning is a trial of it; the nearest differs in {_some(trials.nearest)}"
+                )
     return lines
 
 
@@ -211,7 +217,8 @@ def _machines(arms: Sequence[Arm]) -> list[str]:
     for arm in arms:
         for run in arm.runs.values():
             values = {name: run.environment.get(name) for name in _MACHINE}
-            values["device"] = values["device"] or run.result.get("device")
+            device = values["device"] or run.result.get("device")
+            values["device"] = None if device is None else str(device).partition(":")[0]
             told[", ".join(tidy(f"{show(v)} {k}" if k in ("cores", "threads") else show(v))
                            for k, v in values.items() if v is not None)] = None  # fmt: skip
     return list(told)

@@ -36,7 +36,7 @@ def difference_table(made: Differences) -> Table:
         one = by_name.get(arm.name)
         cells = _compared(one, made) if one else ["baseline", "–", "–", "–", "–"]
         row = [arm.name, str(len(one.seeds) if one else score.n), own, *cells]
-        row += [str(made.trials[arm.name])] if made.trials is not None else []
+        row += [str(made.trials[arm.name].count)] if made.trials is not None else []
         row += [_cost(arm.cost(cost)) for cost in COSTS]
         rows.append([*row, ", ".join(word for cost, word in COSTS.items() if fronts[cost][arm.name]) or "–"])
     return header, rows
@@ -55,7 +55,7 @@ def _compared(one: Comparison, made: Differences) -> list[str]:
     interval, beats = "–", "–"
     if boot is not None:
         interval = f"[{100 * boot.low:+.2f}, {100 * boot.high:+.2f}]"
-        beats = f"{boot.beats:.3f}"
+        beats = "> 0.999" if boot.beats > 0.999 else "< 0.001" if boot.beats < 0.001 else f"{boot.beats:.3f}"
         if boot.seeds < test.n:
             interval += f" ({boot.seeds} seeds)"
     elif one.no_bootstrap and one.no_bootstrap != test.why_no_test:
@@ -136,7 +136,7 @@ def difference_frame(made: Differences) -> pd.DataFrame:
         row: dict[str, Any] = {"arm": arm.name, "baseline": made.baseline.name, "metric": made.settings.metric}
         row |= {"mean": score.mean, "std": score.std, "n": score.n, "seeds": _joined(sorted(arm.scores))}
         row |= _numbers(one) if one else {}
-        row["tried"] = made.trials[arm.name] if made.trials is not None else None
+        row["tried"] = made.trials[arm.name].count if made.trials is not None else None
         row |= {cost: arm.cost(cost) for cost in COSTS} | {f"front_{c}": fronts[c][arm.name] for c in COSTS}
         rows.append(row)
     return import_pandas().DataFrame(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,17 @@ _FREE = (
 """What a run that tries a setting may have otherwise than the arm: seed, validation and test, length."""
 
 
-def count_trials(arms: Sequence[Arm], folders: Sequence[Path]) -> dict[str, int]:
+@dataclass(frozen=True)
+class Trials:
+    """What was tried for an arm."""
+
+    count: int
+    """Distinct settings of ``optim``."""
+    nearest: list[str]
+    """Where there is none: the keys in which the most similar run differs from the arm."""
+
+
+def count_trials(arms: Sequence[Arm], folders: Sequence[Path]) -> dict[str, Trials]:
     """Return by arm's name how many distinct settings of ``optim`` the runs below some folders tried for it.
 
     A run is a trial of an arm if it equals it in all but ``optim``, the seed, how images are held out and how long it
@@ -30,21 +41,28 @@ def count_trials(arms: Sequence[Arm], folders: Sequence[Path]) -> dict[str, int]
     Raises:
         ConfigError: if a folder is missing, or holds no runs.
     """
-    tried: dict[tuple[Any, ...], set[tuple[Any, ...]]] = {}
+    tried: dict[frozenset[tuple[str, str]], set[tuple[Any, ...]]] = {}
     for run in find_results(folders).runs:
         if run.has_all_keys and run.status != TODO:
             setting = tuple(sorted((key, show(v)) for key, v in run.keys.items() if key.startswith(TUNED)))
             tried.setdefault(_rest(run.keys), set()).add(setting)
-    return {arm.name: len(tried.get(_rest(arm.keys), ())) for arm in arms}
+    found = {}
+    for arm in arms:
+        own = _rest(arm.keys)
+        nearest = [] if own in tried else min((_differing(own, other) for other in tried), key=len, default=[])
+        found[arm.name] = Trials(len(tried.get(own, ())), nearest)
+    return found
 
 
-def _rest(keys: Mapping[str, Any]) -> tuple[Any, ...]:
+def _differing(one: frozenset[tuple[str, str]], other: frozenset[tuple[str, str]]) -> list[str]:
+    return sorted({key for key, _ in one ^ other})
+
+
+def _rest(keys: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
     """Return what a trial and its arm have in common."""
-    without = SWAP if is_plain(keys) else ()
-    return tuple(
-        sorted(
-            (key, show(value))
-            for key, value in keys.items()
-            if key not in _FREE and key not in NAMES and not key.startswith((TUNED, *without))
-        )
+    left_out = (TUNED, *(SWAP if is_plain(keys) else ()))
+    return frozenset(
+        (key, show(value))
+        for key, value in keys.items()
+        if key not in _FREE and key not in NAMES and not key.startswith(left_out)
     )

@@ -26,7 +26,7 @@ print(json.dumps([seen, offenders]))
 
 def modules_without_torch():
     found = ["convnn"]
-    for package in ("config", "sweep", "report", "cli", "paper"):
+    for package in ("config", "sweep", "report", "stats", "cli", "paper"):
         path = [f"{convnn.__path__[0]}/{package}"]
         found += [f"convnn.{package}", *(m.name for m in pkgutil.iter_modules(path, f"convnn.{package}."))]
     assert len(found) > 40 and set(found) > TORCH

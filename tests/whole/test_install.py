@@ -18,7 +18,8 @@ from convnn.version import __version__
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("uv") is None, reason="uv builds the wheel")]
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("train", "sweep", "evaluate", "predict", "prepare-data", "report", "visualize", "export", "reproduce")
+PROGRAMS = ("train", "sweep", "evaluate", "predict", "prepare-data", "report", "compare", "visualize", "export")
+PROGRAMS += ("reproduce",)
 QUICK = ["tracker=jsonl", "device=cpu"]
 
 

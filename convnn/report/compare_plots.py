@@ -25,10 +25,10 @@ from convnn.report.looks import Looks
 from convnn.report.plots import save_all
 from convnn.report.results import NAMES
 from convnn.report.tables import METRICS, labels_of, short_name
-from convnn.report.view import BLEND, MAX_LINES, RATIO, View
+from convnn.report.view import BLEND, MAX_LINES, RATIO, K, View
 from convnn.runs.metrics import is_number
 from convnn.stats.paired import mean_interval
-from convnn.text import is_missing
+from convnn.text import is_missing, show
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -173,10 +173,21 @@ def _lines(placed: Sequence[Arm], x: str) -> dict[str, list[Arm]]:
     groups: dict[tuple[Any, ...], list[Arm]] = {}
     for arm in sorted(placed, key=lambda arm: float(arm.values[x])):
         groups.setdefault(tuple(_cell(arm, key) for key in keys), []).append(arm)
-    labels = labels_of([dict(zip(keys, given, strict=True)) for given in groups], keys)
+    rows = [dict(zip(keys, given, strict=True)) for given in groups]
+    labels = labels_of(rows, _telling(rows, keys))
     order = {name: i for i, name in enumerate(arm.name for arm in placed)}
     found = dict(zip(labels if keys else ["arms"], groups.values(), strict=True))
     return dict(sorted(found.items(), key=lambda item: order[item[1][0].name]))
+
+
+def _telling(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
+    """Return keys that tell rows apart, without those that say what the names and k say already."""
+    kept: list[str] = []
+    for key in sorted(keys, key=lambda key: (not key.endswith(".name"), key != K)):
+        apart, more = (len({tuple(show(row[k]) for k in some) for row in rows}) for some in (kept, [*kept, key]))
+        if more > apart:
+            kept.append(key)
+    return kept
 
 
 def _looks(view: View, lines: Mapping[str, Sequence[Arm]], x: str) -> list[dict[str, Any]]:

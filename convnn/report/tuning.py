@@ -15,8 +15,8 @@ from convnn.text import show
 
 TUNED = "optim."
 _FREE = (
-    *("seed", "data.val_fraction", "data.val_folder", "data.content", "train.epochs", "train.max_steps"),
-    *("train.extended_from", "train.eval_batch_size"),
+    *("seed", "data.val_fraction", "data.val_folder", "data.content", "data.limit_test"),
+    *("train.epochs", "train.max_steps", "train.extended_from", "train.eval_batch_size"),
 )
 """What a run that tries a setting may have otherwise than the arm: seed, validation and test, length."""
 

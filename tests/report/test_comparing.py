@@ -240,7 +240,7 @@ def test_the_order_of_images_does_not_matter(tmp_path):
 def test_settings_tried_are_counted_by_arm(tmp_path):
     root = arms(tmp_path / "study", STUDY, {"middle": {"optim.lr": 0.01}, "end": {"optim.lr": 0.02}})
     tuned = tmp_path / "tuned"
-    free = {"data.val_fraction": 0.1, "train.epochs": 3, "train.max_steps": 100}
+    free = {"data.val_fraction": 0.1, "train.epochs": 3, "train.max_steps": 100, "data.limit_test": 50}
     for i, lr in enumerate((0.003, 0.01, 0.03)):
         write_run(tuned / f"m{i}", {"operator.blend": 0.1, "optim.lr": lr} | free, seed=7)
         write_run(tuned / f"e{i}", {"operator.blend": 0.2, "optim.lr": lr} | free, seed=7)

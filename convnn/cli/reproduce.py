@@ -23,13 +23,14 @@ from convnn.paper.compare import (
 )
 from convnn.paper.published import PaperRow, PaperTable, load_table, table_names
 from convnn.sweep.sweep import carry_out
+from convnn.sweep.times import budget_seconds
 from convnn.text import aligned, command_line
 
 USAGE = """
 Run the rows of a paper table and print published and measured figures side by side.
 
 usage: uv run scripts/reproduce.py table=NAME [rows=GLOB,...] [careful=true] [seeds=0,1,...] [dry_run=true]
-                                   [dir=DIR] [key=value ...]
+                                   [dir=DIR] [budget=TIME] [key=value ...]
        convnn-reproduce table=NAME ...     the same where convnn is installed
 
 {options}
@@ -61,9 +62,11 @@ class Options:
     """Train nothing: list the rows with published figures and parameter counts, and check the counts."""
     dir: str | None = path()
     """Folder of the runs and the table; null: reproductions/NAME."""
+    budget: str | None = None
+    """Time that this call may take, such as 30m, see ``sweep.budget``; null: no limit."""
 
 
-_OWN = tuple(f"{name}=" for name in ("table", "rows", "careful", "seeds", "dry_run", "dir"))
+_OWN = tuple(f"{name}=" for name in ("table", "rows", "careful", "seeds", "dry_run", "dir", "budget"))
 
 
 def check_counts(table: PaperTable, rows: list[PaperRow], given: list[str], careful: bool) -> int:
@@ -121,7 +124,9 @@ def reproduce(argv: list[str]) -> int:
     rows = select_rows(table, options.rows)
     seeds = parse_seeds(options.seeds, options.careful)
     folder = options.dir or f"reproductions/{table.name}{'-careful' if options.careful else ''}"
+    budget_seconds(options.budget, "budget")
     sweep = sweep_of(table, rows, folder, careful=options.careful, seeds=seeds)
+    sweep.budget = options.budget
     command = [called_as("scripts/reproduce.py"), *argv]
     code = carry_out(sweep, given, launcher, command)
     found = compare(table, rows, sweep, given)

@@ -20,6 +20,7 @@ from convnn.errors import ConfigError
 from convnn.runs.data_record import RecordReader
 from convnn.runs.status import COMPLETE, FAILED, INVALID
 from convnn.runtime.files import write_json
+from convnn.sweep.budget import Budget
 from convnn.sweep.options import SweepConfig
 from convnn.sweep.plan import Point, load_point, point_name
 from convnn.sweep.process import run_point
@@ -54,6 +55,7 @@ def main(values: DictConfig) -> float | str | None:
         jobs_per_device=sweep.jobs_per_device,
         parallel=parallel,
         warm=sweep.warm == "auto" and "submitit" not in launcher._target_,  # whose jobs are of one point each
+        budget=Budget(folder, sweep.deadline),
     )
     if sweep_has_ended(sweep.token):
         os._exit(1)  # a worker without a sweep would wait for ever to hand over its result
@@ -95,9 +97,10 @@ def launch(argv: list[str]) -> None:
     main()
 
 
-def job_options(options: SweepConfig, token: str) -> list[str]:
+def job_options(options: SweepConfig, token: str, budget: Budget) -> list[str]:
     """Return what a job has to know of the sweep."""
     return [
+        *([] if budget.deadline is None else [f"sweep.deadline={budget.deadline}"]),
         f"sweep.dir={quoted(options.dir)}",
         f"sweep.name={quoted(options.name)}",
         f"sweep.jobs_per_device={options.jobs_per_device}",

@@ -16,6 +16,7 @@ from convnn.config.load import expanded
 from convnn.config.schema import Config
 from convnn.errors import ConfigError
 from convnn.ops.settings import check_fields, choice, number
+from convnn.sweep.times import budget_seconds
 
 
 @dataclass
@@ -41,6 +42,9 @@ class SweepConfig:
     a few training steps of each distinct model."""
     report: bool = True
     """Write tables and plots at the end."""
+    budget: str | None = None
+    """Time that this call may take, such as 90s, 30m or 1h30m: no point begins that would not end in time by the points
+    done so far, and those that run then stop with a checkpoint; null: no limit."""
     jobs_per_device: int = number(1, 1)
     """Runs that may share one GPU."""
     warm: str = choice("auto", "false")
@@ -50,6 +54,8 @@ class SweepConfig:
     """Set by sweep.py for each job: ``p`` and the fingerprint of the point."""
     token: str | None = None
     """Set by sweep.py for each job: the sweep that it belongs to."""
+    deadline: float | None = None
+    """Set by sweep.py for each job: when the budget is spent, in seconds since 1970."""
 
 
 @dataclass
@@ -80,6 +86,7 @@ def sweep_options(overrides: Sequence[str], launcher: Sequence[str] = ()) -> Swe
     options.dry_run = meant(options.dry_run, ("false", "true", "timed"))
     options.warm = meant(options.warm, ("auto", "false"))
     check_fields(options, "sweep")
+    budget_seconds(options.budget)
     for name, values in options.axes.items():
         if isinstance(values, list) and not values:
             raise ConfigError(f"sweep.axes.{name} is empty; give it values, or leave it out")

@@ -21,6 +21,7 @@ from convnn.runtime.distributed import usable_cores
 from convnn.runtime.files import lock, write_json
 from convnn.runtime.signals import PARENT, STOP_SIGNALS, StopSignals
 from convnn.sweep import warm as warm_points
+from convnn.sweep.budget import SPENT, Budget
 from convnn.sweep.gpus import reserve_gpu
 from convnn.sweep.plan import Point
 from convnn.sweep.state import lock_file, point_state, status_file, stop_file, sweep_has_ended
@@ -41,6 +42,7 @@ def run_point(
     jobs_per_device: int = 1,
     parallel: int = 1,
     warm: bool = False,
+    budget: Budget | None = None,
 ) -> str:
     """Train a point in a process of its own and return its status; nothing that goes wrong there raises here.
 
@@ -56,8 +58,9 @@ def run_point(
         jobs_per_device: runs that may share a GPU.
         parallel: jobs that share this machine's cores.
         warm: fork the process from one that has loaded torch, where that is possible.
+        budget: of the sweep; a point that it does not admit is not begun, and one that runs when it is spent stops.
     """
-    stop = stop_file(folder, token)
+    stop, budget = stop_file(folder, token), budget or Budget(folder)
     with ExitStack() as stack:
         (folder / "status").mkdir(parents=True, exist_ok=True)
         (folder / "logs").mkdir(exist_ok=True)
@@ -66,15 +69,16 @@ def run_point(
             return RUNNING
         stack.enter_context(held)
         before = point_state(folder, point, locked_here=True)
-        if before.status == COMPLETE or stop.exists() or sweep_has_ended(token):
+        if before.status == COMPLETE or stop.exists() or sweep_has_ended(token) or not budget.admits(point):
             return before.status
         signals = stack.enter_context(_worker_signals())
-        signal_to_send = partial(_signal_to_send, signals, stop, token)
+        signal_to_send = partial(_signal_to_send, signals, stop, token, budget)
         record: dict[str, Any] = {"status": RUNNING, "reason": None, "exit_code": None, "name": point.name}
         record |= {"log": point.log, "token": token, "attempts": before.attempts + 1}
-        record |= {"started": _now(), "finished": None}
+        record |= {"started": _now(), "finished": None, "seconds": before.seconds}
+        begun = time.monotonic()
         with reserve_gpu(device, jobs_per_device, lambda: signal_to_send() is not None) as gpu:
-            if gpu is None:
+            if gpu is None or not budget.admits(point):
                 return before.status
             environment = os.environ | gpu | _threads(parallel) | {PARENT: str(os.getpid())}
             write_json(status_file(folder, point), record)
@@ -82,17 +86,21 @@ def run_point(
             command += [f"run.dir={quoted(str(folder / point.folder))}", "run.if_exists=skip"]
             code, output, sent = _run_command(command, folder / point.log, environment, signal_to_send, warm)
         record |= {"exit_code": code, "finished": _now()}
+        record["seconds"] = round(before.seconds + time.monotonic() - begun, 1)
         record["status"], record["reason"] = _status_and_reason(folder, point, code, output, sent)
+        if record["status"] == INTERRUPTED and budget.spent() and not (signals.seen or stop.exists()):
+            record["reason"] = SPENT
         write_json(status_file(folder, point), record)
     signals.pass_on()
     return record["status"]
 
 
-def _signal_to_send(signals: StopSignals, stop: Path, token: str | None) -> int | None:
+def _signal_to_send(signals: StopSignals, stop: Path, token: str | None, budget: Budget) -> int | None:
     """Return the signal for a run that is to stop, or None: TERM, which ends it at once while it still imports."""
     if signals.seen == signal.SIGUSR2:
         return signal.SIGUSR2
-    return signal.SIGTERM if signals.seen or stop.exists() or sweep_has_ended(token) else None
+    ends = signals.seen or stop.exists() or sweep_has_ended(token) or budget.spent()
+    return signal.SIGTERM if ends else None
 
 
 def _now() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from convnn.runs.record import read_result
@@ -23,6 +23,8 @@ class PointState:
     attempts: int = 0
     top1: float | None = None
     """Last-epoch test accuracy in percent, of a complete run."""
+    seconds: float = field(default=0.0, compare=False)
+    """What its attempts took, as far as they ended with a word."""
 
 
 def status_file(folder: Path, point: Point) -> Path:
@@ -43,17 +45,19 @@ def point_state(folder: Path, point: Point, *, locked_here: bool = False) -> Poi
     record = read_json(status_file(folder, point)) or {}
     attempts = record.get("attempts")
     attempts = attempts if isinstance(attempts, int) else 0
+    seconds = record.get("seconds")
+    seconds = float(seconds) if isinstance(seconds, (int, float)) else 0.0
     result = read_result(folder / point.folder)
     own = (point.fingerprint, point.before or point.fingerprint)
     if result and result.get("status") == COMPLETE and result.get("fingerprint") in own:
-        return PointState(COMPLETE, None, attempts, result.get("top1_last"))
+        return PointState(COMPLETE, None, attempts, result.get("top1_last"), seconds)
     status = record.get("status")
     if status == RUNNING and (locked_here or not is_locked(lock_file(folder, point))):
-        return PointState(INTERRUPTED, "its process ended without a word", attempts)
+        return PointState(INTERRUPTED, "its process ended without a word", attempts, seconds=seconds)
     if status in (RUNNING, INTERRUPTED, *FAILURES):
-        return PointState(status, record.get("reason"), attempts)
+        return PointState(status, record.get("reason"), attempts, seconds=seconds)
     begun = (folder / point.folder / "checkpoints").is_dir()
-    return PointState(PARTIAL if begun else TODO, None, attempts)
+    return PointState(PARTIAL if begun else TODO, None, attempts, seconds=seconds)
 
 
 def sweep_has_ended(token: str | None) -> bool:

@@ -10,7 +10,7 @@ import platform
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from convnn.report.content import Report
 from convnn.runs.status import COMPLETE, FAILURES, INTERRUPTED, PARTIAL, TODO
 from convnn.runtime.files import is_locked, lock, read_json
 from convnn.runtime.signals import StopSignals
+from convnn.sweep.budget import Budget
 from convnn.sweep.describe import cost_line, describe_plan, invalid_lines, moved_axes
 from convnn.sweep.job import job_options, launch
 from convnn.sweep.options import SweepConfig, sweep_options
@@ -76,7 +77,7 @@ def carry_out(
     launcher: Sequence[str],
     command: Sequence[str],
 ) -> int:
-    """Carry out a sweep and return its exit code: 0 all complete, 1 some failed, 128 + signal stopped by a signal.
+    """Carry out a sweep and return its exit code: 0 all complete, 1 some failed or left, 128 + signal when stopped.
 
     Args:
         options: what to run.
@@ -137,9 +138,10 @@ def _sweep_with_other_sweeper(options: SweepConfig, given: Sequence[str], launch
     token = f"{platform.node()}-{os.getpid()}"
     stop = stop_file(Path(options.dir), token)
     Path(options.dir).mkdir(parents=True, exist_ok=True)
+    budget = Budget.from_now(Path(options.dir), options.budget)
     try:
         with StopSignals(lambda _: stop.touch()) as signals, contextlib.suppress(SystemExit):
-            launch([*overrides, *job_options(options, token), *launcher, *_check_launcher(launcher)])
+            launch([*overrides, *job_options(options, token, budget), *launcher, *_check_launcher(launcher)])
     finally:
         stop.unlink(missing_ok=True)
     records = [r for path in Path(options.dir).glob("status/*.json") if (r := read_json(path))]
@@ -174,7 +176,8 @@ class Sweep:
     def run(self, launcher: list[str]) -> int:
         """Run what is to be run, and sum up; return the exit code."""
         self._prepare()
-        own = [*job_options(self.options, self.token), *launcher]
+        budget = Budget.from_now(self.folder, self.options.budget)
+        own = [*job_options(self.options, self.token, budget), *launcher]
         stop = stop_file(self.folder, self.token)
         stop.unlink(missing_ok=True)
         todo = self.todo()
@@ -184,12 +187,12 @@ class Sweep:
                 while todo and signals.seen is None:
                     with contextlib.suppress(SystemExit):  # a launcher's own failure: the points' states tell
                         launch([*own, "sweep.point=" + ",".join(f"p{p.fingerprint}" for p in todo)])
-                    todo = self._left_by_others(signals)
+                    todo = self._left_by_others(lambda: signals.seen is not None or budget.spent())
         finally:
             stop.unlink(missing_ok=True)
             close_warm()
         reported = signals.seen is None and self._report()
-        print(self._closing(failures=not reported))
+        print(self._closing(failures=not reported, by_budget=signals.seen is None))
         if signals.seen is not None:
             return 128 + signals.seen
         return EXIT_FAILED if any(s.status != COMPLETE for s in self.states().values()) else 0
@@ -202,14 +205,14 @@ class Sweep:
         except OSError as error:
             raise ConfigError(f"sweep.dir={self.folder} cannot be written: {error.strerror}") from error
 
-    def _left_by_others(self, signals: StopSignals) -> list[Point]:
+    def _left_by_others(self, stopped: Callable[[], bool]) -> list[Point]:
         """Wait for the points that another sweep holds at this moment; return those that it did not get to an end."""
         left = []
         for point in self.plan.points:
             path = lock_file(self.folder, point)
             if not is_locked(path):
                 continue
-            while signals.seen is None and is_locked(path):
+            while not stopped() and is_locked(path):
                 time.sleep(0.5)
             if point_state(self.folder, point).status in (TODO, PARTIAL, INTERRUPTED):
                 left.append(point)
@@ -246,7 +249,7 @@ class Sweep:
             print(f"upload all runs with: wandb sync {self.folder}/points/*/wandb/offline-run-* "
                   f"{self.folder}/wandb/offline-run-*")  # fmt: skip
 
-    def _closing(self, failures: bool) -> str:
+    def _closing(self, failures: bool, by_budget: bool) -> str:
         states = self.states()
         lines = []
         for point in self.plan.points:
@@ -256,6 +259,9 @@ class Sweep:
         counts = Counter(s.status for s in states.values())
         summary = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
         lines.append(f"sweep {self.folder}: {summary}")
+        left = sum(counts[status] for status in (TODO, PARTIAL, INTERRUPTED))
+        if left and by_budget and self.options.budget:
+            lines.append(f"sweep.budget={self.options.budget} leaves {left} points to another call")
         if self.todo():
             lines.append("the same command goes on from here: " + command_line(self.command))
         return "\n".join(lines)

@@ -54,7 +54,7 @@ class Budget:
     def expected(self, point: Point) -> float | None:
         """Return the seconds that a point will take, from now on; None where no point is complete yet.
 
-        The longest time of the complete points that are most like it: those that share the most overrides with it, seeds
+        The longest time of the complete points most like it: those that share the most overrides with it, seeds
         aside. Of a point that was stopped, the epochs that are left count.
         """
         overrides = {p["fingerprint"]: p["overrides"] for p in read_plan(self.folder).get("points", [])}

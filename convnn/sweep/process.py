@@ -76,10 +76,10 @@ def run_point(
         record: dict[str, Any] = {"status": RUNNING, "reason": None, "exit_code": None, "name": point.name}
         record |= {"log": point.log, "token": token, "attempts": before.attempts + 1}
         record |= {"started": _now(), "finished": None, "seconds": before.seconds}
-        begun = time.monotonic()
         with reserve_gpu(device, jobs_per_device, lambda: signal_to_send() is not None) as gpu:
             if gpu is None or not budget.admits(point):
                 return before.status
+            begun = time.monotonic()
             environment = os.environ | gpu | _threads(parallel) | {PARENT: str(os.getpid())}
             write_json(status_file(folder, point), record)
             command = [sys.executable, *TRAIN, *point.overrides, *extra_overrides]

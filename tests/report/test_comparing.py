@@ -277,6 +277,7 @@ def test_matched_cost_names_the_best_other_arm(tmp_path):
     }
 
 
+@pytest.mark.long
 def test_files_of_a_comparison(tmp_path, capsys):
     root, out = arms(tmp_path / "s", STUDY), tmp_path / "out"
     compare([str(root), f"out={out}", "resamples=200"])
@@ -299,6 +300,7 @@ def test_the_report_has_the_differences(tmp_path):
     assert (tmp_path / "out" / "differences.csv").is_file() and "above it: middle" in report.text()
 
 
+@pytest.mark.long
 def test_a_report_without_baseline_says_how_to_name_one(tmp_path):
     report = make_report([grid(tmp_path / "g", (0.0, 1.0), (4,), (0,))], tmp_path / "out")
     assert report.differences is None and "baseline=ARM" in report.text()

@@ -55,7 +55,7 @@ def test_classes_alone(tmp_path):
     assert found.probabilities is None and len(found.predicted) == 16
 
 
-@pytest.mark.parametrize("calls", [9, 12, 17])
+@pytest.mark.parametrize("calls", [12, *(pytest.param(n, marks=pytest.mark.long) for n in (9, 17))])
 def test_a_run_that_was_stopped_leaves_the_same_file(calls, tmp_path, monkeypatch):
     finished(tmp_path / "whole", "seed=2")
     with monkeypatch.context() as patch:

@@ -23,7 +23,7 @@ SWAP = ("operator.", "swap.", "schedule.")
 """Keys without effect in an arm whose layers are all the backbone's own."""
 
 MOST_NAMES = 20
-"""Arms that an error names."""
+"""Arms that a sentence names."""
 
 
 @dataclass
@@ -107,14 +107,13 @@ def baseline_of(arms: Sequence[Arm], given: str | None) -> Arm:
 
     Args:
         arms: to choose from.
-        given: an arm's name, or ``key=value[,key=value]`` that hold for one arm alone; None: the one arm in which no
-            layer is replaced.
+        given: an arm's name, or ``[point,]key=value[,key=value]`` that hold for one arm alone; None: the one arm in
+            which no layer is replaced.
 
     Raises:
         ConfigError: if no arm is meant, or more than one, with the names of all.
     """
-    known = "; ".join(arm.name for arm in arms[:MOST_NAMES])
-    known += f" and {len(arms) - MOST_NAMES} more" if len(arms) > MOST_NAMES else ""
+    known = few([arm.name for arm in arms])
     if given is None:
         plain = [arm for arm in arms if arm.plain]
         if len(plain) == 1:
@@ -123,12 +122,19 @@ def baseline_of(arms: Sequence[Arm], given: str | None) -> Arm:
         raise ConfigError(f"{count} without replaced layers; name one by baseline=ARM or baseline=key=value: {known}")
     named = [arm for arm in arms if arm.name == given]
     if not named and "=" in given:
-        wanted = dict(part.split("=", 1) for part in re.split(r",\s*(?=[\w.]+=)", given) if "=" in part)
+        parts = re.split(r",\s*(?=[\w.]+=)", given)
+        wanted = dict(part.split("=", 1) if "=" in part else (POINT, part) for part in parts)
         named = [arm for arm in arms if all(_holds(arm, key, value) for key, value in wanted.items())]
     if len(named) != 1:
-        count = "none" if not named else f"{len(named)} ({'; '.join(arm.name for arm in named)})"
+        count = "none" if not named else f"{len(named)} ({few([arm.name for arm in named])})"
         raise ConfigError(f"baseline={given} must mean one arm and means {count} of: {known}")
     return named[0]
+
+
+def few(names: Sequence[str]) -> str:
+    """Return names in a row, at most ``MOST_NAMES`` of them."""
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return "; ".join(names[:MOST_NAMES]) + more
 
 
 def _holds(arm: Arm, key: str, text: str) -> bool:

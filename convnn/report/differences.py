@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convnn.report.arms import few
 from convnn.report.compare import COSTS, SLACK, Comparison, Differences
 from convnn.report.content import Table
 from convnn.report.tables import METRICS, import_pandas
@@ -94,9 +95,8 @@ def matched_table(made: Differences) -> Table:
 def verdict(made: Differences) -> str:
     """Say in a sentence which arms differ from the baseline beyond chance."""
     above, below, rest = made.verdicts()
-    told = [f"above it: {'; '.join(above)}"] if above else []
-    told += [f"below it: {'; '.join(below)}"] if below else []
-    told += [f"not decided: {'; '.join(rest)}"] if rest else []
+    groups = {"above it": above, "below it": below, "not decided": rest}
+    told = [f"{name}: {few(arms)}" for name, arms in groups.items() if arms]
     none = "" if above or below else "no arm differs beyond chance; "
     return f"Against {made.baseline.name} (p < {1 - made.settings.level:.2g} after Holm): {none}{'. '.join(told)}."
 

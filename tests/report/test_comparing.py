@@ -10,6 +10,7 @@ from fake_runs import grid, write_run
 
 from convnn.cli.compare import compare
 from convnn.errors import ConfigError
+from convnn.report.arms import few
 from convnn.report.build import make_report
 from convnn.report.compare import CompareSettings
 from convnn.report.comparison import read_differences
@@ -57,6 +58,16 @@ def test_an_axis_below_a_name_is_part_of_the_name(tmp_path):
             tmp_path / str(k), {"plain": shares(0.7, seeds=3), "far": shares(0.8, seeds=3)}, {"far": {"operator.k": k}}
         )
     assert [arm.name for arm in differences(tmp_path).arms] == ["plain", "far, k=4", "far, k=9"]
+    assert (
+        differences(tmp_path, "far,k=9").baseline.name == differences(tmp_path, "far, k=9").baseline.name == "far, k=9"
+    )
+    with pytest.raises(ConfigError, match="means none of: plain; far, k=4; far, k=9"):
+        differences(tmp_path, "near,k=9")
+
+
+def test_a_sentence_names_at_most_twenty_arms():
+    assert few([f"a{i}" for i in range(20)]).endswith("; a19")
+    assert few([f"a{i}" for i in range(22)]).endswith("; a19 and 2 more")
 
 
 @pytest.mark.parametrize(

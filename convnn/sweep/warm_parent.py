@@ -111,6 +111,11 @@ def _settle() -> None:
         os._exit("torch" in sys.modules and sys.modules["torch"].cuda._is_in_bad_fork())
     if os.waitpid(pid, 0)[1]:
         raise RuntimeError("a library has opened CUDA as it was loaded")
+    if "numba.core.registry" in sys.modules:  # what numba would do at its first call in each point, half a second
+        with suppress(AttributeError):
+            target = sys.modules["numba.core.registry"].cpu_target
+            target.typing_context.refresh()
+            target.target_context.refresh()
     gc.collect()
     gc.freeze()
 

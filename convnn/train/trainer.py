@@ -29,7 +29,7 @@ from convnn.data.stream import make_batches
 from convnn.errors import CheckpointError, ConfigError, DivergedError, StoppedError
 from convnn.models.build import build_model
 from convnn.models.cost import check_output, count_cost, parameters_without_gradient
-from convnn.models.schedule import apply_schedule
+from convnn.models.schedule import apply_schedule, describe_schedule
 from convnn.models.swap import neighbor_layers
 from convnn.ops.triton.dispatch import require
 from convnn.runs.checkpoint import check_identity, load_latest, load_model_state, save_checkpoint, settle
@@ -131,8 +131,8 @@ class Trainer:
         return found
 
     def _examine(self, channels: int) -> None:
-        """Check what the model returns at both ends of the schedule, and count its operations at the last."""
-        for now in (1.0, 0.0):
+        """Check what the model returns at both ends of a schedule, and count its operations at the last."""
+        for now in (1.0, 0.0) if describe_schedule(self.config.schedule) else (1.0,):
             apply_schedule(self.model, self.config.schedule, now)
             check_output(self.model, channels, self.image_size, self.num_classes)
             if now:

@@ -123,7 +123,7 @@ def baseline_of(arms: Sequence[Arm], given: str | None) -> Arm:
     named = [arm for arm in arms if arm.name == given]
     if not named and "=" in given:
         parts = re.split(r",\s*(?=[\w.]+=)", given)
-        wanted = dict(part.split("=", 1) if "=" in part else (POINT, part) for part in parts)
+        wanted = dict((part if "=" in part else f"{POINT}={part}").split("=", 1) for part in parts)
         named = [arm for arm in arms if all(_holds(arm, key, value) for key, value in wanted.items())]
     if len(named) != 1:
         count = "none" if not named else f"{len(named)} ({few([arm.name for arm in named])})"

@@ -176,5 +176,13 @@ def differing_settings(arm: Arm, other: Arm) -> dict[str, tuple[Any, Any]]:
     return {key: (arm.keys.get(key), other.keys.get(key)) for key in keys}
 
 
+def other_test_images(arm: Arm, other: Arm) -> bool:
+    """Return whether equal settings of the data stood for other test images in the two arms, as far as it is known."""
+    if any(key.startswith("data.") and key != "data.content" for key in _unequal(arm.keys, other.keys)):
+        return False
+    found = [{run.test_content() for run in one.runs.values()} - {None} for one in (arm, other)]
+    return all(found) and found[0].isdisjoint(found[1])
+
+
 def _unequal(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return [key for key in dict.fromkeys([*a, *b]) if show(a.get(key)) != show(b.get(key))]

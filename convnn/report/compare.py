@@ -5,17 +5,19 @@ Imports no torch, scipy only where something is computed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convnn.errors import ConfigError
-from convnn.report.arms import Arm, arms_of, baseline_of, differing, differing_settings
-from convnn.report.correctness import Predictions
+from convnn.report.arms import Arm, arms_of, baseline_of, differing, differing_settings, other_test_images
+from convnn.report.correctness import OTHER_IMAGES, Predictions
 from convnn.report.results import FoundRuns, tidy
 from convnn.report.tables import METRICS
 from convnn.report.tuning import Trials, count_trials
+from convnn.runs.status import COMPLETE
 from convnn.stats.bootstrap import Crossed, crossed_bootstrap
 from convnn.stats.families import holm
 from convnn.stats.paired import LEAST_SEEDS, Paired, common_seeds, paired
@@ -155,7 +157,7 @@ def compare_arms(
         one.p = p
     trials = count_trials(arms, settings.tuning) if settings.tuning else None
     made = Differences(settings, arms, base, comparisons, family, trials, [], [])
-    made.warnings = [*_warnings(made, every), *predictions.problems, *found.conflicts]
+    made.warnings = [*_warnings(made, every), *_not_counted(found), *predictions.problems, *found.conflicts]
     made.notes = _notes(made, predictions, found)
     return made
 
@@ -171,11 +173,13 @@ def _compared(arm: Arm, base: Arm, predictions: Predictions, settings: CompareSe
     if len(seeds) < LEAST_SEEDS:
         one.no_bootstrap = test.why_no_test
         return one
-    matrices = predictions.matrices(arm, base, seeds)
+    matrices = OTHER_IMAGES if other_test_images(arm, base) else predictions.matrices(arm, base, seeds)
     if isinstance(matrices, str):
         one.no_bootstrap = matrices
     elif len(matrices[2]) < LEAST_SEEDS:
         one.no_bootstrap = f"predictions of {len(matrices[2])} common seeds"
+    elif matrices[0].shape[1] < 2:
+        one.no_bootstrap = "one test image"
     else:
         one.bootstrap = crossed_bootstrap(*matrices[:2], settings.level, settings.resamples, settings.seed)
     return one
@@ -196,6 +200,8 @@ def _warnings(made: Differences, every: Sequence[Arm]) -> list[str]:
         parts += [f"seed {_listed(one.missing)} only in {made.baseline.name}"] * bool(one.missing)
         if parts:
             lines.append(f"{one.arm.name}: not paired: {', '.join(parts)}")
+        if other_test_images(one.arm, made.baseline):
+            lines.append(f"{one.arm.name}: its test images are not those of {made.baseline.name}, by equal settings")
     machines = _machines(made.arms)
     if len(machines) > 1:
         lines.append(f"seconds were measured on {len(machines)} machines and do not compare: {'; '.join(machines)}")
@@ -209,6 +215,13 @@ def _warnings(made: Differences, every: Sequence[Arm]) -> list[str]:
                     f"{name}: no run in tuning is a trial of it; the nearest differs in {_some(trials.nearest)}"
                 )
     return lines
+
+
+def _not_counted(found: FoundRuns) -> list[str]:
+    """Say how many runs do not count: an arm whose seeds diverge looks better by those that are left."""
+    counts = Counter(run.status for run in found.runs if run.status != COMPLETE)
+    told = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+    return [f"runs that are not complete and do not count: {told}"] if counts else []
 
 
 def _machines(arms: Sequence[Arm]) -> list[str]:

@@ -17,6 +17,7 @@ CHECKPOINTS = {"top1_last": "last", "top1_best_on_test": "best", "top1_at_best_v
 TOLERANCE = 0.1
 """Points by which predictions may differ from the run's own figure, as where another device made them."""
 MISSING = "no predictions.npz"
+OTHER_IMAGES = "other test images"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Predictions:
         for _, *both in usable:
             for one in both:
                 if not (np.array_equal(one.index, first.index) and np.array_equal(one.label, first.label)):
-                    return "other test images"
+                    return OTHER_IMAGES
         a = np.stack([one.right for _, one, _ in usable])
         b = np.stack([one.right for _, _, one in usable])
         return a, b, [seed for seed, *_ in usable]

@@ -74,6 +74,12 @@ class Run:
         kept = json.dumps([data.get("classes"), data.get("content")], sort_keys=True)
         return hashlib.sha256(kept.encode()).hexdigest()[:8]
 
+    def test_content(self) -> str | None:
+        """Return the hash of the test images that the run had; None of before runs kept it."""
+        data = self.result.get("data")
+        content = data.get("content") if isinstance(data, Mapping) else None
+        return text_of(content.get("test")) if isinstance(content, Mapping) else None
+
 
 @dataclass
 class FoundRuns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,10 @@ from convnn.runtime.files import write_atomically
 
 PREFIX = {"last": "", "best": "best_"}
 """Of the names of the arrays, by the checkpoint that they are of."""
+_DAMAGE = (
+    *(OSError, ValueError, KeyError, TypeError, EOFError, OverflowError),
+    *(zipfile.BadZipFile, zlib.error, RuntimeError),  # RuntimeError: a spoilt byte says that the archive is encrypted
+)
 
 
 @dataclass
@@ -105,5 +110,5 @@ def _read(path: Path, prefix: str) -> KeptPredictions | None:
         if probabilities is not None and (probabilities.ndim != 2 or len(probabilities) != len(index)):
             raise ValueError(f"probabilities of {probabilities.shape} for {len(index)} images")
         return KeptPredictions(index, label, predicted, probabilities, None if epoch is None else int(epoch))
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+    except _DAMAGE as error:
         raise ConfigError(f"{path} is damaged ({' '.join(str(error).split())[:120]}); remove it") from error

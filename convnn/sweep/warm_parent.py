@@ -44,11 +44,11 @@ def serve(server: socket.socket, module: str, libraries: Sequence[str]) -> list[
         if not request:
             return None
         reader, writer = os.pipe()
-        pid = os.fork()
+        here, pid = os.getpid(), os.fork()
         if pid == 0:
             server.close()
             os.close(reader)
-            return _as_new(json.loads(request), outputs[0], writer)
+            return as_new(json.loads(request), outputs[0], writer, here)
         for fd in (writer, *outputs):
             os.close(fd)
         process = os.pidfd_open(pid)
@@ -59,9 +59,12 @@ def serve(server: socket.socket, module: str, libraries: Sequence[str]) -> list[
         _learn(reader)
 
 
-def _as_new(request: dict[str, Any], output: int, writer: int) -> list[str]:
-    """Make a forked process what one that was started would be; return its arguments."""
-    os.environ[PARENT] = str(os.getppid())
+def as_new(request: dict[str, Any], output: int, writer: int, parent: int) -> list[str]:
+    """Make a forked process what one that was started would be; return its arguments.
+
+    ``parent`` is the process that forked it; if that has ended in the meantime, so does this one.
+    """
+    os.environ[PARENT] = str(parent)
     follow_parent()
     os.setsid()
     for stream in (1, 2):

@@ -125,6 +125,17 @@ def test_unpaired_seeds_are_named_and_do_not_count(tmp_path):
     assert "late: not paired: seed 5, 6 only here, seed 0, 1 only in plain" in made.warnings
 
 
+def test_runs_that_do_not_count_are_told(tmp_path):
+    root = arms(tmp_path, STUDY)
+    for name in ("middle-s4", *(f"end-s{seed}" for seed in range(5))):
+        file = root / "points" / name / "result.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "diverged"}))
+    made = differences(root)
+    assert [arm.name for arm in made.arms] == ["plain", "middle"]
+    assert "runs that are not complete and do not count: 6 diverged" in made.warnings
+    assert not any("not complete" in line for line in differences(arms(tmp_path / "all", STUDY)).warnings)
+
+
 def test_fewer_than_three_seeds_have_no_test(tmp_path):
     made = differences(
         arms(tmp_path, {"plain": shares(0.7), "two": shares(0.9, seeds=2), "other": shares(0.9, first=9)})
@@ -234,6 +245,26 @@ def test_other_images_refuse_the_bootstrap_of_that_pair(tmp_path):
     middle, end = differences(root).comparisons
     assert middle.bootstrap is None and middle.no_bootstrap == "other test images" and middle.p < 0.05
     assert end.bootstrap is not None
+
+
+def test_equal_labels_of_other_images_are_no_pairs(tmp_path):
+    root = arms(tmp_path, STUDY)
+    for file in root.glob("points/*/result.json"):
+        test = "a" if file.parent.name.startswith("middle") else "b"
+        values = json.loads(file.read_text()) | {"data": {"classes": ["x"], "content": {"train": "c", "test": test}}}
+        file.write_text(json.dumps(values))
+    made = differences(root)
+    middle, end = made.comparisons
+    assert middle.no_bootstrap == "other test images" and middle.bootstrap is None and end.bootstrap is not None
+    (line,) = [line for line in made.warnings if "test images" in line]
+    assert line == "middle: its test images are not those of plain, by equal settings"
+
+
+def test_a_single_image_has_no_bootstrap(tmp_path):
+    root = arms(tmp_path, {"plain": shares(1, 0), "far": shares(1, 0)})
+    for folder in root.glob("points/*"):
+        write_predictions(folder, np.ones(1, bool))
+    assert differences(root).comparisons[0].no_bootstrap == "one test image"
 
 
 def test_the_order_of_images_does_not_matter(tmp_path):

@@ -75,8 +75,23 @@ def no_labels(path):
     np.savez(path, index=np.arange(2), predicted=np.arange(2))
 
 
+def endless_epoch(path):
+    np.savez(path, index=np.arange(2), label=np.arange(2), predicted=np.arange(2), epoch=np.inf)
+
+
+def encrypted(path):
+    """Spoil the bit of the archive's list that says that a member is encrypted."""
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
-    "damage", [cut, other_lengths, text, objects, few_shares, no_labels, lambda path: path.write_bytes(b"")]
+    "damage",
+    [
+        *(cut, other_lengths, text, objects, few_shares, no_labels, endless_epoch, encrypted),
+        lambda path: path.write_bytes(b""),
+    ],
 )
 def test_a_damaged_file_is_one_line(damage, tmp_path):
     path = tmp_path / PREDICTIONS

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -178,6 +179,13 @@ def test_a_point_goes_on_where_the_process_that_forks_is_killed(forked, tmp_path
     assert run_point(tmp_path, point_of("seed=1"), warm=True) == "complete" and warm._Here.parent is None
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "sweep.warm" in line]
     assert "points start one by one from here on" in line
+
+
+def test_a_forked_process_whose_parent_has_ended_by_then_ends(tmp_path):
+    code = f"from convnn.sweep.warm_parent import as_new; as_new({{}}, 1, 1, {1 << 22}); print('goes on')"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, ""), done.stderr
 
 
 @pytest.mark.long

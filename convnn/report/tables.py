@@ -47,13 +47,14 @@ def import_pandas() -> Any:
     """Return pandas.
 
     Raises:
-        ConfigError: if it, or matplotlib, is not installed.
+        ConfigError: if it, matplotlib or scipy is not installed.
     """
     try:
         import matplotlib  # noqa: F401
         import pandas
+        import scipy  # noqa: F401
     except ImportError as error:
-        raise ConfigError("needs pandas and matplotlib: uv sync --extra report") from error
+        raise ConfigError("needs pandas, matplotlib and scipy: uv sync --extra report") from error
     return pandas
 
 

@@ -67,9 +67,11 @@ def crossed_bootstrap(a: Any, b: Any, level: float = 0.95, resamples: int = 4000
     if not math.isfinite(mean):
         raise ValueError("needs finite values")
     generator = np.random.default_rng(seed)
-    error = float(rows.std(ddof=1)) / math.sqrt(seeds)
+    left = _left(difference, rows, columns)
+    # Rows that are alike by chance vary at least as much as what is left of each pair of seed and image makes them.
+    error = math.sqrt(max(float(rows.var(ddof=1)), left / images) / seeds)
     moved = error * generator.standard_t(seeds - 1, resamples)
-    moved += _share_of_images(difference, rows, columns) * _resampled(columns, resamples, generator)
+    moved += _share_of_images(columns, left / seeds) * _resampled(columns, resamples, generator)
     draws = mean + moved
     draws[np.abs(draws) < 1e-12] = 0.0  # what rounding leaves of nothing
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
@@ -88,18 +90,19 @@ def _resampled(columns: np.ndarray, resamples: int, generator: np.random.Generat
     return moved
 
 
-def _share_of_images(difference: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> float:
+def _share_of_images(columns: np.ndarray, left: float) -> float:
     """Return the factor for the images' draws, so that what a seed does on an image alone is counted once.
 
-    The variance of the columns' means holds the images' part and 1/seeds of what is left; that of the rows' means holds
-    the latter too.
+    The variance of the columns' means holds the images' part and, averaged over seeds, what is ``left``; the rows'
+    draws hold the latter.
     """
-    seeds, images = difference.shape
     own = float(columns.var(ddof=1))
-    if own == 0:
-        return 0.0
-    # Sums of squares of a two-way layout: what is left is the total less rows and columns.
+    return math.sqrt(max(0.0, 1 - left / own)) if own else 0.0
+
+
+def _left(difference: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> float:
+    """Return the variance that is left of each pair of seed and image, from the sums of squares of a two-way layout."""
+    seeds, images = difference.shape
     total = float(np.square(difference, dtype=float).sum()) - seeds * images * float(rows.mean()) ** 2
     left = total - images * float(rows.var()) * seeds - seeds * float(columns.var()) * images
-    left = max(left, 0.0) / ((seeds - 1) * (images - 1))
-    return math.sqrt(max(0.0, 1 - left / seeds / own))
+    return max(left, 0.0) / ((seeds - 1) * (images - 1))

@@ -25,7 +25,7 @@ from convnn.sweep.options import SweepConfig
 from convnn.sweep.plan import Point, load_point, point_name
 from convnn.sweep.process import run_point
 from convnn.sweep.same_data import check_point
-from convnn.sweep.state import point_state, sweep_has_ended
+from convnn.sweep.state import point_state, stop_file, sweep_has_ended
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="sweep")
@@ -46,6 +46,7 @@ def main(values: DictConfig) -> float | str | None:
     )
     launcher = HydraConfig.get().launcher
     parallel = int(launcher.get("n_jobs") or 1)
+    budget = Budget(folder, sweep.deadline)
     status = run_point(
         folder,
         point,
@@ -55,8 +56,10 @@ def main(values: DictConfig) -> float | str | None:
         jobs_per_device=sweep.jobs_per_device,
         parallel=parallel,
         warm=sweep.warm == "auto" and "submitit" not in launcher._target_,  # whose jobs are of one point each
-        budget=Budget(folder, sweep.deadline),
+        budget=budget,
     )
+    if str(sweep.token).endswith(f"-{os.getpid()}") and (budget.spent() or stop_file(folder, sweep.token).exists()):
+        sys.exit()  # the launcher is the sweep's own process, and would compose all points that are left
     if sweep_has_ended(sweep.token):
         os._exit(1)  # a worker without a sweep would wait for ever to hand over its result
     return point_state(folder, point).top1 if status == COMPLETE else status

@@ -39,6 +39,7 @@ _REFUSED = {
     "from_run": "train.py from_run=DIR begins one run",
     "sweep.point": "it is set by sweep.py",
     "sweep.token": "it is set by sweep.py",
+    "sweep.deadline": "it is set by sweep.py; sweep.budget=30m is a time from now",
     "hydra.mode": "sweep.py is always a multirun",
     "hydra.job.chdir": "jobs stay in the folder where sweep.py was called",
 }
@@ -90,6 +91,7 @@ def carry_out(
     """
     launcher = [*launcher, *_check_launcher(launcher)]
     folder = Path(options.dir)
+    budget = Budget.from_now(folder, options.budget)
     token = f"{platform.node()}-{os.getpid()}"
     if not (given or options.axes or options.points):
         raise ConfigError("the sweep has no points; give it values (operator.k=1,4,9) or a grid (grid=spectrum)")
@@ -106,7 +108,7 @@ def carry_out(
         print(invalid_lines(plan))
         if options.on_invalid == "fail":
             raise ConfigError(f"{len(plan.invalid)} points cannot work; change them, or set sweep.on_invalid=skip")
-    sweep = Sweep(plan, folder, options, token, list(command))
+    sweep = Sweep(plan, folder, options, token, list(command), budget)
     return sweep.run(list(launcher))
 
 
@@ -150,7 +152,9 @@ def _sweep_with_other_sweeper(options: SweepConfig, given: Sequence[str], launch
         print(f"{record['status']}: {record['name']}: {record['reason']}; log {record['log']}")
     if signals.seen is not None:
         return 128 + signals.seen
-    return EXIT_FAILED if bad else 0
+    if budget.spent():
+        print(f"sweep.budget={options.budget} is spent")
+    return EXIT_FAILED if bad or budget.spent() else 0
 
 
 @dataclass
@@ -162,6 +166,7 @@ class Sweep:
     options: SweepConfig
     token: str
     command: list[str]
+    budget: Budget
 
     def states(self) -> dict[str, PointState]:
         """Return the state of every point, by fingerprint."""
@@ -176,8 +181,7 @@ class Sweep:
     def run(self, launcher: list[str]) -> int:
         """Run what is to be run, and sum up; return the exit code."""
         self._prepare()
-        budget = Budget.from_now(self.folder, self.options.budget)
-        own = [*job_options(self.options, self.token, budget), *launcher]
+        own = [*job_options(self.options, self.token, self.budget), *launcher]
         stop = stop_file(self.folder, self.token)
         stop.unlink(missing_ok=True)
         todo = self.todo()
@@ -187,7 +191,7 @@ class Sweep:
                 while todo and signals.seen is None:
                     with contextlib.suppress(SystemExit):  # a launcher's own failure: the points' states tell
                         launch([*own, "sweep.point=" + ",".join(f"p{p.fingerprint}" for p in todo)])
-                    todo = self._left_by_others(lambda: signals.seen is not None or budget.spent())
+                    todo = self._left_by_others(lambda: signals.seen is not None or self.budget.spent())
         finally:
             stop.unlink(missing_ok=True)
             close_warm()

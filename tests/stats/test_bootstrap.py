@@ -100,3 +100,13 @@ def test_ten_arms_of_five_seeds_and_ten_thousand_images_take_seconds():
     for other in others:
         crossed_bootstrap(other, base)
     assert time.process_time() - start < 5
+
+
+def test_seeds_that_are_alike_by_chance_leave_no_certainty():
+    """Every seed gains on two of 100 images, each on its own two: the rows' means have no spread."""
+    b = np.zeros((5, 100))
+    a = b.copy()
+    for seed in range(5):
+        a[seed, 2 * seed : 2 * seed + 2] = 1
+    found = crossed_bootstrap(a, b)
+    assert found.mean == pytest.approx(0.02) and found.low < 0.01 and found.high > 0.03 and found.beats < 1

@@ -117,3 +117,20 @@ def test_a_sweep_leaves_what_does_not_fit_to_the_next_call(driver, tmp_path):
 def test_a_time_that_cannot_be_read_stops_everything(driver, tmp_path):
     code, text = sweep(driver, tmp_path, "seed=0,1", "sweep.budget=soon")
     assert code == 2 and text.strip() == "error: sweep.budget=soon is no time; write 90s, 30m or 1h30m"
+
+
+def test_another_sweeper_says_that_the_time_is_over(driver, tmp_path):
+    code, text = sweep(driver, tmp_path, "hydra/sweeper=basic", "seed=0,1", "sweep.budget=0.001s")
+    assert code == 1 and "sweep.budget=0.001s is spent" in text and not statuses(tmp_path)
+
+
+def test_the_deadline_is_not_given(driver, tmp_path):
+    code, text = sweep(driver, tmp_path, "seed=0,1", "sweep.deadline=5")
+    told = "error: sweep.deadline=5: it is set by sweep.py; sweep.budget=30m is a time from now"
+    assert code == 2 and text.strip() == told
+
+
+def test_points_that_are_left_are_not_even_composed(driver, tmp_path):
+    begun = time.monotonic()
+    code, text = sweep(driver, tmp_path, "seed=range(0,100)", "sweep.budget=0.001s", "sweep.on_invalid=skip")
+    assert code == 1 and "leaves 100 points to another call" in text and time.monotonic() - begun < 60

@@ -25,7 +25,7 @@ def here(monkeypatch):
     """Points train in this process, which is quicker; the fixture is the list of their commands."""
     commands = []
 
-    def carry_out(command, log, environment, signal_to_send):
+    def carry_out(command, *_):
         commands.append(command)
         given = [o for o in command[3:] if not o.startswith("tracker.group")]
         try:

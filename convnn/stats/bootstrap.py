@@ -68,8 +68,10 @@ def crossed_bootstrap(a: Any, b: Any, level: float = 0.95, resamples: int = 4000
         raise ValueError("needs finite values")
     generator = np.random.default_rng(seed)
     left = _left(difference, rows, columns)
-    # Rows that are alike by chance vary at least as much as what is left of each pair of seed and image makes them.
-    error = math.sqrt(max(float(rows.var(ddof=1)), left / images) / seeds)
+    spread = float(rows.var(ddof=1))
+    if spread < 1e-18:  # rows alike by chance: what is left of each pair of seed and image tells their variance
+        spread = left / images
+    error = math.sqrt(spread / seeds)
     moved = error * generator.standard_t(seeds - 1, resamples)
     moved += _share_of_images(columns, left / seeds) * _resampled(columns, resamples, generator)
     draws = mean + moved

@@ -83,7 +83,7 @@ def test_faults_of_real_runs(launcher, tmp_path):
     own = [o for o in TINY if not o.startswith("tracker")]
     command = [sys.executable, str(ROOT / "sweep.py"), f"sweep.dir={tmp_path}/sweep", "tracker=jsonl", *own, *options]
     command += [f"+sweep.points={{{','.join(points)}}}", f"hydra/launcher={launcher}", "operator.k=9"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests' / 'support'}:{ROOT}"}
     expected = [
         (1, {"raise": "failed", "exit": "failed", "kill": "killed", "diverge": "diverged", "good": "complete"}),
         (1, {"raise": "complete", "exit": "complete", "kill": "complete", "diverge": "diverged", "good": "complete"}),

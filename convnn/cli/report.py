@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from convnn.cli.program import path, run_program, script_options
-from convnn.config.load import expanded
-from convnn.errors import ConfigError
+from convnn.cli.program import folders_and_options, path, run_program
 
 USAGE = """
 usage: uv run scripts/report.py DIR [DIR ...] [out=FOLDER] [metric=top1_last] [baseline=ARM]
@@ -40,11 +38,7 @@ class Options:
 
 def report(argv: list[str]) -> None:
     """Report and print."""
-    folders = [Path(arg) for arg in argv if not arg.startswith("-") and ("=" not in arg or Path(arg).is_dir())]
-    options: Options = script_options(Options, [arg for arg in argv if Path(arg) not in folders], USAGE)
-    folders = [Path(expanded(str(folder), "DIR")) for folder in folders]
-    if not folders:
-        raise ConfigError("name a folder that holds runs; see --help")
+    folders, options = folders_and_options(Options, argv, USAGE)
     from convnn.report.build import make_report
 
     out = Path(options.out) if options.out else folders[0] / "report"

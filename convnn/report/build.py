@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 from convnn.config.overrides import quoted_once
 from convnn.errors import ConfigError
-from convnn.report.compare import CompareSettings, Differences, compare_arms
+from convnn.report.compare import Differences, compare_arms
 from convnn.report.compare_plots import save_differences
 from convnn.report.content import MAX_RUNS, Picture, Report, Table
 from convnn.report.differences import verdict, write_frames
 from convnn.report.pages import html_page, markdown
 from convnn.report.plots import draw_all
 from convnn.report.results import FoundRuns, find_results, integer_of, tidy
+from convnn.report.settings import CompareSettings
 from convnn.report.tables import METRICS, import_pandas, runs_frame, score_of, summarize
 from convnn.report.writing import REPORT
 from convnn.runtime.owned import naming

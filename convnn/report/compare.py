@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convnn.errors import ConfigError
+from convnn.ops.settings import check_fields
 from convnn.report.arms import Arm, arms_of, baseline_of, differing, differing_settings, other_test_images
 from convnn.report.correctness import OTHER_IMAGES, Predictions
 from convnn.report.results import FoundRuns, tidy
-from convnn.report.tables import METRICS
+from convnn.report.settings import CompareSettings
 from convnn.report.tuning import Trials, count_trials
 from convnn.runs.status import COMPLETE
 from convnn.stats.bootstrap import Crossed, crossed_bootstrap
@@ -33,35 +33,6 @@ COSTS = {"seconds": "seconds", "gflops": "GFLOPs"}
 SLACK = 0.05
 """Share by which an arm of equal cost may be dearer."""
 _MACHINE = ("gpu", "device", "processor", "cores", "threads")
-
-
-@dataclass(frozen=True)
-class CompareSettings:
-    """How arms are compared."""
-
-    metric: str = "top1_last"
-    baseline: str | None = None
-    family: int | None = None
-    effect: float = 1.0
-    power: float = 0.8
-    level: float = 0.95
-    resamples: int = 4000
-    seed: int = 0
-    tuning: tuple[Path, ...] = ()
-
-    def check(self) -> None:
-        """Raise a ConfigError for what cannot be."""
-        if self.metric not in METRICS:
-            raise ConfigError(f"metric={self.metric} is not one of {', '.join(METRICS)}")
-        for name, value in (("level", self.level), ("power", self.power)):
-            if not 0 < value < 1:
-                raise ConfigError(f"{name}={value} must lie between 0 and 1")
-        if not 0 < self.effect <= 100:
-            raise ConfigError(f"effect={self.effect} must be points above 0, at most 100")
-        if not 100 <= self.resamples <= 1_000_000:
-            raise ConfigError(f"resamples={self.resamples} must lie between 100 and 1000000")
-        if self.seed < 0:
-            raise ConfigError(f"seed={self.seed} must not be negative")
 
 
 @dataclass
@@ -141,7 +112,7 @@ def compare_arms(
     Raises:
         ConfigError: if there are fewer than two arms with complete runs, or no baseline is meant.
     """
-    settings.check()
+    check_fields(settings, "")
     every = arms_of(found, frame, summary, settings.metric)
     arms = [arm for arm in every if arm.scores]
     if len(arms) < 2:
@@ -155,7 +126,7 @@ def compare_arms(
         raise ConfigError(f"family={family} is fewer than the {len(comparisons)} comparisons that are shown")
     for one, p in zip(comparisons, holm([c.paired.p for c in comparisons], family), strict=True):
         one.p = p
-    trials = count_trials(arms, settings.tuning) if settings.tuning else None
+    trials = count_trials(arms, settings.tuning_folders()) if settings.tuning else None
     made = Differences(settings, arms, base, comparisons, family, trials, [], [])
     made.warnings = [*_warnings(made, every), *_not_counted(found), *predictions.problems, *found.conflicts]
     made.notes = _notes(made, predictions, found)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from convnn.report.compare import CompareSettings, Differences, compare_arms
+from convnn.ops.settings import check_fields
+from convnn.report.compare import Differences, compare_arms
 from convnn.report.compare_plots import save_differences
 from convnn.report.content import Picture
 from convnn.report.differences import write_frames
 from convnn.report.pages import difference_parts, markdown_cell
 from convnn.report.results import find_results
+from convnn.report.settings import CompareSettings
 from convnn.report.tables import import_pandas, runs_frame, summarize
 from convnn.runtime.owned import Owner, naming
 
@@ -30,7 +32,7 @@ def read_differences(folders: Sequence[Path], settings: CompareSettings, out: Pa
             ``out`` that no comparison wrote stands in the way.
         OSError: if the disk refuses, naming the file.
     """
-    settings.check()
+    check_fields(settings, "")
     import_pandas()
     found = find_results(folders)
     frame = runs_frame(found)

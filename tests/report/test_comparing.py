@@ -12,9 +12,9 @@ from convnn.cli.compare import compare
 from convnn.errors import ConfigError
 from convnn.report.arms import few
 from convnn.report.build import make_report
-from convnn.report.compare import CompareSettings
 from convnn.report.comparison import read_differences
 from convnn.report.differences import difference_frame, difference_table, difference_text, matched_table, verdict
+from convnn.report.settings import CompareSettings
 
 pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
@@ -290,7 +290,7 @@ def test_settings_tried_are_counted_by_arm(tmp_path):
     write_run(tuned / "bad", {"operator.blend": 0.2, "optim.lr": 1.0} | free, status="diverged")  # tried too
     write_run(tuned / "p", PLAIN | {"operator.k": 25} | free)  # without a swap no operator counts
     write_run(tuned / "q", {"operator.blend": 0.2, "operator.k": 25, "optim.lr": 5.0} | free)  # of no arm
-    made = differences(root, tuning=(tuned,))
+    made = differences(root, tuning=str(tuned))
     assert {name: trials.count for name, trials in made.trials.items()} == {"plain": 1, "middle": 3, "end": 4}
     assert "arms were not tuned alike; settings tried: plain 1, middle 3, end 4" in made.warnings
     assert not any("not recorded" in line for line in made.notes)
@@ -302,7 +302,7 @@ def test_settings_tried_are_counted_by_arm(tmp_path):
 def test_an_arm_without_a_trial_says_what_the_nearest_has_otherwise(tmp_path):
     root = arms(tmp_path / "study", {"plain": shares(0.7), "near": shares(0.8)})
     write_run(tmp_path / "tuned" / "a", {"operator.blend": 0.1, "train.batch_size": 64})
-    warnings = differences(root, tuning=(tmp_path / "tuned",)).warnings
+    warnings = differences(root, tuning=str(tmp_path / "tuned")).warnings
     assert any(line.startswith("near: no run") and line.endswith("differs in train.batch_size") for line in warnings)
 
 
@@ -365,3 +365,13 @@ def test_names_are_escaped(tmp_path):
     make_report([root], tmp_path / "out")
     page = (tmp_path / "out" / "index.html").read_text()
     assert "<b>" not in page and "&lt;b&gt;" in page
+
+
+@pytest.mark.parametrize(
+    "given", ["level=1", "power=0", "effect=0", "effect=101", "resamples=9", "seed=-1", "family=0"]
+)
+def test_a_setting_out_of_range_is_one_line(given, tmp_path):
+    with pytest.raises(ConfigError, match=rf"^{given}(\.0)? must lie in"):
+        compare([str(tmp_path), given])
+    with pytest.raises(ConfigError, match="metric=top1 is not one of top1_last"):
+        compare([str(tmp_path), "metric=top1"])

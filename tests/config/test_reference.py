@@ -105,7 +105,7 @@ def test_every_option_of_the_programs_is_described():
 def test_every_program_with_options_has_a_row():
     scripts = Path(__file__).parents[2] / "scripts"
     files = [*scripts.glob("*.py"), *(scripts.parent / "convnn" / "cli").glob("*.py")]
-    asking = {f"scripts/{file.name}" for file in files if "script_options(Options" in file.read_text()}
+    asking = {f"scripts/{file.name}" for file in files if "_options(Options" in file.read_text()}
     assert asking == PROGRAMS.keys()
 
 

@@ -67,7 +67,7 @@ def test_a_forked_process_is_as_a_started_one(forked, tmp_path, monkeypatch):
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(len(found)), process.PARENT: str(os.getpid())}
         code, text = end_of(tmp_path, "told", "a=1", "b c", warm_start=warm_start, environment=environment)
         assert code == 0, text
-        found.append(json.loads(text))
+        found.append(json.loads((tmp_path / "log").read_text().splitlines()[-1]))  # ``text`` has only its end
         assert found[-1]["environment"].pop("CUDA_VISIBLE_DEVICES") == str(len(found) - 1)
         assert int(found[-1]["environment"].pop(process.PARENT)) == (
             os.getpid() if not warm_start else warm._Here.parent.process.pid

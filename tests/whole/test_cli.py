@@ -80,7 +80,7 @@ def test_a_wrong_command_is_one_line_within_seconds(tmp_path):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = call("train.py", "operator.kk=9", cwd=tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime - before.ru_utime < 2
+    assert after.ru_utime - before.ru_utime < 4  # 1.2 s alone on a core; loading torch and timm is far above it
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert "did you mean 'operator.k'?" in done.stderr and not any(tmp_path.iterdir())
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convnn.runtime.owned import naming
 from convnn.text import show
 
 if TYPE_CHECKING:
@@ -62,6 +64,32 @@ def add_title(figure: Figure, text: str, size: float = 16) -> None:
     title = plain_text(text, characters(figure.get_figwidth() - 0.2, size))
     figure.set_figheight(figure.get_figheight() + title.count("\n") * size * 1.25 / 72)
     figure.suptitle(title, fontsize=size)
+
+
+def save_figure(figure: Figure, path: Path, dpi: float) -> tuple[Path, Path]:
+    """Write a figure as PNG and SVG of one layout; return both files.
+
+    ``Figure.savefig`` would lay out and draw each of them twice, which is most of the time that small pictures take.
+
+    Args:
+        figure: not used afterwards.
+        path: without a suffix.
+        dpi: of the PNG.
+
+    Raises:
+        OSError: as of ``naming``, if a file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    png, svg = path.with_name(f"{path.name}.png"), path.with_name(f"{path.name}.svg")
+    figure.dpi = dpi
+    with naming(png):
+        FigureCanvasAgg(figure).print_png(png)
+    figure.set_layout_engine("none")
+    with naming(svg):
+        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})
+    return png, svg
 
 
 def line_styles(values: Sequence[Any]) -> dict[Any, dict[str, Any]]:

@@ -30,6 +30,7 @@ from convnn.figures.style import (
     new_figure,
     number_axis,
     plain_text,
+    save_figure,
 )
 from convnn.report.content import Picture
 from convnn.report.looks import Looks
@@ -39,7 +40,6 @@ from convnn.report.view import BLEND, MAX_CELLS, MAX_DOTS, MAX_LINES, MAX_PANELS
 from convnn.runs.metrics import is_number
 from convnn.runs.record import read_record
 from convnn.runs.status import COMPLETE
-from convnn.runtime.owned import naming
 from convnn.text import Score, show
 
 if TYPE_CHECKING:
@@ -101,12 +101,7 @@ def save_all(
 def _save(name: str, title: str, figure: Figure, caption: str, out: Path, subject: str) -> Picture:
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
     add_title(figure, f"{title} ({subject})" if subject else title)
-    paths = [out / f"{name}.png", out / f"{name}.svg"]
-    with naming(paths[0]):
-        figure.savefig(paths[0], dpi=150)
-    with naming(paths[1]):
-        figure.savefig(paths[1], metadata={"Date": None})
-    return Picture(name, title, caption, *paths)
+    return Picture(name, title, caption, *save_figure(figure, out / name, dpi=150))
 
 
 def accuracy_over_number(looks: Looks, x: str) -> tuple[Figure, str] | None:

@@ -20,10 +20,11 @@ from convnn.data.splits import AnySplit
 from convnn.data.stream import make_batches
 from convnn.errors import ConfigError, first_line
 from convnn.figures.neighbors import Pixel, default_pixels, draw_blends, draw_neighbors, draw_weights
+from convnn.figures.style import save_figure
 from convnn.models.inspect import choosing_layers, neighbors_of
 from convnn.ops.neighborhood import Neighborhood
 from convnn.runs.contents import PICTURES_LIST, pictures_of_run
-from convnn.runtime.owned import Owner, naming
+from convnn.runtime.owned import Owner
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -156,11 +157,7 @@ def save_figures(figures: dict[str, Figure], folder: Path, out: Path | None = No
     try:
         with owner.written_aside(out) as aside:
             for name, figure in figures.items():
-                with naming(aside / f"{name}.png"):
-                    figure.savefig(aside / f"{name}.png", dpi=100)
-                figure.set_layout_engine("none")  # what the PNG took is kept
-                with naming(aside / f"{name}.svg"):
-                    figure.savefig(aside / f"{name}.svg", metadata={"Date": None})
+                save_figure(figure, aside / name, dpi=100)
     except OSError as error:
         raise ConfigError(f"out={out}: {first_line(error)}") from error
     return [out / f"{name}.png" for name in figures]

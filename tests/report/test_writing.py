@@ -15,6 +15,7 @@ from convnn.report.writing import REPORT
 
 pytest.importorskip("matplotlib")
 MANIFEST = REPORT.manifest
+PRINT_PNG = "matplotlib.backends.backend_agg.FigureCanvasAgg.print_png"
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def full(*_, **__):
 
 DISKS = {
     "results.csv": ("pandas.DataFrame.to_csv", full),
-    "curves.png": ("matplotlib.figure.Figure.savefig", full),
+    "curves.png": (PRINT_PNG, full),
     "table.md": ("pathlib.Path.write_text", full),
 }
 
@@ -152,7 +153,7 @@ def test_a_disk_that_is_full_for_the_list_or_an_encoder(place, monkeypatch):
     before = files(place)
     for target, broken, hint in (
         ("pathlib.Path.write_text", refuses, r"\.convnn-report cannot be written: No space"),
-        ("matplotlib.figure.Figure.savefig", encoder, r"\.png cannot be written: encoder error -2"),
+        (PRINT_PNG, encoder, r"\.png cannot be written: encoder error -2"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(target, broken)

@@ -71,7 +71,7 @@ def test_a_full_disk_leaves_the_earlier_pictures(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Figure, "savefig", full)
+    monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg.print_png", full)
     with pytest.raises(ConfigError, match=r"neighbors\.png cannot be written: No space left on device"):
         save_figures(figures("neighbors"), tmp_path)
     assert snapshot(tmp_path) == before

@@ -157,7 +157,8 @@ def _draw_panels(
     together = len({at for _, at, _ in rows}) == 1  # one query in all rows, shown once
     top = max(one.index.shape[-1] for _, _, layers in rows for one in layers.values())
     shades = _shades(names, rows, item, (h, w), None if head is None else max(top, 2))
-    with mpl.rc_context(RC_PARAMS | {"axes.grid": False, "font.size": 12}):
+    titley = {"axes.titley": 1.0}  # where it would be anyway, without a search for ticks that it might cover
+    with mpl.rc_context(RC_PARAMS | {"axes.grid": False, "font.size": 12} | titley):
         figure = Figure(figsize=(panel * (len(names) + 1) + 2.6, height * len(rows) + 1.3))
         panels = figure.subplots(len(rows), len(names) + 1, squeeze=False)
         for i, ((label, at, layers), line) in enumerate(zip(rows, panels, strict=True)):
@@ -166,7 +167,7 @@ def _draw_panels(
             else:
                 _draw_image(line[0], photo)
                 line[0].plot(at[1] + 0.5, at[0] + 0.5, "o", ms=9, mfc="black", mec="white", mew=2, clip_on=False)
-            line[int(together)].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8)
+            _note(line[int(together)], label, (0, 0.5), (-8, 0), ha="right", va="center")
             for name, axes in zip(names, line[1:], strict=True):
                 _draw_panel(axes, grey, layers[name], item, head, at, shades)
         panels[0, 0].set_title("input", fontsize=12)
@@ -222,10 +223,12 @@ def _short_name(name: str) -> str:
 def _draw_image(axes: Axes, picture: Any) -> None:
     h, w = picture.shape[:2]
     axes.imshow(picture, extent=(0, w, h, 0), interpolation="nearest", zorder=1)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.set_axis_off()  # axes without ticks and lines would still be measured, which takes longer than the picture
+
+
+def _note(axes: Axes, text: str, place: tuple[float, float], offset: tuple[float, float], **look: Any) -> None:
+    """Write beside a panel: at a place as shares of its sides, moved by points."""
+    axes.annotate(text, place, offset, xycoords="axes fraction", textcoords="offset points", **look)
 
 
 def _token_weights(found: Neighborhood, item: int, query: int) -> Tensor:
@@ -297,7 +300,7 @@ def _draw_panel(
     axes.set_xlim(corner[0], corner[0] + whole[0])
     axes.set_ylim(corner[1] + whole[1], corner[1] - above)
     if note:
-        axes.set_xlabel(note, fontsize=11, labelpad=3)
+        _note(axes, note, (0.5, 0), (0, -3), ha="center", va="top", fontsize=11)
 
 
 def _legend(found: Sequence[Neighborhood]) -> list[Any]:

@@ -46,7 +46,7 @@ def test_neighbours_stand_where_they_were_chosen_on_an_image_that_is_not_square(
     corner, inner = (panels[i] for i in (1, 3))
     assert cells(corner)[0] == (0, 0) and sorted(cells(corner)) == [(x, y) for x in (-2, 0, 2) for y in (-2, 0, 2)]
     assert sorted(cells(inner)) == [(x, y) for x in (6, 8, 10) for y in (4, 6, 8)]
-    assert [panel.get_xlabel() for panel in (corner, inner)] == ["9 of 9 in window"] * 2
+    assert [panel.texts[-1].get_text() for panel in (corner, inner)] == ["9 of 9 in window"] * 2
     assert any(text.get_text() == "zero padding" for text in figure.legends[0].get_texts())
 
 
@@ -55,7 +55,7 @@ def test_blends_and_weights_with_cls():
     x, image = torch.randn(1, 13, 8), torch.rand(1, 30, 40)
     answers = {blend: {"blocks.0.attn": layer.neighborhood(x, blend=blend)} for blend in (0.0, 1.0)}
     figure = draw_blends(image, answers, (15, 20))
-    labels = [axes.get_ylabel() for axes in figure.axes]
+    labels = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert "blend 0\n(convolution)" in labels and "blend 1\n(attention)" in labels
     weights = draw_weights(image, answers[1.0], [(15, 20)])
     found = answers[1.0]["blocks.0.attn"]

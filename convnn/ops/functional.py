@@ -88,7 +88,7 @@ def neighbor_aggregate(
         similarity, temperature = selection.similarity, mixing.temperature
         return launch.attend_to_neighbors(*parts, similarity=similarity, temperature=temperature)
     graph = Edges(found.index, *v.shape[:3]) if mixing.backend == "auto" and walks_edges(v) else None
-    near = None if bias is None else at_neighbors(bias, found.index, q.shape[:2])
+    near = None if bias is None else at_neighbors(bias, found.index, k)
     rho = neighbor_weights(q, k, found, selection, mixing, graph=graph, dropout=drop, dtype=v.dtype, bias=near)
     if mixing.straight_through:
         chosen_by = near if selection.bias_selects else None
@@ -103,9 +103,10 @@ def neighbor_aggregate(
     return mix(v, found.index, rho, weight, groups, graph)
 
 
-def at_neighbors(bias: Tensor, index: Tensor, size: torch.Size) -> Tensor:
-    """Return a bias, broadcastable to (B, H, Q, N), at the neighbours ``index``: (B, H, Q, K)."""
-    return bias.expand(*size, index.shape[2], -1).gather(-1, index.expand(*size, -1, -1))
+def at_neighbors(bias: Tensor, index: Tensor, k: Tensor) -> Tensor:
+    """Return a bias, broadcastable to (B, H, Q, N), at the neighbours ``index``: (B, H, Q, K); keys (B, H, N, D)."""
+    b, h, n, _ = k.shape
+    return bias.expand(b, h, index.shape[2], n).gather(-1, index.expand(b, h, -1, -1))
 
 
 def _used_weight(weight: Tensor | None, channels: int, groups: int, num: int) -> Tensor | None:

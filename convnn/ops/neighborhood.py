@@ -137,7 +137,7 @@ def find_neighborhood(
         scores = [pair_similarity(own, keys[head, chosen], selection.similarity) for own, keys, chosen in images]
         score = torch.stack(scores)
         if bias is not None:
-            score = score + bias.expand(*q.shape[:2], index.shape[2], -1).gather(-1, index)
+            score = score + bias.expand(*index.shape[:3], k.shape[2]).gather(-1, index)
         own = with_own_scores(score, index, selection.self_again, mixing.self_score)
         weights = own / mixing.temperature
         if mixing.weighting == "softmax_far":

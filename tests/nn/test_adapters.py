@@ -9,7 +9,8 @@ from attention_kinds import KINDS, best_scores, unfused, without_positions
 from comparing import close
 from torch import nn
 
-from convnn import ConfigError, ConvNNAttention, OperatorConfig, preset
+from convnn import ConfigError, ConvNNAttention, OperatorConfig
+from convnn.config.presets import operator_of
 from convnn.nn.adapters.registry import adapter_of, stand_in
 from convnn.nn.base import Site
 
@@ -19,7 +20,7 @@ ALL = sorted(KINDS)
 def replaced(kind, k, init="transfer", **settings):
     """Return the layer and its replacement."""
     layer = kind.layer()
-    config = preset({"kind": "attention", "k": k, "aggregation": "sum"} | settings)
+    config = operator_of({"kind": "attention", "k": k, "aggregation": "sum"} | settings)
     source, site = stand_in(layer, init, Site("here"), True)
     return layer, ConvNNAttention.from_layer(source, config, init, site).eval()
 

@@ -73,7 +73,7 @@ def test_what_cannot_be_answered_is_refused(given, message):
 @pytest.mark.parametrize("extra", [{"add_bias_kv": True}, {"add_zero_attn": True}, {"kdim": 4}])
 def test_other_attention_is_refused(extra):
     model = nn.ModuleList([nn.MultiheadAttention(8, 2, **extra)])
-    with pytest.raises(ConfigError, match=r"'0' \(MultiheadAttention\) (has|adds)"):
+    with pytest.raises(ConfigError, match=r"could be replaced: 0 \(MultiheadAttention, which (has|adds)"):
         swap_layers(model, "*", SETTINGS | {"k": 2})
 
 

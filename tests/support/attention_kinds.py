@@ -62,7 +62,8 @@ class Kind:
     def layer(self):
         """Return the layer with random parameters."""
         torch.manual_seed(0)
-        made = self.make().double().eval()
+        made = self.make().double()
+        made.eval()  # which LeViT's does not return from
         for module in made.modules():
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 module.running_mean.normal_(std=0.1)
@@ -275,7 +276,9 @@ def best_scores(monkeypatch, k, chosen=None, seen=None):
         if seen is not None:
             seen.append(score.detach())
         by = next(turns) if chosen is not None else score.detach()
-        outside = torch.ones_like(by, dtype=torch.bool).scatter(-1, by.topk(k, dim=-1).indices, False)
+        outside = torch.ones_like(by, dtype=torch.bool).scatter(
+            -1, by.sort(dim=-1, descending=True, stable=True).indices[..., :k], False
+        )
         return softmax(score.masked_fill(outside, -torch.inf), dim)
 
     with monkeypatch.context() as patch:

@@ -114,7 +114,9 @@ class AdaptedAttention(NeighborAttention):
             reason = f"it is no self-attention: {self._spectrum_repr()}"
         if reason:
             raise ValueError(reason)
-        return copy.deepcopy(self.plain).train(self.training)
+        plain = copy.deepcopy(self.plain)
+        plain.train(self.training)  # which some return from, and some do not
+        return plain
 
     @classmethod
     def from_layer(cls, layer: nn.Module, config: OperatorConfig, init: str, site: Site) -> AdaptedAttention:

@@ -181,7 +181,10 @@ class Grouped(_Map):
 
     def write(self, layer: Any, y: Tensor, heads: Heads) -> Tensor:
         """Return (B, groups, N, channels)."""
-        x = layer.merge(merged(y)) if hasattr(layer, "n_heads") else super().write(layer, y, heads)
+        if hasattr(layer, "n_heads"):
+            x = layer.merge(merged(y))
+        else:  # heads are the inner index of NesT's channels
+            x = layer.proj_drop(layer.proj(y.permute(0, 2, 3, 1).flatten(2)))
         return x.unflatten(0, heads.rest)
 
 

@@ -18,6 +18,10 @@ class Beit(Adapter):
 
     layers = ("timm.models.beit:Attention",)
 
+    def prefix(self, layer: Any) -> int | None:
+        """Return 1 where there is a table, which has one for the class token."""
+        return None if layer.window_size is None else 1
+
     def tokens(self, layer: Any) -> int | None:
         """Return N of the table."""
         window = layer.window_size

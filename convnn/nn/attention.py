@@ -174,7 +174,7 @@ class ConvNNAttention(NeighborAttention):
     @classmethod
     def from_layer(
         cls, layer: nn.Module, config: OperatorConfig, init: str, site: Site, dim_out: int | None = None
-    ) -> ConvNNAttention | AdaptedAttention:
+    ) -> Any:
         """Build the replacement of an attention layer; ``dim_out`` takes only its first output channels.
 
         ``transfer`` copies the projections and lets the aggregation start as the sum: with k = N the function stays.

@@ -55,8 +55,8 @@ class NeighborAttention(NeighborLayer):
     fast: bool
     aggregation: str
     slot_weight: nn.Parameter | None
-    pointwise: nn.Module | None
-    attn_drop: nn.Module
+    pointwise: nn.Linear | None
+    attn_drop: nn.Dropout
 
     def _init_attention(self, num_heads: int, settings: dict[str, Any]) -> None:
         """Check the settings and start where they say, before any part is made."""
@@ -181,10 +181,18 @@ class NeighborAttention(NeighborLayer):
         heads = ringed(heads, geometry)
         weights = self.settings.dropout_on == "weights"
         drop = self.attn_drop.p if self.training and weights else 0.0
-        parts, more = (heads.q, heads.k, heads.v), {"bias": heads.bias, "blocked": heads.blocked}
+        parts = heads.q, heads.k, heads.v
         if self.is_fused(geometry):
-            pads, temperature = self._pads(), self.temperature
-            y = attend(*parts, geometry, self.selection, pads=pads, temperature=temperature, dropout=drop, **more)
+            y = attend(
+                *parts,
+                geometry,
+                self.selection,
+                pads=self._pads(),
+                temperature=self.temperature,
+                dropout=drop,
+                bias=heads.bias,
+                blocked=heads.blocked,
+            )
         else:
             y = neighbor_aggregate(
                 *parts,
@@ -195,7 +203,8 @@ class NeighborAttention(NeighborLayer):
                 weight=self.slot_weight,
                 dropout=drop,
                 training=self.training,
-                **more,
+                bias=heads.bias,
+                blocked=heads.blocked,
             )
         if self.pointwise is not None:
             y = self.pointwise(y)

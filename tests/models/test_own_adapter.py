@@ -68,7 +68,7 @@ def test_a_class_without_a_module_is_refused():
     class Nowhere(Adapter):
         layers = ("Attention",)
 
-    with pytest.raises(ConfigError, match="layers=Attention is not of the form package.module:Class"):
+    with pytest.raises(ConfigError, match=r"layers=Attention is not of the form package\.module:Class"):
         register_adapter(Nowhere())
 
 
@@ -96,5 +96,5 @@ def test_what_stays_is_in_the_report():
     last = str(report).splitlines()[-1]
     assert last.startswith("left as they are: ") and "(GlobalSubSampleAttn, which has keys of a coarser map" in last
     assert set(report.left) == {n for n, m in model.named_modules() if type(m).__name__ == "GlobalSubSampleAttn"}
-    with pytest.raises(ConfigError, match="blocks.1.1.attn .GlobalSubSampleAttn, which has keys"):
+    with pytest.raises(ConfigError, match=r"blocks\.1\.1\.attn \(GlobalSubSampleAttn, which has keys"):
         swap_layers(model, "blocks.1.1.attn", SETTINGS | {"k": 2})

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -66,12 +65,13 @@ class Adapter:
     def start(self, layer: Any) -> None:
         """Fill what begins at neither the values of the layer's ``reset_parameters`` nor zeros, for ``init=fresh``."""
 
-    def read(self, layer: Any, x: Tensor) -> Heads:
+    def read(self, layer: Any, *args: Any, **given: Any) -> Heads:
         """Return what the layer compares and mixes.
 
         Args:
             layer: one of ``layers``.
-            x: what the model calls it with; an adapter declares the layer's other arguments too.
+            *args: what the model calls it with; an adapter declares the arguments that its layers take.
+            **given: by name.
 
         Raises:
             ValueError: for an argument that has no meaning with fewer neighbours, such as a causal mask.
@@ -101,10 +101,17 @@ def classes_of(adapter: Adapter) -> tuple[type, ...]:
     return tuple(c for c in classes if isinstance(c, type))
 
 
-def split(x: Tensor, heads: int, parts: int = 3) -> Iterable[Tensor]:
-    """Return parts of the channels, per head: (B, N, parts * H * D) -> parts times (B, H, N, D)."""
+def split(x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values: (B, N, 3 * H * D) -> three (B, H, N, D)."""
     b, n, _ = x.shape
-    return x.reshape(b, n, parts, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = x.reshape(b, n, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def halves(x: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Return two parts of the channels, per head: (B, N, 2 * H * D) -> two (B, H, N, D)."""
+    one, other = x.chunk(2, dim=-1)
+    return per_head(one, heads), per_head(other, heads)
 
 
 def per_head(x: Tensor, heads: int) -> Tensor:

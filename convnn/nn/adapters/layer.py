@@ -137,7 +137,7 @@ class AdaptedAttention(NeighborAttention):
                     f"its own; leave operator.{key} at null"
                 )
         if hasattr(layer, "attention_bias_cache"):  # of evaluation; its entries cannot be copied
-            layer.attention_bias_cache = {}
+            layer.attention_bias_cache = {}  # type: ignore[assignment]
         plain = copy.deepcopy(layer)
         if init == "fresh":
             reset(plain)

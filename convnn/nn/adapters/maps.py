@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convnn.nn.adapters.base import Adapter, merged, per_head, scaled, split
+from convnn.nn.adapters.base import Adapter, halves, merged, per_head, scaled, split
 from convnn.nn.adapters.windows import in_windows, of_windows
 from convnn.nn.neighbor_attention import Heads
 
@@ -84,7 +84,7 @@ class Pooled(_Map):
 
     def read(self, layer: Any, x: Tensor) -> Heads:
         """Return the heads of a map (B, h, w, channels)."""
-        return Heads(*split(layer.qkv(x.flatten(1, 2)), layer.num_heads), grid=tuple(x.shape[1:3]), rest=x.shape)
+        return Heads(*split(layer.qkv(x.flatten(1, 2)), layer.num_heads), grid=(x.shape[1], x.shape[2]), rest=x.shape)
 
     def write(self, layer: Any, y: Tensor, heads: Heads) -> Tensor:
         """Return (B, h, w, channels)."""
@@ -110,7 +110,7 @@ class ChannelsFirst(_Map):
         self, layer: Any, x: Tensor, shared_rel_pos: Tensor | None = None, attn_mask: Tensor | None = None
     ) -> Heads:
         """Return the heads; a mask that is added to the scores is taken for a bias."""
-        size = tuple(x.shape[-2:])
+        size = x.shape[-2], x.shape[-1]
         linear = isinstance(layer.qkv, torch.nn.Linear)
         qkv = layer.qkv(x.flatten(2).mT) if linear else layer.qkv(x).flatten(2).mT
         if getattr(layer, "head_first", False):
@@ -232,7 +232,7 @@ class Sequence(Adapter):
         heads = layer.num_heads
         if hasattr(layer, "qkv"):
             return Heads(*split(layer.qkv(x), heads))
-        q, k = split(layer.qk(x), heads, parts=2)
+        q, k = halves(layer.qk(x), heads)
         return Heads(q, k, per_head(layer.v(x), heads))
 
 
@@ -255,8 +255,8 @@ class LocalGroups(_Map):
 
     def write(self, layer: Any, y: Tensor, heads: Heads) -> Tensor:
         """Return (B, h * w, channels)."""
-        height, width, *padded = heads.rest
-        x = of_windows(merged(y), *padded, layer.ws, layer.ws)[:, :height, :width].flatten(1, 2)
+        height, width, rows, columns = heads.rest
+        x = of_windows(merged(y), rows, columns, layer.ws, layer.ws)[:, :height, :width].flatten(1, 2)
         return layer.proj_drop(layer.proj(x))
 
 
@@ -272,7 +272,7 @@ class Reduced(_Map):
     def read(self, layer: Any, x: Tensor, feat_size: tuple[int, int]) -> Heads:
         """Return the heads of (B, h * w, channels)."""
         q = per_head(layer.q(x), layer.num_heads)
-        return Heads(q, *split(layer.kv(x), layer.num_heads, parts=2), grid=tuple(feat_size))
+        return Heads(q, *halves(layer.kv(x), layer.num_heads), grid=(feat_size[0], feat_size[1]))
 
 
 ADAPTERS = (

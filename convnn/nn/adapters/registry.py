@@ -38,9 +38,11 @@ def unregister_adapter(adapter: Adapter) -> None:
 
 def adapter_of(layer: nn.Module) -> Adapter | None:
     """Return what reads a layer, or None. A subclass that computes otherwise is another kind of layer."""
-    forward = type(layer).forward
+    forward = getattr(type(layer), "forward", None)
     for adapter in _ADAPTERS:
-        if any(isinstance(layer, known) and forward is known.forward for known in classes_of(adapter)):
+        if any(
+            isinstance(layer, known) and forward is getattr(known, "forward", None) for known in classes_of(adapter)
+        ):
             return adapter
     return None
 

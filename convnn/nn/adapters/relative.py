@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from convnn.nn.adapters.base import Adapter, biased, merged, per_head, scaled, split
+from convnn.nn.adapters.base import Adapter, biased, halves, merged, per_head, scaled, split
 from convnn.nn.neighbor_attention import Heads
 
 
@@ -67,7 +67,7 @@ class GlobalQuery(Adapter):
         more = {"bias": layer.rel_pos.get_bias(), "grid": tuple(layer.window_size)}
         if not layer.use_global or q_global is None:
             return Heads(*split(layer.qkv(x), layer.num_heads), **more)
-        k, v = split(layer.qkv(x), layer.num_heads, parts=2)
+        k, v = halves(layer.qkv(x), layer.num_heads)
         q = q_global.repeat_interleave(len(x) // len(q_global), dim=0).reshape(x.shape)
         return Heads(per_head(q, layer.num_heads), k, v, **more)
 

@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from convnn.models.schedule import apply_schedule
     from convnn.models.swap import export_layers, neighbor_layers, swap_layers
     from convnn.nn.acmix import ACmix2d
+    from convnn.nn.adapters.base import Adapter
+    from convnn.nn.adapters.registry import register_adapter
     from convnn.nn.attention import ConvNNAttention
     from convnn.nn.conv import ConvNN2d
     from convnn.nn.convit import GatedPositionalAttention
     from convnn.nn.hybrid import HybridConvNN2d, HybridConvNNAttention
+    from convnn.nn.neighbor_attention import Heads
     from convnn.ops.functional import neighbor_aggregate
     from convnn.ops.geometry import Geometry
     from convnn.ops.neighborhood import Neighborhood
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ACmix2d": "nn.acmix",
+    "Adapter": "nn.adapters.base",
     "CheckpointError": "errors",
     "Config": "config.schema",
     "ConfigError": "errors",
@@ -41,6 +45,7 @@ _HOME = {
     "Dataset": "data.splits",
     "GatedPositionalAttention": "nn.convit",
     "Geometry": "ops.geometry",
+    "Heads": "nn.neighbor_attention",
     "HybridConvNN2d": "nn.hybrid",
     "HybridConvNNAttention": "nn.hybrid",
     "Mixing": "ops.settings",
@@ -58,11 +63,13 @@ _HOME = {
     "neighbors_of": "models.inspect",
     "preset": "config.presets",
     "presets": "config.presets",
+    "register_adapter": "nn.adapters.registry",
     "swap_layers": "models.swap",
 }
 
 __all__ = [
     "ACmix2d",
+    "Adapter",
     "CheckpointError",
     "Config",
     "ConfigError",
@@ -72,6 +79,7 @@ __all__ = [
     "Dataset",
     "GatedPositionalAttention",
     "Geometry",
+    "Heads",
     "HybridConvNN2d",
     "HybridConvNNAttention",
     "Mixing",
@@ -90,6 +98,7 @@ __all__ = [
     "neighbors_of",
     "preset",
     "presets",
+    "register_adapter",
     "swap_layers",
 ]
 

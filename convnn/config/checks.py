@@ -38,7 +38,7 @@ def check_operator(operator: OperatorConfig, prefix: str = "operator") -> None:
 def contradiction(o: OperatorConfig) -> str | None:
     """Return why operator settings cannot go together, ``{p}`` standing for the prefix of the keys, or None."""
     foreign: dict[str, Any] = {"border": "nearest", "layout": "grid", "head_dim": None, "dropout_on": "weights"}
-    foreign |= {"branch_input": "all", "causal": False, "token_dilation": 1}
+    foreign |= {"branch_input": "all", "causal": False, "token_dilation": 1, "bias_selects": False}
     if o.kind == ATTENTION:
         foreign = {"projection": "identity", "coordinates": False, "shuffle": 1, "inner_bias": False}
     for key, neutral in foreign.items():

@@ -13,8 +13,8 @@ from convnn.data.splits import Dataset
 from convnn.errors import ConfigError
 from convnn.models.backbones import create_backbone, draw_as_torch, has_small_stem
 from convnn.models.swap import SwapReport, count_parameters, swap_layers
-from convnn.nn.attention import ConvNNAttention
 from convnn.nn.hybrid import HybridConvNNAttention
+from convnn.nn.neighbor_attention import NeighborAttention
 from convnn.runtime.device import seed_everything
 
 
@@ -42,7 +42,7 @@ def build_network(config: Config, classes: int, shape: Sequence[int]) -> tuple[n
     report = swap_layers(model, config.swap, config.operator, init)
     if config.backbone.init == "torch" and init == "fresh":
         for layer in model.modules():  # others have a start of their own
-            if isinstance(layer, (ConvNNAttention, HybridConvNNAttention)):
+            if isinstance(layer, (NeighborAttention, HybridConvNNAttention)):
                 draw_as_torch(layer)
     return model, report, image_size
 

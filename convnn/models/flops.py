@@ -10,18 +10,38 @@ weights. Norms, activations, biases and the ordering of the scores are not.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from convnn.nn.attention import ConvNNAttention
 from convnn.nn.conv import ConvNN2d
+from convnn.nn.neighbor_attention import NeighborAttention
 from convnn.ops.aggregation import in_blocks
 from convnn.ops.candidates import most_candidates
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a module was called with."""
+
+    args: tuple[Any, ...]
+    given: dict[str, Any]
+
+    def on_meta(self) -> Call:
+        """Return the call without the tensors' data; a tensor that came twice comes twice."""
+        bare: dict[int, Tensor] = {}
+
+        def emptied(x: Any) -> Any:
+            return bare.setdefault(id(x), torch.empty_like(x, device="meta")) if isinstance(x, Tensor) else x
+
+        return Call(*tree_map(emptied, (self.args, self.given)))
 
 
 @dataclass(frozen=True)
@@ -31,8 +51,8 @@ class Cost:
     total: int
     layers: dict[str, int]
     """Of each watched module, by name."""
-    inputs: dict[str, tuple[int, ...]]
-    """Input shape of each watched module, by name."""
+    calls: dict[str, Call]
+    """The last call of each watched module, on the meta device, by name."""
 
 
 def on_meta(model: nn.Module) -> nn.Module:
@@ -55,44 +75,50 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def count_operations(model: nn.Module, image: Tensor, watch: Iterable[str] = ()) -> Cost:
+def count_operations(model: nn.Module, image: Tensor | Call, watch: Iterable[str] = ()) -> Cost:
     """Return the operations of ``model(image)`` in evaluation mode, and those of the modules named in ``watch``.
 
     The model and the random generators are left as they were.
     """
     missed, start = 0, {}
     layers: dict[str, int] = {}
-    inputs: dict[str, tuple[int, ...]] = {}
+    calls: dict[str, Call] = {}
+    call = image if isinstance(image, Call) else Call((image,), {})
     counter = FlopCounterMode(display=False)
 
-    def add(layer: ConvNN2d | ConvNNAttention, args: tuple[Tensor, ...], out: Tensor) -> None:
+    def add(layer: ConvNN2d | NeighborAttention, args: tuple[Tensor, ...], out: Tensor) -> None:
         nonlocal missed
         missed += elementwise_operations(layer, args[0])
 
-    def before(name: str, args: tuple[Tensor, ...]) -> None:
-        start[name], inputs[name] = counter.get_total_flops() + missed, tuple(args[0].shape)
+    def before(name: str, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        start[name], calls[name] = counter.get_total_flops() + missed, Call(args, given).on_meta()
 
     def after(name: str) -> None:
         layers[name] = layers.get(name, 0) + counter.get_total_flops() + missed - start[name]
 
-    hooks = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, (ConvNN2d, ConvNNAttention))]
+    hooks = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, (ConvNN2d, NeighborAttention))]
     for name in watch:
         module = model.get_submodule(name)
-        hooks.append(module.register_forward_pre_hook(lambda _, args, name=name: before(name, args)))
+        pre = partial(_noted, before, name)
+        hooks.append(module.register_forward_pre_hook(pre, with_kwargs=True))
         hooks.append(module.register_forward_hook(lambda *_, name=name: after(name)))
     training = model.training
     model.eval()
     try:
         with _frozen(model), torch.no_grad(), torch.random.fork_rng(), in_blocks(), counter:
-            model(image)
+            model(*call.args, **call.given)
     finally:
         for hook in hooks:
             hook.remove()
         model.train(training)
-    return Cost(counter.get_total_flops() + missed, layers, inputs)
+    return Cost(counter.get_total_flops() + missed, layers, calls)
 
 
-def elementwise_operations(layer: ConvNN2d | ConvNNAttention, x: Tensor) -> int:
+def _noted(note: Callable[..., None], name: str, _: nn.Module, args: Any, given: Any) -> None:
+    note(name, args, given)
+
+
+def elementwise_operations(layer: ConvNN2d | NeighborAttention, x: Tensor) -> int:
     """Return the elementwise operations of a layer's aggregation, which the FLOP counter does not see."""
     if isinstance(layer, ConvNN2d):
         height, width = (side // layer.shuffle for side in x.shape[-2:])
@@ -103,10 +129,10 @@ def elementwise_operations(layer: ConvNN2d | ConvNNAttention, x: Tensor) -> int:
         single = layer.weight is None or layer.mix_groups == channels == layer.weight.shape[0]
         sums = {"depthwise": 2, "separable": 2, "conv": 2}.get(layer.aggregation, 1) if single else 0
     else:
-        geometry = layer.layout_of(x.shape[1])
+        windows, geometry = layer.last_call(x)
         if layer.is_fused(geometry):
             return 0
-        channels, heads = layer.head_dim, layer.num_heads
+        channels, heads = layer.head_dim, layer.num_heads * windows
         sums = {"depthwise": 2, "separable": 2, "sum": 1}.get(layer.aggregation, 0)
     neighbors = min(layer.k, most_candidates(geometry, layer.selection, None)[1])
     weights = int(layer.mixing.weighting != "ones")

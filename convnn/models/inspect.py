@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from convnn.nn.adapters.layer import AdaptedAttention
 from convnn.ops.neighborhood import Neighborhood, same_draws
 
 
@@ -54,15 +57,16 @@ def neighbors_of(model: nn.Module, images: Tensor, blend: float | None = None) -
         layers = {name: layer for name, layer in layers.items() if hasattr(layer, "set_spectrum")}
     found: dict[str, Neighborhood] = {}
 
-    def look(name: str, layer: nn.Module, x: Tensor) -> None:
-        own = {} if blend is None else {"blend": blend}
-        with same_draws(x.device):
-            found[name] = layer.neighborhood(x, **own)  # type: ignore[operator]
+    def look(name: str, layer: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        own: dict[str, Any] = {} if blend is None else {"blend": blend}
+        if isinstance(layer, AdaptedAttention):
+            own = given | own
+        else:  # which refuse what comes besides
+            args = args[:1]
+        with same_draws(args[0].device):
+            found[name] = layer.neighborhood(*args, **own)  # type: ignore[operator]
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, args, name=name: look(name, layer, args[0]))
-        for name, layer in layers.items()
-    ]
+    hooks = [layer.register_forward_pre_hook(partial(look, name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with evaluating(model):
             model(images)

@@ -6,15 +6,13 @@ A rule narrows step by step: the kind of layer, its name, its kernel, its stage,
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
 
-from timm.layers.attention import Attention
 from torch import nn
 
 from convnn.config.schema import ATTENTION, CONV, SwapRule
 from convnn.errors import ConfigError
-from convnn.nn.sources import attention_classes
+from convnn.nn.adapters.registry import is_attention, refusal_of
 
 FOR_ATTENTION = "set operator=convnn_attention swap=all_attention to replace its attention"
 _HEADS = ("pre_logits", "head", "head_dist", "fc", "classifier")
@@ -22,13 +20,35 @@ _HEADS = ("pre_logits", "head", "head_dist", "fc", "classifier")
 
 def find_sites(model: nn.Module, kind: str) -> dict[str, nn.Module]:
     """Return the layers of a kind that may be replaced, in forward order: all but the classifier head's."""
-    wanted: Any = nn.Conv2d if kind == CONV else (Attention, *attention_classes())
+    wanted = is_convolution if kind == CONV else is_attention
     inside = tuple(f"{name}." for name, m in model.named_modules() if name and is_operator(m))
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, wanted) and name.split(".")[0] not in _HEADS and not name.startswith(inside)
+        if wanted(module) and name.split(".")[0] not in _HEADS and not name.startswith(inside)
     }
+
+
+def refused_sites(model: nn.Module, kind: str, globs: Iterable[str] = ("*",)) -> dict[str, str]:
+    """Return what is called attention but cannot be replaced, by name, each with its class and the reason."""
+    if kind != ATTENTION:
+        return {}
+    reasons = {name: refusal_of(m) for name, m in model.named_modules() if name.split(".")[0] not in _HEADS}
+    names = [n for n, why in reasons.items() if why and any(fnmatch.fnmatch(n, glob) for glob in globs)]
+    return {n: f"{type(model.get_submodule(n)).__name__}, which {reasons[n]}" for n in names}
+
+
+def told(refused: Mapping[str, str]) -> str:
+    """Return what was refused as text, all layers of one reason together."""
+    by: dict[str, list[str]] = {}
+    for name, what in refused.items():
+        by.setdefault(what, []).append(name)
+    return "; ".join(f"{some(names)} ({what})" for what, names in by.items())
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Return whether a module is a convolution that may be replaced, as far as its kind goes."""
+    return isinstance(module, nn.Conv2d)
 
 
 def network_layers(model: nn.Module) -> list[str]:
@@ -69,10 +89,14 @@ def select_sites(model: nn.Module, rule: SwapRule, kind: str, label: str) -> dic
     sites = find_sites(model, kind)
     if not sites:
         way = f"; {FOR_ATTENTION}" if kind == CONV and find_sites(model, ATTENTION) else ""
-        raise ConfigError(f"{label}: {type(model).__name__} has no {kind} layer that could be replaced{way}")
+        refused = told(refused_sites(model, kind))
+        why = f": {refused}" if refused else ""
+        raise ConfigError(f"{label}: {type(model).__name__} has no {kind} layer that could be replaced{why}{way}")
     names = [n for n in sites if fnmatch.fnmatch(n, rule.match or "")]
     if not names:
-        raise ConfigError(f"{label}.match={rule.match} matches none of the {kind} layers: {some(sites)}")
+        refused = told(refused_sites(model, kind, [rule.match or ""]))
+        why = f"{refused}; others are" if refused else f"matches none of the {kind} layers:"
+        raise ConfigError(f"{label}.match={rule.match} {why} {some(sites)}")
     names = [n for n in names if not any(fnmatch.fnmatch(n, glob) for glob in rule.exclude)]
     if kind == CONV:
         names = [n for n in names if min(_kernel(sites[n])) >= rule.min_kernel]

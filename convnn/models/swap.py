@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from timm.layers.attention import Attention
 from torch import nn
 from torch.nn.utils import parametrize
@@ -19,9 +19,11 @@ from convnn.config.schema import ATTENTION, CONV, OperatorConfig, SwapConfig, Sw
 from convnn.config.targets import resolve_target
 from convnn.errors import ConfigError
 from convnn.models.flops import Cost, count_operations, on_meta
-from convnn.models.sites import FOR_ATTENTION, find_sites, is_operator, select_sites, some
+from convnn.models.sites import FOR_ATTENTION, find_sites, is_operator, refused_sites, select_sites, some, told
+from convnn.nn.adapters.layer import AdaptedAttention
+from convnn.nn.adapters.registry import stand_in
+from convnn.nn.attention import ConvNNAttention
 from convnn.nn.base import NeighborLayer, Site, TokenGrid
-from convnn.nn.sources import replaceable
 from convnn.ops.settings import check_choice
 from convnn.text import aligned
 
@@ -49,14 +51,16 @@ class SwapReport:
     """The replaced layers in forward order; ``str(report)`` is a table."""
 
     rows: tuple[Replacement, ...]
+    left: dict[str, str] = field(default_factory=dict)
+    """Attention that the rules mean, but that cannot be replaced: class and reason by name."""
 
     def with_costs(self, cost: Cost) -> SwapReport:
         """Return the report with operations of each layer, from a count of the model that watched all of them."""
         rows = []
         for row in self.rows:
-            before = count_operations(row.plain, torch.empty(cost.inputs[row.name], device="meta")).total
+            before = count_operations(row.plain, cost.calls[row.name]).total
             rows.append(replace(row, flops_before=before, flops_after=cost.layers[row.name]))
-        return SwapReport(tuple(rows))
+        return SwapReport(tuple(rows), self.left)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -76,7 +80,8 @@ class SwapReport:
                 row += [f"{b / 1e6:,.2f}", f"{a / 1e6:,.2f}", f"{a / b:.2f}" if b else ""]
         first, *lines = aligned(header, cells, right_from=3).split("\n")
         rule = "-" * len(first)
-        return "\n".join([first, rule, *lines[:-1], rule, lines[-1]]) + "\n"
+        left = [f"left as they are: {told(self.left)}"] if self.left else []
+        return "\n".join([first, rule, *lines[:-1], rule, lines[-1], *left]) + "\n"
 
 
 Rule = SwapRule | Mapping[str, Any] | str
@@ -155,16 +160,24 @@ def swap_layers(
         _replace(model, old, new)
         counts = count_parameters(old), count_parameters(new)
         rows.append(Replacement(name, _describe(old), _describe(new), *counts, on_meta(old), init=inits[name]))
-    return SwapReport(tuple(rows))
+    return SwapReport(tuple(rows), _left(model, rules, operator))
+
+
+def _left(model: nn.Module, rules: Rules, operator: OperatorConfig) -> dict[str, str]:
+    """Return the attention that the rules' globs match, but that cannot be replaced."""
+    left: dict[str, str] = {}
+    for label, rule in _named_rules(rules, operator).items():
+        refused = refused_sites(model, own_operator(rule, operator, label).kind, [rule.match or ""])
+        left |= {n: why for n, why in refused.items() if not any(fnmatch.fnmatch(n, glob) for glob in rule.exclude)}
+    return left
 
 
 def _built(claim: _Claim, init: str, site: Site) -> nn.Module:
     build = _builder(claim.operator.target)
     check_replaceable(site.name, claim.layer)
-    plain, prefix = replaceable(claim.layer, init, site.name)
-    if prefix is not None:
-        site = replace(site, num_prefix_tokens=prefix)
-    new = build(plain, claim.operator, init, site)
+    adapts = resolve_target(claim.operator.target, "operator.target") is ConvNNAttention
+    layer, site = stand_in(claim.layer, init, site, adapts)
+    new = build(layer, claim.operator, init, site)
     return like(claim.layer, new.train(claim.layer.training), site.name)
 
 
@@ -181,16 +194,16 @@ def _refusal(refused: Mapping[str, ConfigError], claims: Mapping[str, _Claim], m
     reasons: dict[str, list[str]] = {}
     for name, error in refused.items():
         reasons.setdefault(str(error).replace(f"'{name}'", "{layer}"), []).append(f"'{name}'")
-    told = "; ".join(reason.replace("{layer}", some(names)) for reason, names in reasons.items())
+    text = "; ".join(reason.replace("{layer}", some(names)) for reason, names in reasons.items())
     if len(refused) == len(claims):  # nothing would be left to replace
         other = all(claim.operator.kind == CONV for claim in claims.values()) and find_sites(model, ATTENTION)
-        return ConfigError(f"{told}; or {FOR_ATTENTION}" if other else told)
+        return ConfigError(f"{text}; or {FOR_ATTENTION}" if other else text)
     rules = {claims[name].rule: claims[name].exclude for name in refused}
     ways = [
         f"{rule}.exclude=[{','.join([*own, *(name for name in refused if claims[name].rule == rule)])}]"
         for rule, own in rules.items()
     ]
-    return ConfigError(f"{told}; to leave them out, set {' '.join(ways)}")
+    return ConfigError(f"{text}; to leave them out, set {' '.join(ways)}")
 
 
 def check_replaceable(name: str, layer: nn.Module) -> None:
@@ -229,6 +242,8 @@ def like(old: nn.Module, new: nn.Module, name: str) -> nn.Module:
         return new
     if all(frozen.values()):
         return new.requires_grad_(False)
+    if isinstance(new, AdaptedAttention):  # whose copy of the layer is frozen as that is
+        return new
     own = dict(new.named_parameters())
     if own.keys() - frozen.keys() or any(f for n, f in frozen.items() if n not in own):
         names = ", ".join(n for n, f in frozen.items() if f)
@@ -316,6 +331,8 @@ def _describe(module: nn.Module) -> str:
         return text + (f" g{module.groups}" if module.groups > 1 else "")
     if isinstance(module, Attention):
         return f"Attention {module.qkv.in_features} h{module.num_heads}"
+    if isinstance(module, AdaptedAttention):
+        return f"ConvNN {type(module.plain).__name__} k={module.k} blend={module.blend:g}"
     inner = [m for m in module.modules() if isinstance(m, NeighborLayer)]
     text = type(module).__name__
     if inner:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from convnn.config.schema import OperatorConfig
 from convnn.errors import ConfigError
-from convnn.nn.attention import add_ring
 from convnn.nn.base import Site, options, pair, refuse_transfer
 from convnn.nn.conv import check_conv
+from convnn.nn.neighbor_attention import add_ring
 from convnn.ops.geometry import Geometry, Pair
 from convnn.ops.neighborhood import Neighborhood
 

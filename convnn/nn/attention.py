@@ -8,22 +8,21 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
-from convnn.config.schema import ATTENTION, OperatorConfig
+from convnn.config.schema import OperatorConfig
 from convnn.errors import ConfigError
-from convnn.nn.base import NeighborLayer, Site, TokenGrid, grid_of, layer_settings
-from convnn.ops.candidates import is_relative
-from convnn.ops.functional import neighbor_aggregate
-from convnn.ops.geometry import Geometry, Pair
-from convnn.ops.neighborhood import Neighborhood, find_neighborhood
-from convnn.ops.shortcuts import attend, attends_to_all
+from convnn.nn.adapters.layer import AdaptedAttention
+from convnn.nn.adapters.registry import adapter_of
+from convnn.nn.adapters.timm_attention import beyond_plain
+from convnn.nn.base import Site, layer_settings
+from convnn.nn.neighbor_attention import Heads, NeighborAttention
+from convnn.ops.geometry import Pair
+from convnn.ops.neighborhood import Neighborhood
 
 __all__ = ["Attention", "ConvNNAttention"]
 
@@ -38,7 +37,7 @@ DEFAULTS = {"similarity": "dot", "self_first": False, "weighting": "softmax", "a
 """What makes the settings those of the paper's attention layer."""
 
 
-class ConvNNAttention(NeighborLayer):
+class ConvNNAttention(NeighborAttention):
     """Self-attention over the k nearest tokens, a drop-in for timm's ``Attention`` (arXiv 2511.14137).
 
     Keeps timm's parameter names. With ``aggregation="depthwise"`` each neighbour rank has a weight per channel,
@@ -92,123 +91,31 @@ class ConvNNAttention(NeighborLayer):
         **settings: Any,
     ) -> None:
         super().__init__()
-        self._init_spectrum(ATTENTION, num_heads, DEFAULTS | {"k": k, "blend": blend} | settings)
+        self._init_attention(num_heads, DEFAULTS | {"k": k, "blend": blend} | settings)
         head_dim = self.settings.head_dim
         if head_dim is None and dim % num_heads:
             raise ValueError(f"num_heads={num_heads} must divide dim={dim}")
-        self.dim, self.num_heads, self.head_dim = dim, num_heads, head_dim or dim // num_heads
+        self.dim = dim
         self.num_prefix_tokens, self.grid_size, self.fast = num_prefix_tokens, grid_size, fast
-        self.token_grid: TokenGrid | None = None
-        """Where a swap has put the layer behind a patch embedding: what that saw last."""
-        self.border, self.layout = self.settings.border, self.settings.layout
-        self.aggregation = aggregation = self.settings.aggregation
 
-        d = self.head_dim
+        d = head_dim or dim // num_heads
         self.qkv = nn.Linear(dim, 3 * num_heads * d, bias=qkv_bias)
         self.q_norm = norm_layer(d) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(d) if qk_norm else nn.Identity()
-        self.attn_drop = nn.Dropout(attn_drop)
-        shape = {"depthwise": (d, k), "separable": (d, k), "conv": (d, d, k)}.get(aggregation)
-        self.slot_weight = nn.Parameter(torch.empty(shape)) if shape else None
-        self.pointwise = nn.Linear(d, d, bias=False) if aggregation == "separable" else None
+        self._init_slots(d, attn_drop)
         self.proj = nn.Linear(num_heads * d, dim_out or dim, bias=proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_slots()
 
-    @torch.no_grad()
-    def reset_slots(self, preserve: bool = False) -> None:
-        """Draw the slot weights anew: depthwise ones, others as ``nn.Conv1d``.
-
-        ``preserve`` makes every kind of aggregation the sum.
-        """
-        weight = self.slot_weight
-        if weight is None:
-            return
-        if self.aggregation == "depthwise" or (preserve and self.aggregation == "separable"):
-            weight.fill_(1)
-        elif preserve:
-            weight.copy_(torch.eye(self.head_dim)[..., None].expand_as(weight))
-        else:
-            nn.init.kaiming_uniform_(weight if weight.ndim == 3 else weight[:, None], a=math.sqrt(5))
-        if self.pointwise is not None:
-            nn.init.eye_(self.pointwise.weight) if preserve else self.pointwise.reset_parameters()
-
-    def geometry(self, num_tokens: int) -> Geometry:
-        """Return the grid of a sequence of this length.
-
-        Raises:
-            ValueError: if the tokens after the prefix are neither ``grid_size`` nor a square.
-        """
-        if self.layout == "sequence":
-            return Geometry(1, num_tokens, dilation=(1, self.settings.token_dilation))
-        height, width = grid_of(num_tokens, self.num_prefix_tokens, self.grid_size, self.token_grid)
-        radius, step = math.isqrt(self.k_max) // 2, self.settings.token_dilation
-        prefix, dilation = self.num_prefix_tokens, (step,) * 2
-        if self.border == "zeros":
-            side, ring = (2 * radius + 1,) * 2, (step * radius,) * 2
-            return Geometry(height, width, kernel=side, padding=ring, dilation=dilation, prefix=prefix)
-        if self.border == "shift" and step > 1 and (2 * radius + 1) * step > min(height, width):
-            raise ValueError(
-                f"a {2 * radius + 1} wide window with token_dilation={step} does not fit into a {height}x{width} grid; "
-                "lower k or token_dilation"
-            )
-        margin = (radius,) * 2 if self.border == "shift" else (0, 0)
-        return Geometry(height, width, dilation=dilation, prefix=prefix, margin=margin)
-
-    def layout_of(self, num_tokens: int) -> Geometry:
-        """Return where the tokens of a sequence of this length lie, as far as this layer cares."""
-        # Without positions or a grid of candidates a plain sequence of any length will do.
-        relative = is_relative(self.selection)
-        whole = self.selection.candidates in ("all", "random") and self.border != "zeros" and not relative
-        if self.layout == "grid" and self.blend_logit is None and self.blend == 1 and whole:
-            return Geometry(1, num_tokens - self.num_prefix_tokens, prefix=self.num_prefix_tokens)
-        return self.geometry(num_tokens)
-
-    def _pads(self) -> bool:
-        blend = self.blend_value()
-        return self.selection.pad_candidates or not (isinstance(blend, float) and blend == 1)
-
-    def is_fused(self, geometry: Geometry) -> bool:
-        """Return whether fused attention computes this layer: if all candidates are neighbours and order is lost."""
-        return self.fast and attends_to_all(geometry, self.selection, self.mixing, pads=self._pads())
-
-    def _heads(self, x: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values per head: (B, N, C) -> three (B, H, N, D), the latter two with the ring."""
+    def _heads(self, x: Tensor) -> Heads:
         b, n, _ = x.shape
         qkv = self.qkv(x).view(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if any(geometry.padding):
-            k, v = (add_ring(t, geometry) for t in (k, v))
-        return q, k, v
+        return Heads(self.q_norm(q), self.k_norm(k), v)
 
     def neighborhood(self, x: Tensor, *, blend: float | None = None) -> Neighborhood:
         """Return what the layer chooses in a sequence (B, N, C), at its own blend or another."""
-        geometry = self.layout_of(x.shape[1]) if blend is None else self.geometry(x.shape[1])
-        q, k, _ = self._heads(x, geometry)
-        seen = geometry
-        if not any(geometry.padding) and geometry.height == 1:  # laid out on a line, as far as the selection cares
-            try:
-                size = grid_of(x.shape[1], self.num_prefix_tokens, self.grid_size, self.token_grid)
-                step = self.settings.token_dilation if self.layout == "grid" else 1
-                seen = Geometry(*size, prefix=self.num_prefix_tokens, dilation=(step, step))
-            except ValueError:
-                pass
-        found = find_neighborhood(
-            q,
-            k,
-            geometry,
-            self.selection,
-            self.mixing,
-            blend=self.blend_value() if blend is None else float(blend),
-            training=self.training,
-            seen=seen,
-        )
-        limit = self.k_max
-        if found.index.shape[-1] < self.k:  # clamped: a window of the neighbours there are
-            limit = min(limit, int(found.on_grid.sum(-1).amax()))
-        side = 2 * (math.isqrt(limit) // 2) + 1
-        return replace(found, window=(side, side))
+        return self._choose(self._heads(x), blend)
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, return_neighbors: bool = False
@@ -218,30 +125,7 @@ class ConvNNAttention(NeighborLayer):
         if return_neighbors:
             return self.with_neighbors(x)
         b, n, _ = x.shape
-        geometry = self.layout_of(n)
-        q, k, v = self._heads(x, geometry)
-        weights = self.settings.dropout_on == "weights"
-        drop = self.attn_drop.p if self.training and weights else 0.0
-        if self.is_fused(geometry):
-            pads, temperature = self._pads(), self.temperature
-            y = attend(q, k, v, geometry, self.selection, pads=pads, temperature=temperature, dropout=drop)
-        else:
-            y = neighbor_aggregate(
-                q,
-                k,
-                v,
-                geometry,
-                self.selection,
-                self.mixing,
-                blend=self.blend_value(),
-                weight=self.slot_weight,
-                dropout=drop,
-                training=self.training,
-            )
-        if self.pointwise is not None:
-            y = self.pointwise(y)
-        if not weights:
-            y = self.attn_drop(y)
+        y = self._aggregate(self._heads(x), self.layout_of(n))
         y = y.transpose(1, 2).reshape(b, n, self.num_heads * self.head_dim)
         return self.proj_drop(self.proj(y))
 
@@ -261,23 +145,14 @@ class ConvNNAttention(NeighborLayer):
         Raises:
             ValueError: if it equals none: fewer neighbours than tokens, or weights that attention has not.
         """
-        s = self.selection
-        plain = self.mixing.weighting == "softmax" and s.similarity == "dot" and self.border == "nearest"
-        plain = plain and self.mixing.self_score is None and s.self_again is None
-        plain = plain and not s.causal and s.rank_step == 1
-        scaled = self.temperature == 1 or isinstance(self.q_norm, nn.Identity)
-        if not plain or s.candidates != "all" or self.aggregation in ("conv", "separable") or not scaled:
+        if self.temperature != 1 and not isinstance(self.q_norm, nn.Identity):
             raise ValueError(f"it is no self-attention: {self._spectrum_repr()}")
         if self.num_heads * self.head_dim != self.dim:
             raise ValueError(f"its heads have {self.head_dim} channels each, not {self.dim} / {self.num_heads}")
-        tokens = self.num_prefix_tokens + math.prod(self.grid_size or (0, 0))
-        if self.grid_size is None:
-            raise ValueError("without grid_size it is not known how many tokens there are")
-        if self.k < tokens:
-            raise ValueError(f"k={self.k} is less than the {tokens} tokens")
-        used = None if self.slot_weight is None else self.slot_weight[:, : min(self.k, tokens)]
-        if used is not None and bool((used != 1).any()):
-            raise ValueError("its slot weights are no longer ones")
+        size = self.grid_size
+        reason = self._lacks_plain(None if size is None else self.num_prefix_tokens + math.prod(size))
+        if reason:
+            raise ValueError(reason)
         layer = Attention(
             self.dim,
             self.num_heads,
@@ -298,16 +173,21 @@ class ConvNNAttention(NeighborLayer):
 
     @classmethod
     def from_layer(
-        cls, layer: Attention, config: OperatorConfig, init: str, site: Site, dim_out: int | None = None
-    ) -> ConvNNAttention:
-        """Build the replacement of timm's attention; ``dim_out`` takes only its first output channels.
+        cls, layer: nn.Module, config: OperatorConfig, init: str, site: Site, dim_out: int | None = None
+    ) -> Any:
+        """Build the replacement of an attention layer; ``dim_out`` takes only its first output channels.
 
         ``transfer`` copies the projections and lets the aggregation start as the sum: with k = N the function stays.
+        What is not timm's plain ``Attention`` is read through an adapter (``convnn.nn.adapters``).
 
         Raises:
             ConfigError: for an attention module with parts that this one lacks.
         """
+        adapter = adapter_of(layer)
+        if cls is ConvNNAttention and dim_out is None and adapter is not None and adapter.attention(layer) is None:
+            return AdaptedAttention.from_layer(layer, config, init, site)
         check_attention(layer, site)
+        assert isinstance(layer, Attention)
         proj_bias = layer.proj.bias is not None if config.bias is None else config.bias
         if init == "transfer" and layer.proj.bias is not None and not proj_bias:
             raise ConfigError(f"swap.init=transfer: '{site.name}' has a bias; leave operator.bias at null")
@@ -337,25 +217,15 @@ class ConvNNAttention(NeighborLayer):
         return new
 
 
-def add_ring(x: Tensor, geometry: Geometry) -> Tensor:
-    """Surround the grid with zero tokens: (B, H, prefix + h * w, D) -> (B, H, N, D)."""
-    (ph, pw), prefix = geometry.padding, geometry.prefix
-    grid = x[:, :, prefix:].unflatten(2, (geometry.height, geometry.width))
-    return torch.cat([x[:, :, :prefix], F.pad(grid, (0, 0, pw, pw, ph, ph)).flatten(2, 3)], dim=2)
-
-
 def check_attention(layer: nn.Module, site: Site) -> None:
-    """Raise ConfigError for a module that ConvNNAttention cannot stand in for, with the reason."""
+    """Raise ConfigError for a module that is not timm's plain ``Attention``, with the reason."""
     if not isinstance(layer, Attention):
         raise ConfigError(
             f"'{site.name}' is a {type(layer).__name__}, not timm's Attention; choose operator.kind to fit"
         )
-    if layer.attn_dim != layer.qkv.in_features:
-        raise ConfigError(f"'{site.name}' has a width of its own ({layer.attn_dim}); it cannot be replaced")
-    if layer.gate is not None or not isinstance(layer.norm, nn.Identity):
-        raise ConfigError(
-            f"'{site.name}' has a gate or output norm, which ConvNNAttention lacks; exclude it (swap.exclude)"
-        )
+    reason = beyond_plain(layer)
+    if reason:
+        raise ConfigError(f"'{site.name}' {reason}, which this operator lacks; exclude it (swap.exclude)")
 
 
 def copy_norm(norm: nn.Module, init: str) -> nn.Module:

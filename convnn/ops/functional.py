@@ -40,6 +40,8 @@ def neighbor_aggregate(
     groups: int = 1,
     dropout: float = 0.0,
     training: bool = False,
+    bias: Tensor | None = None,
+    blocked: Tensor | None = None,
 ) -> Tensor:
     """Aggregate each query's nearest neighbours (ConvNN, arXiv 2511.14137, section 3).
 
@@ -56,6 +58,10 @@ def neighbor_aggregate(
         groups: of full slot weights.
         dropout: probability of dropping a neighbour's weight while training.
         training: draw random candidates and dropout.
+        bias: added to the similarities that weigh, and with ``selection.bias_selects`` to those that choose,
+            broadcastable to (B, H, Q, N); gradients flow to it.
+        blocked: True for tokens that are never a query's neighbours, broadcastable to (B, H, Q, N). With either plain
+            torch computes, whatever the backend.
 
     Returns:
         (B, H, Q, O) with full slot weights, else (B, H, Q, C).
@@ -67,18 +73,26 @@ def neighbor_aggregate(
     if (weight is None) != (mixing.aggregation in ("sum", "max_relative")):
         raise ValueError(f"aggregation={mixing.aggregation} {'needs' if weight is None else 'takes no'} slot weights")
     blend = blend if isinstance(blend, Tensor) else float(blend)
-    found = select_neighbors(q, k, geometry, selection, blend=blend, training=training, backend=mixing.backend)
+    more = {"bias": bias, "blocked": blocked}
+    found = select_neighbors(q, k, geometry, selection, blend=blend, training=training, backend=mixing.backend, **more)
     num, drop = found.index.shape[-1], dropout if training else 0.0
     weight = _used_weight(weight, v.shape[-1], groups, num)
     attention = mixing.weighting == "softmax" and (weight is None or weight.ndim == 2)
-    if attention and dispatch.attends(q, k, v, weight, selection, mixing, num=num, dropout=drop):
+    if (
+        attention
+        and bias is None
+        and blocked is None
+        and dispatch.attends(q, k, v, weight, selection, mixing, num=num, dropout=drop)
+    ):
         parts = q, k, v, found.index, found.valid, weight
         similarity, temperature = selection.similarity, mixing.temperature
         return launch.attend_to_neighbors(*parts, similarity=similarity, temperature=temperature)
     graph = Edges(found.index, *v.shape[:3]) if mixing.backend == "auto" and walks_edges(v) else None
-    rho = neighbor_weights(q, k, found, selection, mixing, graph=graph, dropout=drop, dtype=v.dtype)
+    near = None if bias is None else at_neighbors(bias, found.index, k)
+    rho = neighbor_weights(q, k, found, selection, mixing, graph=graph, dropout=drop, dtype=v.dtype, bias=near)
     if mixing.straight_through:
-        own = selection_weights(q, k, geometry, selection, found, blend, mixing.temperature)
+        chosen_by = near if selection.bias_selects else None
+        own = selection_weights(q, k, geometry, selection, found, blend, mixing.temperature, chosen_by)
         rho = own if rho is None else rho * own
     if mixing.aggregation == "max_relative":
         x = gather_tokens(v, found.index) * (1 if rho is None else rho[..., None])
@@ -87,6 +101,12 @@ def neighbor_aggregate(
         first = geometry.query_index(v.device) if selection.self_first else None
         return mix_candidates(v, found.index, rho, weight, found.candidates, first)
     return mix(v, found.index, rho, weight, groups, graph)
+
+
+def at_neighbors(bias: Tensor, index: Tensor, k: Tensor) -> Tensor:
+    """Return a bias, broadcastable to (B, H, Q, N), at the neighbours ``index``: (B, H, Q, K); keys (B, H, N, D)."""
+    b, h, n, _ = k.shape
+    return bias.expand(b, h, index.shape[2], n).gather(-1, index.expand(b, h, -1, -1))
 
 
 def _used_weight(weight: Tensor | None, channels: int, groups: int, num: int) -> Tensor | None:
@@ -118,6 +138,7 @@ def neighbor_weights(
     graph: Edges | None,
     dropout: float,
     dtype: torch.dtype,
+    bias: Tensor | None = None,
 ) -> Tensor | None:
     """Return what each neighbour weighs (the paper's rho), (B, H, Q, K), 0 where it is none; None: all weigh 1.
 
@@ -130,11 +151,13 @@ def neighbor_weights(
         graph: the neighbours as edges, or None: gather them.
         dropout: probability of dropping a weight.
         dtype: of ones.
+        bias: added to the similarities of the neighbours, (B, H, Q, K).
     """
     valid = None if found.valid is None else found.valid.to(dtype)
     if mixing.weighting == "ones":
         return valid
     score = neighbor_similarity(q, k, found.index, selection.similarity, graph)
+    score = score if bias is None else score + bias
     score = with_own_scores(score, found.index, selection.self_again, mixing.self_score) / mixing.temperature
     if mixing.weighting == "softmax_far":
         score = -score
@@ -156,6 +179,7 @@ def selection_weights(
     found: Neighbors,
     blend: float | Tensor,
     temperature: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Return ones that carry a gradient to the selection: a straight-through estimator, (B, H, Q, K).
 
@@ -165,7 +189,7 @@ def selection_weights(
     chosen ones; tokens that were not chosen get no gradient, so the estimator is biased. Through s it reaches the
     features, and the blend where that is a tensor. Queries whose candidates are all alike pass no gradient to them.
     Prefix tokens have no position: as queries they are scored by features, as neighbours at no distance (with
-    ``mix=concat`` at the map's centre).
+    ``mix=concat`` at the map's centre). A ``bias`` that bore on the choice, (B, H, Q, K), gets its gradient too.
     """
     keys = gather_tokens(k, found.index)
     queries = geometry.query_index(q.device)
@@ -174,17 +198,20 @@ def selection_weights(
     blend = blend[:, None, None] if isinstance(blend, Tensor) else blend
     share = torch.where(own, one * blend, one)  # (1 or H, Q, 1)
     if isinstance(blend, float) and blend in (0, 1):
-        score = share * pair_similarity(q, keys, selection.similarity)
+        features = pair_similarity(q, keys, selection.similarity)
+        score = share * (features if bias is None else features + bias)
     elif selection.mix == "concat":
         positions, scale = geometry.positions(q.device), deviation(k).detach()
         here = with_positions(q, positions[queries], share, scale)
         there = with_positions(keys, positions[found.index], share[..., None], scale[..., None])
         score = pair_similarity(here, there, selection.similarity)
+        score = score if bias is None else score + bias
     else:
         assert found.low is not None and found.high is not None
         distance = geometry.distance(queries[:, None], found.index, selection.distance).to(q.dtype) / geometry.extent
         distance = torch.where(own & (found.index >= geometry.prefix), distance, 0)
         features = pair_similarity(q, keys, selection.similarity)
+        features = features if bias is None else features + bias
         score = blend_scores(features, distance, share, found.low.to(q.dtype), found.high.to(q.dtype))
     score = score / temperature
     if found.valid is not None:

@@ -105,6 +105,8 @@ def find_neighborhood(
     training: bool = False,
     window: Pair = (1, 1),
     seen: Geometry | None = None,
+    bias: Tensor | None = None,
+    blocked: Tensor | None = None,
 ) -> Neighborhood:
     """Return the neighbours that ``convnn.neighbor_aggregate`` with the same arguments aggregates.
 
@@ -119,10 +121,12 @@ def find_neighborhood(
         window: of a convolution in this place.
         seen: geometry to report, where the layer selects on a simpler one: attention that needs no positions takes its
             tokens as one line.
+        bias: as ``neighbor_aggregate``.
+        blocked: as ``neighbor_aggregate``.
     """
     # By rank, since ``index`` is documented so; and fewer neighbours rather than an error.
     ranked = replace(selection, slots="rank", k_policy="clamp")
-    found = select_neighbors(q, k, geometry, ranked, blend=blend, training=training)
+    found = select_neighbors(q, k, geometry, ranked, blend=blend, training=training, bias=bias, blocked=blocked)
     index = found.index.expand(*q.shape[:2], -1, -1)
     valid = torch.ones_like(index, dtype=torch.bool) if found.valid is None else found.valid.expand_as(index)
     weights = None
@@ -131,7 +135,10 @@ def find_neighborhood(
         # Image by image: the gathered keys are the largest thing here.
         images = zip(q, k, index, strict=True)
         scores = [pair_similarity(own, keys[head, chosen], selection.similarity) for own, keys, chosen in images]
-        own = with_own_scores(torch.stack(scores), index, selection.self_again, mixing.self_score)
+        score = torch.stack(scores)
+        if bias is not None:
+            score = score + bias.expand(*index.shape[:3], k.shape[2]).gather(-1, index)
+        own = with_own_scores(score, index, selection.self_again, mixing.self_score)
         weights = own / mixing.temperature
         if mixing.weighting == "softmax_far":
             weights = -weights

@@ -63,6 +63,10 @@ class Search:
     """A number, or (H,)."""
     ranged: bool
     """Find what the range of the similarities needs too, see ``convnn.ops.similarity.span``."""
+    bias: Tensor | None = None
+    """Added to the scores that choose, (B or 1, H or 1, Q, N)."""
+    blocked: Tensor | None = None
+    """Tokens that a query may not choose, (B or 1, H or 1, Q, N) bool."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,9 @@ def prepare(search: Search) -> Terms:
         floor = ALIKE**2 * precise(q).square().sum(-1, keepdim=True)
     if search.ranged and selection.self_first and search.candidates is not None:
         own = own_similarity(precise(q), precise(k[:, search.queries]), selection.similarity)
+        if search.bias is not None:
+            column = search.queries[:, None].expand(*search.bias.shape[:-1], 1)
+            own = own + search.bias.gather(-1, column).expand(b, h, -1, -1).flatten(0, 1)
     if mixed and selection.mix == "concat":
         q, k, mixed = precise(q), precise(k), False
         positions, scale = search.geometry.positions(q.device), deviation(k)
@@ -150,7 +157,10 @@ class Scores:
         self.all = candidates is None
         """Every token is a candidate, so that column and token are the same."""
         self.tokens = torch.arange(search.k.shape[2], device=search.q.device) if candidates is None else candidates
-        self.batch, self.heads = (1, 1) if self.by_position else search.q.shape[:2]
+        alike = self.by_position and search.blocked is None
+        self.batch, self.heads = (1, 1) if alike else search.q.shape[:2]
+        self.added = None if self.by_position else self._of_candidates(search.bias)
+        self.blocked = self._of_candidates(search.blocked)
         self.terms = prepare(search)
         if not self.by_position:
             keys = self.terms.k if self.all else self.terms.k[:, self.tokens]
@@ -170,11 +180,12 @@ class Scores:
     @property
     def short(self) -> bool:
         """Queries can have fewer than k neighbours: the last slots hold fillers that do not count."""
-        return is_relative(self.selection) or spanned(self.selection) > len(self.tokens)
+        few = spanned(self.selection) > len(self.tokens)
+        return is_relative(self.selection) or few or self.blocked is not None
 
     def _serves(self) -> bool:
         plain = self.selection.self_again is None and self.selection.score_step is None
-        if self.by_position or self.short or not plain or not unobserved():
+        if self.by_position or self.short or self.added is not None or not plain or not unobserved():
             return False
         return native.serves(self.kept, self.q, self.keys, self.bias)
 
@@ -233,7 +244,7 @@ class Scores:
         Scores are -inf where a candidate may not be ranked.
         """
         score, low, high = self._score(block)
-        again, taken, own = self.selection.self_again, block.taken, block.own
+        again, taken, own = self.selection.self_again, self.taken(block), block.own
         if self.selection.self_first and again is not None:
             score = score.masked_fill_(own[:, None] == self.tokens, again)
         if self.selection.score_step is not None and not self.by_position:
@@ -243,6 +254,29 @@ class Scores:
         elif self.selection.self_first and again is None:
             score = score.scatter_(-1, own[:, None].expand(*score.shape[:-1], 1), -torch.inf)
         return score, low, high
+
+    def taken(self, block: Block) -> Tensor | None:
+        """Return which candidates of a block may not be ranked, ([items,] part, M) bool; None: see ``Block.taken``."""
+        blocked = self._part(self.blocked, block)
+        if blocked is None:
+            return block.taken
+        taken = block.taken
+        if taken is None and self.selection.self_first and self.selection.self_again is None:
+            taken = block.own[:, None] == self.tokens
+        return blocked if taken is None else blocked | taken
+
+    def _of_candidates(self, x: Tensor | None) -> Tensor | None:
+        """Return the columns of the candidates: (B or 1, H or 1, Q, N) -> (B, H, Q, M)."""
+        if x is None:
+            return None
+        return (x if self.all else x[..., self.tokens]).expand(self.batch, self.heads, -1, -1)
+
+    def _part(self, x: Tensor | None, block: Block) -> Tensor | None:
+        """Return the rows of a block: (B, H, Q, M) -> (items, part, M)."""
+        if x is None:
+            return None
+        items = torch.arange(self.batch * self.heads, device=x.device)[block.items]
+        return x[items // self.heads, items % self.heads, block.part]
 
     def _distance(self, own: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Return the distance from queries on the tokens ``own`` to every candidate, as a ``Block`` has it."""
@@ -261,10 +295,15 @@ class Scores:
         items, part, distance, outside = block.items, block.part, block.distance, block.outside
         if self.by_position:
             assert isinstance(distance, Tensor)
-            return -distance[None], None, None
+            blocked = self._part(self.blocked, block)
+            return -(distance[None] if blocked is None else distance.expand(blocked.shape)), None, None
         score = product(self.q[items, part], self.keys[items])
         if self.bias is not None:
             score = score + self.bias[items]
+        added, blocked = self._part(self.added, block), self._part(self.blocked, block)
+        score = score if added is None else score + added
+        if blocked is not None:
+            outside = blocked if outside is None else blocked | outside
         if not self.ranged:
             return score, None, None
         low = _within(score, outside, torch.inf).amin(-1, keepdim=True)  # aminmax takes ten times as long

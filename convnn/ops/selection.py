@@ -34,6 +34,8 @@ def select_neighbors(
     blend: float | Tensor = 1.0,
     training: bool = False,
     backend: str = "auto",
+    bias: Tensor | None = None,
+    blocked: Tensor | None = None,
 ) -> Neighbors:
     """Return each query's neighbours: (B, H, Q, D), (B, H, N, D) -> index (B or 1, H or 1, Q, K).
 
@@ -50,6 +52,9 @@ def select_neighbors(
         blend: one number, or a tensor (H,) strictly between 0 and 1.
         training: draw random candidates anew.
         backend: ``auto``, ``torch`` or ``triton``, see ``convnn.ops.triton.dispatch``.
+        bias: added to the similarities with ``selection.bias_selects``, broadcastable to (B, H, Q, N).
+        blocked: True for tokens that a query may not choose, broadcastable to (B, H, Q, N). With a bias that chooses,
+            or with this, plain torch computes, whatever the backend.
 
     Raises:
         ConfigError: if ``backend`` is ``triton`` and its kernel cannot serve the case.
@@ -64,9 +69,12 @@ def select_neighbors(
     split = 0 if by_features else geometry.prefix
     # The meta device, on which costs are counted, has no autocast.
     plain = nullcontext() if q.device.type == "meta" else torch.autocast(q.device.type, enabled=False)
+    size = len(queries), k.shape[2]
+    bias = _spread(None if bias is None else precise(bias), *size) if selection.bias_selects else None
+    blocked = _spread(blocked, *size)
     with torch.no_grad(), plain:
         best = rank
-        fits = candidates is None or selection.k <= len(candidates)
+        fits = (candidates is None or selection.k <= len(candidates)) and bias is None and blocked is None
         if not by_position and fits and dispatch.selects(backend, q, k, selection):
             best = launch.best_tokens
         else:
@@ -74,11 +82,16 @@ def select_neighbors(
         found = []
         for part, share in ((slice(0, split), 1.0), (slice(split, None), blend)):
             if len(queries[part]):
-                search = Search(q[:, :, part], k, queries[part], candidates, geometry, selection, share, ranged)
+                more = (None if t is None else t[:, :, part] for t in (bias, blocked))
+                search = Search(q[:, :, part], k, queries[part], candidates, geometry, selection, share, ranged, *more)
                 found.append(best(search))
         chosen = found[0] if len(found) == 1 else join(*found)
         index, valid = in_slots(chosen.index, chosen.valid, selection.slots, queries, geometry)
         return Neighbors(index, valid, chosen.low, chosen.high, candidates)
+
+
+def _spread(x: Tensor | None, queries: int, tokens: int) -> Tensor | None:
+    return None if x is None else x.detach().expand(*(1,) * (4 - x.ndim), *x.shape[:-2], queries, tokens)
 
 
 def possible_k(geometry: Geometry, selection: Selection, candidates: Tensor | None) -> int:
@@ -159,7 +172,8 @@ def _ranked(scores: Scores, compiled: bool, block: Block) -> Piece:
         ranked = stable_topk(score, scores.kept)
         if scores.short:
             # Prefix tokens can have a score of -inf too, but come before the tokens that were taken out.
-            taken = torch.zeros_like(score, dtype=torch.bool) if block.taken is None else block.taken
+            taken = scores.taken(block)
+            taken = torch.zeros_like(score, dtype=torch.bool) if taken is None else taken
             valid = ~taken.expand_as(score).gather(-1, ranked)
         index = scores.tokens[ranked]
         if selection.self_first:

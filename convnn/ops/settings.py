@@ -71,6 +71,9 @@ class Selection:
     """Seed of the fixed subset."""
     pad_candidates: bool = True
     """Zero-padding tokens may be chosen at blend = 1 (below 1 they always may, as a convolution sees them)."""
+    bias_selects: bool = later(False)
+    """Attention only: a bias that the replaced layer adds to its scores (relative positions) bears on which neighbours
+    are chosen too, not only on what they weigh."""
     self_first: bool = True
     """The query's own token is always its first neighbour."""
     self_again: float | None = later(number(None))

@@ -65,17 +65,28 @@ def attend(
     pads: bool,
     temperature: float,
     dropout: float,
+    bias: Tensor | None = None,
+    blocked: Tensor | None = None,
 ) -> Tensor:
-    """Attend to all candidates through fused attention: (B, H, Q, D), (B, H, N, D), (B, H, N, C) -> (B, H, Q, C)."""
+    """Attend to all candidates through fused attention: (B, H, Q, D), (B, H, N, D), (B, H, N, C) -> (B, H, Q, C).
+
+    ``bias`` is added to the similarities, tokens that are ``blocked`` are left out, as ``neighbor_aggregate`` does.
+    """
     candidates = candidate_tokens(geometry, selection, pads=pads, training=False, device=q.device)
     tokens = torch.arange(geometry.num_tokens, device=q.device) if candidates is None else candidates
     if candidates is not None:
         k, v = k[:, :, candidates], v[:, :, candidates]
+        bias, blocked = (None if t is None else t[..., candidates] for t in (bias, blocked))
     outside = out_of_reach(geometry, selection, geometry.query_index(q.device), tokens)
     scale = 1 / temperature
     if selection.similarity == "cosine":
         q, k = unit(q), unit(k)
     else:
         scale /= math.sqrt(q.shape[-1])
+    if blocked is not None:
+        outside = blocked if outside is None else outside | blocked
     mask = None if outside is None else ~outside
+    if bias is not None:
+        mask = bias / temperature if outside is None else (bias / temperature).masked_fill(outside, -torch.inf)
+        mask = mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scale)

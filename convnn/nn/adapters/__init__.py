@@ -1,0 +1,1 @@
+"""How each kind of attention is read, one small file for each family."""

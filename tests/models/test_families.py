@@ -1,0 +1,111 @@
+"""Whole models of each family: the same logits before and after a swap of all their attention, and back."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from comparing import TOLERANCE
+from torch import nn
+from torchvision import models as tv
+from torchvision.models import swin_transformer
+
+from convnn import export_layers, neighbor_layers, neighbors_of, swap_layers
+from convnn.models.cost import forward_cost
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2)}
+FAMILIES = {
+    "vit_tiny_patch16_224": (SMALL, 32, 17),
+    "eva02_tiny_patch14_224": (SMALL, 32, 17),
+    "vit_small_patch16_dinov3": (SMALL | {"num_reg_tokens": 4}, 32, 21),
+    "vit_pe_core_tiny_patch16_384": (SMALL, 32, 17),
+    "beit_base_patch16_224": (SMALL, 32, 17),
+    "vit_relpos_small_patch16_224": (SMALL, 32, 16),
+    "vit_relpos_base_patch16_rpn_224": (SMALL | {"shared_rel_pos": True}, 32, 16),
+    "vit_srelpos_small_patch16_224": (SMALL, 32, 16),
+    "swin_tiny_patch4_window7_224": (SWIN, 64, 16),
+    "swinv2_tiny_window8_256": (SWIN, 64, 16),
+    "swinv2_cr_tiny_224": (SWIN | {"img_size": 64, "window_size": 4}, 64, 16),
+}
+
+
+def close_logits(a, b, x):
+    with torch.no_grad():
+        mine, theirs = a(x), b(x)
+    scale = theirs.abs().max().clamp_min(1)
+    assert (mine - theirs).abs().max() / scale < TOLERANCE
+
+
+def random(model):
+    """Values that are not those of a fresh model, whose tables and biases are zeros."""
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):  # zeros in some
+            nn.init.uniform_(parameter, 0.5, 1.5)
+        else:
+            nn.init.normal_(parameter, std=0.1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.running_var.uniform_(0.5, 1.5)
+    return model.double().eval()
+
+
+def swapped(plain, k, **settings):
+    model = copy.deepcopy(plain)
+    report = swap_layers(model, "*", {"kind": "attention", "k": k, "aggregation": "sum"} | settings, init="transfer")
+    return model, report
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_stay_and_the_model_comes_back(name):
+    kwargs, side, tokens = FAMILIES[name]
+    plain = random(timm.create_model(name, num_classes=5, **kwargs))
+    x = torch.randn(2, 3, side, side, dtype=torch.float64)
+    model, report = swapped(plain, tokens, aggregation="depthwise", k_policy="clamp")
+    assert len(report) >= 2
+    close_logits(model, plain, x)
+    few, _ = swapped(plain, 4)
+    assert len(export_layers(model)) == len(report) and not neighbor_layers(model)
+    close_logits(model, plain, x)
+    with torch.no_grad():
+        assert (few(x) - plain(x)).abs().max() > 1e-6
+    found = neighbors_of(few, x)
+    assert len(found) == len(report) and all(n.index.shape[-1] == 4 for n in found.values())
+    few, report = swapped(plain.float(), 4)
+    cost = forward_cost(few, 3, side, [row.name for row in report.rows])
+    assert all(row.flops_before > 0 and row.flops_after > 0 for row in report.with_costs(cost).rows)
+    model.load_state_dict(plain.state_dict())
+
+
+TORCHVISION = {
+    "vit": (lambda: tv.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=5), 32, 17),
+    "swin": (lambda: tv.SwinTransformer([4, 4], 8, [2, 2], [1, 2], [4, 4], num_classes=5), 48, 16),
+    "swin v2": (
+        lambda: tv.SwinTransformer(
+            [4, 4],
+            8,
+            [2, 2],
+            [1, 2],
+            [4, 4],
+            num_classes=5,
+            block=swin_transformer.SwinTransformerBlockV2,
+            downsample_layer=swin_transformer.PatchMergingV2,
+        ),
+        48,
+        16,
+    ),
+    "maxvit": (lambda: tv.MaxVit((64, 64), 8, 4, [8, 16], [1, 1], 8, 0.0, num_classes=5), 64, 16),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvisions_logits_stay(name):
+    make, side, tokens = TORCHVISION[name]
+    plain = random(make())
+    model, report = swapped(plain, tokens, k_policy="clamp")
+    x = torch.randn(2, 3, side, side, dtype=torch.float64)
+    assert len(report) >= 2
+    close_logits(model, plain, x)

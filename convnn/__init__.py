@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from convnn.models.inspect import neighbors_of
     from convnn.models.schedule import apply_schedule
     from convnn.models.swap import export_layers, neighbor_layers, swap_layers
+    from convnn.models.tokens import set_token_grid
     from convnn.nn.acmix import ACmix2d
     from convnn.nn.attention import ConvNNAttention
     from convnn.nn.conv import ConvNN2d
@@ -58,6 +59,7 @@ _HOME = {
     "neighbors_of": "models.inspect",
     "preset": "config.presets",
     "presets": "config.presets",
+    "set_token_grid": "models.tokens",
     "swap_layers": "models.swap",
 }
 
@@ -90,6 +92,7 @@ __all__ = [
     "neighbors_of",
     "preset",
     "presets",
+    "set_token_grid",
     "swap_layers",
 ]
 

@@ -13,7 +13,7 @@ from convnn.models.freezing import freeze
 from convnn.models.swap import count_parameters
 from convnn.train.optim import make_optimizer
 
-SIZES = {"channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1], "num_classes": 4}
+SIZES = {"channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1], "num_classes": 4, "zero_init_last": False}
 
 
 def resnet():

@@ -42,7 +42,7 @@ def site_of(model: nn.Module, name: str, grids: dict[nn.Module, TokenGrid]) -> S
 def _prefix_tokens(parent: nn.Module) -> int:
     """Return how many tokens a network puts before its patches."""
     torchvision = isinstance(getattr(parent, "conv_proj", None), nn.Module) and hasattr(parent, "class_token")
-    return int(getattr(parent, "num_prefix_tokens", 1 if torchvision else 0))  # type: ignore[arg-type]
+    return int(getattr(parent, "num_prefix_tokens", 1 if torchvision else 0))
 
 
 def _noted(patches: nn.Module) -> TokenGrid | None:
@@ -74,7 +74,8 @@ def set_token_grid(model: nn.Module, grid: Pair | str | None, num_prefix_tokens:
     Raises:
         ConfigError: if no layer asks for a grid, or the arguments cannot be.
     """
-    if grid not in (None, "square") and (len(grid) != 2 or min(grid) < 1):  # type: ignore[arg-type,type-var]
+    size = tuple(map(int, grid)) if isinstance(grid, (tuple, list)) else None
+    if (size is None and grid not in (None, "square")) or (size is not None and (len(size) != 2 or min(size) < 1)):
         raise ConfigError(f"set_token_grid: grid={grid} must be (rows, columns), 'square' or None")
     if num_prefix_tokens is not None and num_prefix_tokens < 0:
         raise ConfigError(f"set_token_grid: num_prefix_tokens={num_prefix_tokens} must not be negative")
@@ -83,7 +84,7 @@ def set_token_grid(model: nn.Module, grid: Pair | str | None, num_prefix_tokens:
         raise ConfigError("set_token_grid: no layer of this model asks for a grid; swap its attention first")
     for layer in layers.values():
         if grid is not None:
-            layer.grid_size = None if grid == "square" else (int(grid[0]), int(grid[1]))
+            layer.grid_size = size
             layer.token_grid = None
         if num_prefix_tokens is not None:
             layer.num_prefix_tokens = num_prefix_tokens

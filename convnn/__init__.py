@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from convnn.models.inspect import neighbors_of
     from convnn.models.schedule import apply_schedule
     from convnn.models.swap import export_layers, neighbor_layers, swap_layers
+    from convnn.models.tokens import set_token_grid
     from convnn.nn.acmix import ACmix2d
     from convnn.nn.adapters.base import Adapter
     from convnn.nn.adapters.registry import register_adapter
@@ -64,6 +65,7 @@ _HOME = {
     "preset": "config.presets",
     "presets": "config.presets",
     "register_adapter": "nn.adapters.registry",
+    "set_token_grid": "models.tokens",
     "swap_layers": "models.swap",
 }
 
@@ -99,6 +101,7 @@ __all__ = [
     "preset",
     "presets",
     "register_adapter",
+    "set_token_grid",
     "swap_layers",
 ]
 

@@ -10,6 +10,10 @@ class ConfigError(ValueError):
     """A configuration that cannot work. The message is one line that names the key and the way out."""
 
 
+class WeightsError(ConfigError):
+    """Weights that a network is to begin from cannot be had; a run that has begun does not need them."""
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint that is missing, damaged or of another run. The message is one line."""
 

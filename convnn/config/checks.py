@@ -12,6 +12,7 @@ from convnn.config.keys import own_operator
 from convnn.config.schema import (
     ATTENTION,
     CONV,
+    BackboneConfig,
     Config,
     DataConfig,
     OperatorConfig,
@@ -193,6 +194,25 @@ def check_wandb(tracker: TrackerConfig) -> None:
             raise ConfigError(f"tracker.{key}: W&B takes 1 to {most} characters, and '{shown}' has {len(text)}")
 
 
+def _check_backbone(backbone: BackboneConfig) -> None:
+    """Raise ConfigError where the network's weights or tokens are told twice, or not as they can be."""
+    ways = {
+        "pretrained=true": backbone.pretrained,
+        "checkpoint": backbone.checkpoint,
+        "kwargs.checkpoint_path": "checkpoint_path" in backbone.kwargs,
+    }
+    given = [f"backbone.{key}" for key, value in ways.items() if value]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} both say where the weights come from; give one")
+    freeze, grid = backbone.freeze, backbone.token_grid
+    if not isinstance(freeze, list) or not all(isinstance(glob, str) for glob in freeze):
+        raise ConfigError(f"backbone.freeze={freeze} must be a glob of module names or a list of such")
+    if grid is not None and (len(grid) != 2 or min(grid) < 1):
+        raise ConfigError(f"backbone.token_grid={grid} must be [rows, columns]")
+    if grid is None and backbone.prefix_tokens is not None:
+        raise ConfigError("backbone.prefix_tokens needs backbone.token_grid=[ROWS,COLUMNS] beside it")
+
+
 def check(config: Config) -> Config:
     """Check everything that types cannot; return the configuration unchanged.
 
@@ -219,6 +239,7 @@ def check(config: Config) -> Config:
         check_range("data.std", value, 0, above=True)
     if len(data.mean) != len(data.std):
         raise ConfigError(f"data.mean has {len(data.mean)} values and data.std {len(data.std)}; give as many of each")
+    _check_backbone(backbone)
     size = data.image_size or backbone.image_size
     if size and backbone.patch_size and size % backbone.patch_size:
         raise ConfigError(

@@ -59,6 +59,8 @@ class Composer:
         for override in self._parser.parse_overrides(plain):
             section, _, name = override.key_or_group.rpartition(".")
             changes.setdefault(section, {})[name] = override.value()
+        if "checkpoint" in changes.get("backbone", {}):
+            changes["backbone"].setdefault("checkpoint_sha256", None)  # that of another file
         for section, values in changes.items():
             self._set(config, section, values)
         return finished(config)

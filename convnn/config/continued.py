@@ -79,6 +79,8 @@ def _changed(begun: Config, overrides: Sequence[str]) -> Config:
         raise ConfigError(f"{_WHOLE}= describes a whole run; leave it out, or from_run")
     values: Mapping[str, Any] = {**asdict(begun), "run": asdict(RunConfig())}
     kept = {key: value for key, value in values.items() if key not in chosen}
+    if "backbone" in kept and "backbone.checkpoint" in map(key_of, overrides):
+        kept["backbone"]["checkpoint_sha256"] = None  # that of another file, or of this one at another place
     ConfigStore.instance().store(name=_NODE, node=OmegaConf.merge(schema_node(Config), kept))
     return compose_config([_added(override, groups) for override in overrides], _NODE)
 

@@ -51,6 +51,8 @@ def identity_of(values: Mapping[str, Any]) -> dict[str, Any]:
     kept["operator"] = _first_named(kept["operator"])
     kept["swap"] = kept["swap"] | {"operator": _first_named(kept["swap"]["operator"])}
     kept["backbone"], kept["swap"]["init"] = kept["backbone"] | {"stem": _stem(values)}, _init(values)
+    if kept["backbone"].get("checkpoint_sha256"):  # which says what the file is, wherever it lies
+        del kept["backbone"]["checkpoint"]
     kept["swap"]["rules"] = {
         name: rule | {"operator": _first_named(rule.get("operator", {}))}
         for name, rule in kept["swap"]["rules"].items()
@@ -82,7 +84,7 @@ def _stem(values: Mapping[str, Any]) -> str:
 
 def loads_weights(backbone: Mapping[str, Any]) -> bool:
     """Return whether a backbone starts from weights of a file."""
-    return bool(backbone["pretrained"] or "checkpoint_path" in backbone["kwargs"])
+    return bool(backbone["pretrained"] or backbone.get("checkpoint") or "checkpoint_path" in backbone["kwargs"])
 
 
 def _init(values: Mapping[str, Any]) -> str:

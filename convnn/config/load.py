@@ -9,8 +9,9 @@ import yaml
 
 from convnn.config.checks import check
 from convnn.config.keys import typed, typed_rule
-from convnn.config.schema import Config
+from convnn.config.schema import BackboneConfig, Config
 from convnn.errors import ConfigError, first_line
+from convnn.runtime.files import sha256_of
 
 
 def expanded(path: str, key: str) -> str:
@@ -41,7 +42,7 @@ def to_config(values: Any) -> Config:
 
 
 def finished(config: Config) -> Config:
-    """Write out the ``~`` of paths, and check the whole.
+    """Write out the ``~`` of paths, take the hash of a file of weights, and check the whole.
 
     Raises:
         ConfigError: one line that names the key and the fix.
@@ -49,7 +50,32 @@ def finished(config: Config) -> Config:
     data, place = config.data, config.run
     data.root, place.root = expanded(data.root, "data.root"), expanded(place.root, "run.root")
     place.dir = place.dir and expanded(place.dir, "run.dir")
+    _identify_weights(config.backbone)
+    frozen = config.backbone.freeze
+    config.backbone.freeze = [frozen] if isinstance(frozen, str) else frozen or []
     return check(config)
+
+
+def _identify_weights(backbone: BackboneConfig) -> None:
+    """Take the hash of ``backbone.checkpoint``, unless it is known: a run that has begun needs the file no longer.
+
+    Raises:
+        ConfigError: if there is no such file, or a hash without one.
+    """
+    if backbone.checkpoint is None:
+        if backbone.checkpoint_sha256 is not None:
+            raise ConfigError("backbone.checkpoint_sha256 says what backbone.checkpoint is; set that too")
+        return
+    backbone.checkpoint = expanded(backbone.checkpoint, "backbone.checkpoint")
+    if backbone.checkpoint_sha256 is None:
+        try:
+            backbone.checkpoint_sha256 = sha256_of(Path(backbone.checkpoint))
+        except OSError as error:
+            raise ConfigError(
+                f"backbone.checkpoint={backbone.checkpoint} cannot be read: {error.strerror}; "
+                "runs that have begun go on without it: train.py resume=DIR, or with backbone.checkpoint_sha256 of "
+                "their config.yaml"
+            ) from error
 
 
 def read_values(folder: Path) -> dict[str, Any]:

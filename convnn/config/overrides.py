@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-PLACES = ("run.dir", "run.root", "data.root", "sweep.dir")
+PLACES = ("run.dir", "run.root", "data.root", "sweep.dir", "backbone.checkpoint")
 """Keys whose values are paths."""
 
 

@@ -23,6 +23,14 @@ class BackboneConfig:
     """Python module to import first, for models registered outside timm with ``timm.models.register_model``."""
     pretrained: bool = False
     """Load timm's pretrained weights (needs a network or a filled cache)."""
+    checkpoint: str | None = later(None)
+    """File of weights to begin from instead: .safetensors, .pt, .pth or .bin, with the key names of timm, torchvision
+    (ResNet, ViT) or Hugging Face (ResNet, ViT, DeiT, DINOv2); a classifier of other classes begins anew."""
+    checkpoint_sha256: str | None = later(None)
+    """SHA-256 of that file, by which the run is known wherever the file lies; null: taken from the file."""
+    freeze: Any = later(field(default_factory=list))  # noqa: RUF009
+    """Glob, or list of globs, of modules or parameters that are not trained, after the swap (``patch_embed``,
+    ``layer[12].*``); batch normalisation in such modules keeps its statistics and normalises by them."""
     stem: str = choice("default", "small", "auto")
     """``default``; ``small``: 3x3 stride-1 first convolution without max-pooling; or ``auto``: ``small`` for images
     below 64 pixels."""
@@ -42,6 +50,11 @@ class BackboneConfig:
     """Dropout before the classifier, and in the blocks of a ViT."""
     drop_path_rate: float | None = number(None, 0, 1, below=True)
     """Stochastic depth; null leaves timm's default and supports models without it."""
+    token_grid: list[int] | None = later(None)  # noqa: RUF009
+    """Rows and columns of the tokens, for attention in networks that have no patch embedding to tell them; null: asked
+    of the patch embedding at each call."""
+    prefix_tokens: int | None = later(number(None, 0))
+    """With ``token_grid``: tokens before the grid (CLS, registers); null: what the network says, else 0."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Passed to ``timm.create_model`` as they are."""
 
@@ -199,6 +212,8 @@ class OptimConfig:
     """For optimizers that have one."""
     decay_norm_and_bias: bool = False
     """Apply weight decay to all that is trained: biases, normalisation weights and the class token too."""
+    layer_decay: float | None = later(number(None, 0, 1, above=True))
+    """Factor of the learning rate from each layer to the one before it, as timm groups the layers; null: one rate."""
     sched: str = "cosine"
     """``constant``, ``cosine``, ``tanh``, ``poly``, ``step`` or ``multistep``; updated every step."""
     warmup_epochs: int = number(0, 0)

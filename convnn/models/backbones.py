@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import timm
@@ -13,7 +14,9 @@ from torch import nn
 
 from convnn.config.keys import nearest
 from convnn.config.schema import SMALL_IMAGE, BackboneConfig
-from convnn.errors import ConfigError, load_failure
+from convnn.errors import ConfigError, WeightsError, load_failure
+from convnn.models.download import answering
+from convnn.models.weights import load_checkpoint_file
 
 
 def create_backbone(config: BackboneConfig, num_classes: int, in_chans: int = 3, image_size: int = 32) -> nn.Module:
@@ -30,21 +33,12 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_chans: int = 3,
             raise ConfigError(f"backbone.module={config.module} cannot be imported: {error}") from error
     _check_name(config.name)
     _check_kwargs(config.kwargs, num_classes, in_chans)
-    loads = "pretrained" if config.pretrained else "kwargs.checkpoint_path"
-    if config.init == "torch" and (config.pretrained or "checkpoint_path" in config.kwargs):
+    loads = "pretrained" if config.pretrained else "checkpoint" if config.checkpoint else "kwargs.checkpoint_path"
+    if config.init == "torch" and (loads != "kwargs.checkpoint_path" or "checkpoint_path" in config.kwargs):
         raise ConfigError(f"backbone.init=torch would draw anew what backbone.{loads} loads; set it to timm")
-    kwargs = timm_kwargs(config, num_classes, in_chans, image_size)
-    try:
-        model = timm.create_model(config.name, pretrained=config.pretrained, **kwargs)
-    except Exception as error:  # whatever timm's models make of the arguments
-        if config.pretrained and not isinstance(error, (TypeError, AssertionError, ZeroDivisionError)):
-            raise ConfigError(
-                f"backbone.pretrained=true: the weights of {config.name} could not be loaded "
-                f"({type(error).__name__}: {load_failure(error)}); connect, or fill timm's cache, or set it to false"
-            ) from error
-        raise ConfigError(
-            f"backbone.name={config.name} cannot be built with {kwargs}: {load_failure(error)}"
-        ) from error
+    model = _created(config, timm_kwargs(config, num_classes, in_chans, image_size))
+    if config.checkpoint:
+        load_checkpoint_file(model, config, in_chans)
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch is not None and any(image_size % side for side in _sides(patch)):
         raise ConfigError(
@@ -64,6 +58,26 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_chans: int = 3,
         for module in norms:
             module.eps = config.norm_eps
     return model
+
+
+def _created(config: BackboneConfig, kwargs: dict[str, Any]) -> nn.Module:
+    """Return what timm builds, with its pretrained weights if they are asked for.
+
+    Raises:
+        ConfigError: if it cannot be built; ``WeightsError`` if that is for want of weights.
+    """
+    try:
+        with answering(config.name, kwargs) if config.pretrained else nullcontext():
+            return timm.create_model(config.name, pretrained=config.pretrained, **kwargs)
+    except Exception as error:  # whatever timm's models make of the arguments
+        if config.pretrained and not isinstance(error, (TypeError, AssertionError, ZeroDivisionError)):
+            kind = "" if isinstance(error, WeightsError) else f"{type(error).__name__}: "
+            raise WeightsError(
+                f"backbone.pretrained=true: the weights of {config.name} could not be loaded "
+                f"({kind}{load_failure(error)}); give a file of them with backbone.checkpoint=FILE, or connect"
+            ) from error
+        kind_of = WeightsError if isinstance(error, FileNotFoundError) else ConfigError
+        raise kind_of(f"backbone.name={config.name} cannot be built with {kwargs}: {load_failure(error)}") from error
 
 
 def has_small_stem(config: BackboneConfig, image_size: int) -> bool:
@@ -89,7 +103,7 @@ def _check_name(name: str) -> None:
         known = name.partition(":")[2].rpartition("/")[2]
         way = f"set backbone.name={known} backbone.pretrained=true"
         if not timm.is_model(known.partition(".")[0]):
-            way = "set backbone.name to the architecture and +backbone.kwargs.checkpoint_path=FILE to its weights"
+            way = "set backbone.name to the architecture and backbone.checkpoint=FILE to its weights"
         raise ConfigError(f"backbone.name={name} is a place of weights, not a name in timm's registry; {way}")
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):

@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from torch import nn
 
 from convnn.config.identity import loads_weights
-from convnn.config.schema import Config
+from convnn.config.schema import BackboneConfig, Config
 from convnn.data.splits import Dataset
 from convnn.errors import ConfigError
 from convnn.models.backbones import create_backbone, draw_as_torch, has_small_stem
 from convnn.models.swap import SwapReport, count_parameters, swap_layers
+from convnn.models.tokens import set_token_grid
 from convnn.nn.hybrid import HybridConvNNAttention
 from convnn.nn.neighbor_attention import NeighborAttention
 from convnn.runtime.device import seed_everything
 
 
-def build_model(config: Config, dataset: Dataset) -> tuple[nn.Module, SwapReport, int]:
+def build_model(config: Config, dataset: Dataset, *, weights: bool = True) -> tuple[nn.Module, SwapReport, int]:
     """Build the backbone from ``config.seed`` and swap its layers; return model, report and image side in pixels.
 
+    Args:
+        config: of the run.
+        dataset: tells the classes and the size of the images.
+        weights: load those that the backbone begins from; without them the network is one for other weights of a run.
+
     Raises:
-        ConfigError: if the parts do not fit together.
+        ConfigError: if the parts do not fit together; ``WeightsError`` if that is for want of weights alone.
     """
-    return build_network(config, len(dataset.classes), dataset.train.shape)
+    return build_network(config, len(dataset.classes), dataset.train.shape, weights=weights)
 
 
-def build_network(config: Config, classes: int, shape: Sequence[int]) -> tuple[nn.Module, SwapReport, int]:
+def build_network(
+    config: Config, classes: int, shape: Sequence[int], *, weights: bool = True
+) -> tuple[nn.Module, SwapReport, int]:
     """Do what ``build_model`` does, for a number of classes and images of a shape: channels, rows and columns."""
     channels, height, width = shape
     image_size = config.data.image_size or config.backbone.image_size
@@ -35,16 +43,26 @@ def build_network(config: Config, classes: int, shape: Sequence[int]) -> tuple[n
         raise ConfigError(f"data={config.data.name} has {height}x{width} images; set data.image_size")
     image_size = image_size or height
     seed_everything(config.seed)
-    model = create_backbone(config.backbone, classes, channels, image_size)
+    backbone = config.backbone if weights else without_weights(config.backbone)
+    model = create_backbone(backbone, classes, channels, image_size)
     init = config.swap.init
     if init == "auto" and not loads_weights(asdict(config.backbone)):
         init = "fresh"
     report = swap_layers(model, config.swap, config.operator, init)
+    if config.backbone.token_grid is not None:
+        rows, columns = config.backbone.token_grid
+        set_token_grid(model, (rows, columns), config.backbone.prefix_tokens)
     if config.backbone.init == "torch" and init == "fresh":
         for layer in model.modules():  # others have a start of their own
             if isinstance(layer, (NeighborAttention, HybridConvNNAttention)):
                 draw_as_torch(layer)
     return model, report, image_size
+
+
+def without_weights(backbone: BackboneConfig) -> BackboneConfig:
+    """Return a backbone that loads nothing: all its weights will come from a checkpoint of the run."""
+    kwargs = {key: value for key, value in backbone.kwargs.items() if key != "checkpoint_path"}
+    return replace(backbone, pretrained=False, checkpoint=None, checkpoint_sha256=None, kwargs=kwargs)
 
 
 def kept_weights(config: Config, model: nn.Module, report: SwapReport, image_size: int) -> tuple[str, bool] | None:
@@ -58,7 +76,8 @@ def kept_weights(config: Config, model: nn.Module, report: SwapReport, image_siz
     anew: dict[str, int] = {row.name: row.params_before for row in report.rows if row.init == "fresh"}
     replaced = {row.name: row.params_before for row in report.rows}
     own = getattr(model, "pretrained_cfg", None) or {}
-    if config.backbone.pretrained and own.get("num_classes") != getattr(model, "num_classes", None):
+    named = config.backbone.pretrained or config.backbone.checkpoint
+    if named and own.get("num_classes") != getattr(model, "num_classes", None):
         head = own.get("classifier") or ()
         for name in (head,) if isinstance(head, str) else head:
             anew[name] = count_parameters(model.get_submodule(name))

@@ -20,6 +20,7 @@ from convnn.config.targets import resolve_target
 from convnn.errors import ConfigError
 from convnn.models.flops import Cost, count_operations, on_meta
 from convnn.models.sites import FOR_ATTENTION, find_sites, is_operator, refused_sites, select_sites, some, told
+from convnn.models.tokens import forget_token_grids, site_of
 from convnn.nn.adapters.layer import AdaptedAttention
 from convnn.nn.adapters.registry import stand_in
 from convnn.nn.attention import ConvNNAttention
@@ -138,7 +139,7 @@ def swap_layers(
     refused: dict[str, ConfigError] = {}
     inits: dict[str, str] = {}
     for name, claim in claims.items():
-        site = _site(model, name, grids)
+        site = site_of(model, name, grids)
         ways: tuple[str, ...] = (init,)
         if init == "auto":  # others may take no notice of what they are asked for
             ways = ("transfer", "fresh") if is_own(claim.operator.target) else ("fresh",)
@@ -292,32 +293,6 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
             model.set_submodule(name, new)
 
 
-def _site(model: nn.Module, name: str, grids: dict[nn.Module, TokenGrid]) -> Site:
-    """Return what surrounds a layer: the nearest module around it that has a patch embedding tells of the tokens."""
-    parents = [name.rpartition(".")[0]]
-    while parents[-1]:
-        parents.append(parents[-1].rpartition(".")[0])
-    for parent in map(model.get_submodule, parents):
-        patch_embed = getattr(parent, "patch_embed", None)
-        if isinstance(patch_embed, nn.Module):
-            grid = getattr(patch_embed, "grid_size", None)
-            size = (int(grid[0]), int(grid[1])) if grid else None
-            return Site(name, getattr(parent, "num_prefix_tokens", 0), size, _token_grid(patch_embed, grids))
-    return Site(name, getattr(model, "num_prefix_tokens", 0))
-
-
-def _token_grid(patch_embed: nn.Module, grids: dict[nn.Module, TokenGrid]) -> TokenGrid | None:
-    """Return what notes the grid of each image that a patch embedding gets; None if it cannot tell.
-
-    ``grids`` has those of this swap, which are hooked in once everything is built; those of a swap before are there.
-    """
-    if not hasattr(patch_embed, "dynamic_feat_size"):
-        return None
-    earlier = (getattr(hook, "__self__", None) for hook in patch_embed._forward_hooks.values())
-    known = next((grid for grid in earlier if isinstance(grid, TokenGrid)), None)
-    return known or grids.setdefault(patch_embed, TokenGrid())
-
-
 def count_parameters(module: nn.Module) -> int:
     """Return the number of trainable parameters."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -368,6 +343,9 @@ def export_layers(model: nn.Module) -> list[str]:
     plain = {}
     for name in names:
         layer = model.get_submodule(name)
+        for inner in layer.modules():  # the model may have been given another input size since
+            if isinstance(getattr(inner, "token_grid", None), TokenGrid):
+                inner.grid_size = site_of(model, name, {}).grid_size  # type: ignore[assignment]
         to_layer = getattr(layer, "to_layer", None)
         try:
             if to_layer is None:
@@ -377,10 +355,7 @@ def export_layers(model: nn.Module) -> list[str]:
             raise ConfigError(f"'{name}' cannot be exported: {error}") from error
     for name, layer in plain.items():
         _replace(model, model.get_submodule(name), layer)
-    for module in model.modules():  # nobody asks for the grid any more
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), TokenGrid):
-                del module._forward_hooks[key]
+    forget_token_grids(model)
     return names
 
 

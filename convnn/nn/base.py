@@ -27,12 +27,39 @@ class TokenGrid:
 
     def __init__(self) -> None:
         self.size: Pair | None = None
-        """Rows and columns; None before the first call."""
+        """Rows and columns; None before the first call, and if the patch embedding does not tell."""
+        self.called = False
+        """Whether there was a call."""
 
-    def note(self, patch_embed: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Note the grid of an image (B, C, h, w); a forward hook of timm's ``PatchEmbed``."""
-        rows, columns = patch_embed.dynamic_feat_size(tuple(inputs[0].shape[-2:]))  # type: ignore[operator]
-        self.size = int(rows), int(columns)
+    def note(self, patch_embed: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """Note the grid of an image (B, C, h, w); a forward hook of a patch embedding."""
+        self.size, self.called = _patches_of(patch_embed, inputs[0], output), True
+
+
+def _patches_of(patch_embed: nn.Module, image: Any, output: Any) -> Pair | None:
+    """Return rows and columns of what a patch embedding has made of an image; None if they are not certain.
+
+    It tells them itself: beside the tokens, by a map of one channel first (a convolution), by timm's
+    ``dynamic_feat_size``, or by its ``grid_size`` if there are as many tokens (B, N, C).
+    """
+    told: Any = None
+    tokens = output
+    if isinstance(output, tuple):  # (tokens, (rows, columns))
+        tokens, told = output[0], output[1] if len(output) > 1 else None
+        told = told if isinstance(told, (tuple, list, torch.Size)) and len(told) == 2 else None
+    if told is None and isinstance(patch_embed, nn.Conv2d):
+        told = tokens.shape[-2:]
+    if told is None and hasattr(patch_embed, "dynamic_feat_size"):
+        told = patch_embed.dynamic_feat_size(tuple(image.shape[-2:]))  # type: ignore[operator]
+    if told is None:
+        told = getattr(patch_embed, "grid_size", None)
+        if not isinstance(tokens, Tensor) or tokens.ndim != 3:
+            return None
+    if told is None:
+        return None
+    rows, columns = int(told[0]), int(told[1])
+    known = not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[1] == rows * columns
+    return (rows, columns) if known else None
 
 
 def grid_of(num_tokens: int, num_prefix_tokens: int, grid_size: Pair | None, seen: TokenGrid | None = None) -> Pair:
@@ -41,21 +68,26 @@ def grid_of(num_tokens: int, num_prefix_tokens: int, grid_size: Pair | None, see
     Args:
         num_tokens: N, with the prefix.
         num_prefix_tokens: tokens before the grid.
-        grid_size: as the layer was built with; None: a square.
+        grid_size: as the layer was built with; None: a square, for a layer that no swap has put into a model.
         seen: what the model's patch embedding noted of the present image, which counts more.
 
     Raises:
-        ValueError: if the tokens are not of that grid.
+        ValueError: if the tokens are not of that grid, or it is not known.
     """
     grid, known = num_tokens - num_prefix_tokens, seen.size if seen is not None else None
     if known is not None:
         if known[0] * known[1] != grid:
             raise ValueError(
                 f"{num_tokens} tokens less {num_prefix_tokens} prefix tokens are not the {known[0]}x{known[1]} grid of "
-                "the image's patches, so their positions are not known; set patch_drop_rate=0, or use settings without "
-                "positions (blend=1 with candidates=all or random)"
+                "the image's patches, so their positions are not known; set patch_drop_rate=0, say how many prefix "
+                f"tokens there are ({_SAY}), or {_WITHOUT}"
             )
         return known
+    if seen is not None and (seen.called or grid_size is None):
+        raise ValueError(
+            f"where {num_tokens} tokens lie is not known, as the network has no patch embedding that tells it; say it "
+            f"({_SAY}, or backbone.token_grid=[ROWS,COLUMNS]), or {_WITHOUT}"
+        )
     if grid_size is None:
         side = math.isqrt(max(grid, 0))
         grid_size = side, side
@@ -67,6 +99,10 @@ def grid_of(num_tokens: int, num_prefix_tokens: int, grid_size: Pair | None, see
     return grid_size
 
 
+_SAY = "convnn.set_token_grid(model, (rows, columns), num_prefix_tokens)"
+_WITHOUT = "use settings without positions (blend=1 with candidates=all or random)"
+
+
 @dataclass(frozen=True)
 class Site:
     """What a layer's surroundings tell about it: its name, and for attention the tokens' layout."""
@@ -74,7 +110,9 @@ class Site:
     name: str = ""
     num_prefix_tokens: int = 0
     grid_size: Pair | None = None
+    """As the model is configured now; an image may have another."""
     token_grid: TokenGrid | None = None
+    """That of the present image; None: the layer stands alone, and its grid is ``grid_size`` or a square."""
 
 
 def pair(value: int | tuple[int, ...]) -> Pair:

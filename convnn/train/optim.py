@@ -45,13 +45,24 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
             weight_decay=optim.weight_decay,
             momentum=optim.momentum,
             filter_bias_and_bn=not optim.decay_norm_and_bias,
+            layer_decay=optim.layer_decay,
         )
         if optim.decay_norm_and_bias:  # timm leaves out what a model names, such as the class token
             for group in optimizer.param_groups:
                 group["weight_decay"] = optim.weight_decay
         return optimizer
     except Exception as error:  # optional packages, devices, arguments
-        raise ConfigError(f"optim.name={optim.name} cannot be used here: {error or type(error).__name__}") from error
+        with_decay = "" if optim.layer_decay is None else f" with optim.layer_decay={optim.layer_decay:g}"
+        raise ConfigError(
+            f"optim.name={optim.name} cannot be used here{with_decay}: {error or type(error).__name__}"
+        ) from error
+
+
+def learning_rate(optimizer: Optimizer) -> float:
+    """Return the learning rate of a step, with ``optim.layer_decay`` that of the last layers."""
+    group = optimizer.param_groups[0]
+    rate: float = group["lr"] / group.get("lr_scale", 1.0)
+    return rate
 
 
 _OWN_KEYS = {
@@ -140,6 +151,9 @@ def make_schedules(
             group["lr"] = group.get("initial_lr", group["lr"])
         made.append(make_scheduler(optimizer, optim, epochs, steps_per_epoch, steps))
     schedules = [schedule for schedule in made if schedule is not None]
+    if not schedules:  # which would have done so
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
     if len(schedules) < 2:
         return schedules[0] if schedules else None
     return ExtendedSchedule([steps for _, steps in lengths], schedules)

@@ -21,7 +21,7 @@ from convnn.data.datasets import load_dataset
 from convnn.data.files import class_folder
 from convnn.data.splits import Dataset, balanced, split_fingerprint
 from convnn.errors import ConfigError
-from convnn.models.build import build_network
+from convnn.models.build import build_network, without_weights
 from convnn.models.swap import neighbor_layers
 from convnn.runs.checkpoint import load_checkpoint, load_model_state
 from convnn.runs.data_record import DataRecord
@@ -29,7 +29,13 @@ from convnn.runs.folder import known_record
 from convnn.train.predictions import Predictions, predict
 
 log = logging.getLogger("convnn")
-_UNUSED = ("backbone.pretrained", "backbone.kwargs.checkpoint_path", "swap.init")
+_UNUSED = (
+    "backbone.pretrained",
+    "backbone.checkpoint",
+    "backbone.checkpoint_sha256",
+    "backbone.kwargs.checkpoint_path",
+    "swap.init",
+)
 """Keys that count for a run's beginning alone: a checkpoint has all weights."""
 
 
@@ -79,8 +85,7 @@ def load_run(
         classes, shape = dataset.classes, list(dataset.train.shape)
     else:
         classes, shape = known.classes, known.shape
-    config.backbone.pretrained = False
-    config.backbone.kwargs.pop("checkpoint_path", None)  # timm is not to open other files
+    config.backbone = without_weights(config.backbone)  # timm is not to open other files
     model, _, image_size = build_network(config, len(classes), shape)
     load_model_state(model, state["ema"] or state["model"], path)
     for name, layer in neighbor_layers(model).items():

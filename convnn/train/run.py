@@ -14,10 +14,9 @@ from typing import Any
 
 from convnn.config.schema import Config
 from convnn.errors import EXIT_DIVERGED, EXIT_FAILED, DivergedError
-from convnn.models.build import kept_weights
 from convnn.models.cost import dear_swap
 from convnn.models.schedule import describe_schedule
-from convnn.models.swap import neighbor_layers
+from convnn.models.swap import count_parameters, neighbor_layers
 from convnn.ops.subsets import seed_subsets
 from convnn.runs.checkpoint import settle
 from convnn.runs.environment import record_environment
@@ -120,6 +119,7 @@ def run_trainer(trainer: Trainer, stop: Callable[[], int | None]) -> Result:
         config,
         trainer.state,
         model=trainer.model,
+        params=trainer.params,
         gflops=trainer.gflops,
         layers_replaced=len(trainer.report),
         data=trainer.data,
@@ -180,10 +180,14 @@ def _announce(trainer: Trainer, resumed: bool) -> None:
     log.info("%s on %s, %s", config.backbone.name, trainer.device, config.data.name)
     for line in str(trainer.report).splitlines():
         log.info("%s", line)
-    kept = kept_weights(config, trainer.model, trainer.report, trainer.image_size)
-    if kept is not None:
+    kept = trainer.kept
+    if trainer.lost is not None:
+        log.info("%s; going on from the checkpoint of this run", trainer.lost)
+    elif kept is not None:
         way = "" if kept[1] or config.swap.init != "fresh" else "; swap.init=auto transfers those of replaced layers"
         log.log(logging.INFO if kept[1] else logging.WARNING, "%s%s", kept[0], way)
+    if config.backbone.freeze:
+        log.info("%s of %s parameters are trained", f"{count_parameters(trainer.model):,}", f"{trainer.params:,}")
     dear = dear_swap(trainer.gflops, trainer.report)
     if dear:
         log.warning("%s", dear)

@@ -26,11 +26,12 @@ from convnn.data.datasets import load_dataset
 from convnn.data.readers import Readers
 from convnn.data.splits import AnySplit, Dataset
 from convnn.data.stream import make_batches
-from convnn.errors import CheckpointError, ConfigError, DivergedError, StoppedError
-from convnn.models.build import build_model
+from convnn.errors import CheckpointError, ConfigError, DivergedError, StoppedError, WeightsError
+from convnn.models.build import build_model, kept_weights
 from convnn.models.cost import check_output, count_cost, parameters_without_gradient
+from convnn.models.freezing import freeze
 from convnn.models.schedule import apply_schedule, describe_schedule
-from convnn.models.swap import neighbor_layers
+from convnn.models.swap import SwapReport, count_parameters, neighbor_layers
 from convnn.ops.triton.dispatch import require
 from convnn.runs.checkpoint import check_identity, load_latest, load_model_state, save_checkpoint, settle
 from convnn.runs.data_record import DataRecord
@@ -41,9 +42,10 @@ from convnn.runtime.device import check_compiler, make_autocast, pick_device, se
 from convnn.train.divergence import DivergenceCheck
 from convnn.train.evaluate import Meter, evaluate
 from convnn.train.kept import TestOutputs
-from convnn.train.optim import make_optimizer, make_schedules
+from convnn.train.optim import learning_rate, make_optimizer, make_schedules
 from convnn.train.probe import Probe
 from convnn.train.progress import Progress
+from convnn.train.sizes import check_sizes
 from convnn.train.state import RunState
 
 log = logging.getLogger("convnn")
@@ -82,10 +84,12 @@ class Trainer:
 
     def _build(self, dataset: Dataset) -> None:
         config, train = self.config, self.config.train
-        self._check_sizes(dataset)
+        check_sizes(config, dataset)
         self.data = replace(self.folder.data or DataRecord.of(dataset), shape=list(dataset.train.shape))
-        model, self.report, self.image_size = build_model(config, dataset)
+        model, self.report, self.image_size = self._network(dataset)
+        self.params, self.kept = count_parameters(model), kept_weights(config, model, self.report, self.image_size)
         self.model = distributed.with_sync_batchnorm(model, self.device, train.sync_batchnorm).to(self.device)
+        freeze(self.model, config.backbone.freeze)
         for layer in neighbor_layers(self.model).values():
             require(layer.backend, self.device)
         if train.channels_last:
@@ -106,6 +110,17 @@ class Trainer:
         self.probe = Probe(config.diagnostics, self.batches["test"], self.autocast)
         self.outputs = TestOutputs(config.checkpoint.predictions, self.batches["test"], self.folder)
         self.state = RunState(Meter.new(self.device))
+
+    def _network(self, dataset: Dataset) -> tuple[nn.Module, SwapReport, int]:
+        """Build the model; one that goes on from a checkpoint needs no file of weights to begin from."""
+        self.lost: WeightsError | None = None
+        try:
+            return build_model(self.config, dataset)
+        except WeightsError as error:
+            if not self.folder.resume:
+                raise
+            self.lost = error
+        return build_model(self.config, dataset, weights=False)
 
     def _lengths(self) -> list[tuple[int, int]]:
         """Return the epochs and the steps that the run was planned for, one pair for each time; the last is the plan.
@@ -137,29 +152,6 @@ class Trainer:
             check_output(self.model, channels, self.image_size, self.num_classes)
             if now:
                 self.gflops, self.report = count_cost(self.model, channels, self.image_size, self.report)
-
-    def _check_sizes(self, dataset: Dataset) -> None:
-        train, data = self.config.train, self.config.data
-        if train.batch_size > len(dataset.train):
-            raise ConfigError(
-                f"train.batch_size={train.batch_size} exceeds the {len(dataset.train)} training images of {data.name}"
-            )
-        pairs = bool(train.mixup or train.cutmix)
-        distributed.check_batch_size(train.batch_size, pairs=pairs)
-        left = 0 if data.drop_last else len(dataset.train) % train.batch_size
-        if left % (self.world.size * (2 if pairs else 1)):
-            purpose = f"shared by {self.world.size} processes{' in pairs for Mixup' if pairs else ''}"
-            raise ConfigError(
-                f"data.drop_last=false: the last batch of {left} images cannot be {purpose}; set it to true"
-            )
-        if left == 1:
-            raise ConfigError(
-                "data.drop_last=false: the last batch has one image, too few for batch normalisation; "
-                "set it to true or change train.batch_size"
-            )
-        channels = dataset.train.shape[0]
-        if len(data.mean) not in (1, channels):
-            raise ConfigError(f"data.mean has {len(data.mean)} values for images of {channels} channels")
 
     def _batches(self, split: AnySplit, train: bool) -> Batches:
         c = self.config
@@ -224,9 +216,11 @@ class Trainer:
 
         Raises:
             CheckpointError: if it fits another configuration or model, or if none is whole.
-            ConfigError: if it is of other data.
+            ConfigError: if it is of other data; without one, if the weights to begin from cannot be had.
         """
         found = load_latest(self.folder.checkpoints, self.device)
+        if found is None and self.lost is not None:
+            raise self.lost
         if found is None:
             return False
         path, content = found
@@ -349,7 +343,7 @@ class Trainer:
         step, what = found
         if self.scheduler is not None:
             self.scheduler.step_update(step)
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = learning_rate(self.optimizer)
         kept = self.folder.checkpoints / "last.pt"
         good = f"the last good checkpoint is {kept}" if kept.exists() else "there is no checkpoint yet"
         raise DivergedError(f"{what} is not finite at step {step} (epoch {self.state.epoch + 1}, lr {lr:.3g}); {good}")
@@ -392,7 +386,7 @@ class Trainer:
             if name != "train":
                 scores = evaluate(self.eval_model, batches, self.autocast, stop, seeds, self.outputs.taking(name))
                 row |= dict(zip((f"{name}_loss", f"{name}_top1", f"{name}_top5"), scores, strict=True))
-        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        row["lr"] = learning_rate(self.optimizer)
         row["layers"] = [{"name": n, **layer.spectrum()} for n, layer in neighbor_layers(self.model).items()]
         self.probe.add_to(row, self.eval_model, state)
         row["train_seconds"] = round(state.train_seconds, 3)

@@ -1,18 +1,21 @@
 """Backbones: small stems, patches, and errors that name the key."""
 
 import math
+import socket
 import sys
+import time
 
 import pytest
 import timm
 import torch
 from helpers import tiny
+from huggingface_hub import is_offline_mode
 from torch import nn
 
 from convnn import ConvNNAttention
 from convnn.config.schema import BackboneConfig
 from convnn.data.splits import Dataset, Split
-from convnn.errors import ConfigError
+from convnn.errors import ConfigError, WeightsError
 from convnn.models.backbones import create_backbone
 from convnn.models.build import build_model
 
@@ -119,7 +122,7 @@ def test_sincos_positions_are_fixed_and_zero_for_cls():
         (BackboneConfig("vit_tiny_patch16_224."), 32, "is not a timm model|no pretrained weights"),
         (BackboneConfig("hf_hub:timm/resnet18.a1_in1k"), 32, r"set backbone.name=resnet18.a1_in1k .*pretrained=true"),
         (BackboneConfig("hf-hub:timm/vit_tiny_patch16_224"), 32, r"set backbone.name=vit_tiny_patch16_224 "),
-        (BackboneConfig("local-dir:/weights/mine"), 32, r"\+backbone.kwargs.checkpoint_path=FILE"),
+        (BackboneConfig("local-dir:/weights/mine"), 32, "backbone.checkpoint=FILE"),
         (BackboneConfig("resnet18", kwargs={"num_classes": 5}), 32, "kwargs.num_classes=5: the data has 10 classes"),
         (BackboneConfig("resnet18", kwargs={"in_chans": 1}), 32, "the images have 3 channels"),
         (BackboneConfig("resnet18", kwargs={"features_only": True}), 32, "return feature maps, not logits"),
@@ -148,6 +151,29 @@ def test_pretrained_without_a_network_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
     with pytest.raises(ConfigError, match=r"backbone.pretrained=true: the weights of resnet18 could not be loaded"):
         create_backbone(BackboneConfig(pretrained=True), 10)
+
+
+def test_pretrained_answers_in_seconds_where_nothing_does(monkeypatch, tmp_path):
+    """A server that takes a connection and then says nothing, as behind a firewall."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr("convnn.models.download.SECONDS", 0.5)
+        start = time.monotonic()
+        with pytest.raises(
+            WeightsError, match=r"no answer .*give a file of them with backbone.checkpoint=FILE"
+        ) as told:
+            create_backbone(BackboneConfig(pretrained=True), 10)
+    assert time.monotonic() - start < 5 and "\n" not in str(told.value)
+
+
+def test_weights_that_were_kept_need_no_answer(monkeypatch, tmp_path):
+    found = []
+    monkeypatch.setattr("convnn.models.download._silence", lambda place: "no route")
+    monkeypatch.setattr("convnn.models.download.try_to_load_from_cache", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: found.append(is_offline_mode()))
+    create_backbone(BackboneConfig(pretrained=True), 10)
+    assert found == [True] and not is_offline_mode()
 
 
 def test_a_users_own_backbone_is_one_file(tmp_path, monkeypatch):

@@ -8,12 +8,13 @@ import torch
 from helpers import tiny
 from training import rates_of
 
+from convnn import swap_layers
 from convnn.config.compose import compose_config
 from convnn.config.identity import identity
 from convnn.config.schema import OptimConfig
 from convnn.errors import ConfigError
 from convnn.runs.metrics import read_metrics
-from convnn.train.optim import make_optimizer, make_scheduler
+from convnn.train.optim import learning_rate, make_optimizer, make_scheduler, make_schedules
 from convnn.train.run import run
 
 WARM = {"warmup_epochs": 2, "warmup_lr": 0.4}
@@ -111,3 +112,21 @@ def test_what_is_decayed(name, everything):
     decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
     assert "head.weight" in decayed
     assert ("cls_token" in decayed) == ("norm.bias" in decayed) == everything
+
+
+@pytest.mark.parametrize("name, warmup, everything", [("adamw", 1, False), ("sgd", 0, True)])
+def test_the_rate_decays_from_layer_to_layer(name, warmup, everything):
+    """Head 1, last block 0.5, the block before it 0.25, patches 0.125; a replaced layer is where the old one was."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+    swap_layers(model, "blocks.0.attn", "convnn_attention", k=4)
+    given = [f"optim.name={name}", "optim.layer_decay=0.5", f"optim.decay_norm_and_bias={everything}", "optim.lr=0.1"]
+    optim = compose_config([*given, "optim.sched=constant", f"optim.warmup_epochs={warmup}"]).optim
+    optimizer = make_optimizer(model, optim)
+    schedule = make_schedules(optimizer, optim, [(4, 8)], 2)
+    rates_of(optimizer, schedule, 8)
+    names = {id(p): n for n, p in model.named_parameters()}
+    found = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    expected = {"head.weight": 0.1, "blocks.1.attn.qkv.weight": 0.05, "blocks.0.attn.qkv.weight": 0.025}
+    expected |= {"blocks.0.attn.slot_weight": 0.025, "patch_embed.proj.weight": 0.0125}
+    assert {key: found[key] for key in expected} == pytest.approx(expected)
+    assert found.keys() == dict(model.named_parameters()).keys() and learning_rate(optimizer) == pytest.approx(0.1)

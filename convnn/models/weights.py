@@ -1,0 +1,162 @@
+"""Weights of a file in a network: read without running code, renamed and resized to fit, and checked."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import adapt_input_conv, clean_state_dict
+from timm.models import load_state_dict as load_safetensors
+from torch import Tensor, nn
+
+from convnn.config.schema import BackboneConfig
+from convnn.errors import ConfigError, WeightsError, first_line, load_failure
+from convnn.models.weight_names import State, timm_names
+from convnn.runtime.files import sha256_of
+
+_WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model")
+"""Where files of training programs have the weights, averaged ones first."""
+_PREFIXES = ("timm_model.", "model.", "backbone.", "net.")
+"""What training programs put before all names; timm removes those of torch's own wrappers."""
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
+_FILTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
+"""What timm calls the function that makes a model's older files fit, in the model's module."""
+
+
+def load_checkpoint_file(model: nn.Module, config: BackboneConfig, in_chans: int) -> None:
+    """Load ``config.checkpoint`` into a timm model that was just built.
+
+    Position and patch embeddings are resized as timm does it, and a first convolution is adapted to ``in_chans``. A
+    classifier for other classes stays as it is; ``model.pretrained_cfg["num_classes"]`` then is None.
+
+    Raises:
+        WeightsError: if the file is gone, or is another one than ``config.checkpoint_sha256`` says.
+        ConfigError: if it cannot be read safely, or has other weights than the model.
+    """
+    path = Path(config.checkpoint or "")
+    said = f"backbone.checkpoint={path}"
+    state = read_weights(path, config.checkpoint_sha256)
+    settings: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
+    named = settings.get("classifier") or ()
+    heads = (named,) if isinstance(named, str) else tuple(named)
+    try:
+        state, whose = timm_names(state, heads[0] if heads else "head")
+        state = _as_timm_does(model, state)
+        _adapt_first(state, model, settings.get("first_conv"), in_chans)
+    except Exception as error:  # whatever comes of weights of another network
+        raise ConfigError(f"{said} is not of {config.name}: {first_line(error)}") from error
+    anew = _without_other_heads(state, model, heads)
+    misfit = _misfit(state, model, heads)
+    if misfit:
+        names = "" if whose == "timm" else f", by the names of {whose},"
+        raise ConfigError(f"{said} does not fit {config.name}: it{names} {misfit}")
+    model.load_state_dict(state, strict=False)
+    settings["num_classes"] = None if anew else getattr(model, "num_classes", None)
+    model.pretrained_cfg = settings  # type: ignore[assignment]
+
+
+def read_weights(path: Path, sha256: str | None = None) -> State:
+    """Read the weights in a file, without what training programs wrap them in. Nothing in it is executed.
+
+    Raises:
+        WeightsError: if the file is gone, or has another SHA-256.
+        ConfigError: if it is damaged, hostile or holds no weights.
+    """
+    said = f"backbone.checkpoint={path}"
+    if not path.is_file():
+        raise WeightsError(f"{said}: no such file")
+    if path.suffix.lower() not in _SUFFIXES:
+        raise ConfigError(f"{said}: a file of weights ends in {', '.join(_SUFFIXES)}")
+    try:
+        found = sha256_of(path)
+        if sha256 not in (None, found):
+            raise WeightsError(
+                f"{said} is another file than the configuration says (SHA-256 {found[:12]}..., not {str(sha256)[:12]}"
+                "...); put that back, or leave out backbone.checkpoint_sha256"
+            )
+        if path.suffix.lower() == ".safetensors":
+            content: Any = load_safetensors(str(path))
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # plain values, in many files beside weights
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever torch and safetensors make of a damaged or hostile file
+        raise ConfigError(f"{said} cannot be read: {load_failure(error)}") from error
+    state = _unwrapped(content)
+    if not state:
+        raise ConfigError(f"{said} holds no weights: neither tensors by name, nor {', '.join(_WRAPPERS)} with such")
+    return state
+
+
+def _unwrapped(content: Any) -> State:
+    """Return the tensors by name in what a file holds; empty if there are none."""
+    for name in _WRAPPERS:
+        inner = content.get(name) if isinstance(content, Mapping) else None
+        if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
+            content = inner
+            break
+    if not isinstance(content, Mapping):
+        return {}
+    state = clean_state_dict({str(name): value for name, value in content.items() if isinstance(value, Tensor)})
+    state = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    prefix = next((p for p in _PREFIXES if state and all(name.startswith(p) for name in state)), "")
+    return {name[len(prefix) :]: value for name, value in state.items()}
+
+
+def _as_timm_does(model: nn.Module, state: State) -> State:
+    """Return weights as timm makes files of this model fit: older names, embeddings of another size."""
+    module = sys.modules[type(model).__module__]
+    fit = next((getattr(module, name) for name in _FILTERS if hasattr(module, name)), None)
+    if fit is None:
+        return state
+    try:
+        found: State = fit(state, model)
+    except TypeError:  # some take the weights alone
+        found = fit(state)
+    return found
+
+
+def _adapt_first(state: State, model: nn.Module, first: Any, in_chans: int) -> None:
+    """Adapt the first convolutions to images of other channels, as timm does."""
+    for name in (first,) if isinstance(first, str) else first or ():
+        weight, own = state.get(f"{name}.weight"), model.get_parameter(f"{name}.weight")
+        if weight is not None and weight.ndim == 4 and weight.shape[1] == 3 != own.shape[1]:
+            state[f"{name}.weight"] = adapt_input_conv(in_chans, weight)
+
+
+def _without_other_heads(state: State, model: nn.Module, heads: tuple[str, ...]) -> list[str]:
+    """Take classifiers that do not fit out of a state; return their names."""
+    own, anew = model.state_dict(), []
+    for head in heads:
+        names = [name for name in own if name.startswith(f"{head}.")]
+        if any(name not in state or state[name].shape != own[name].shape for name in names):
+            anew.append(head)
+            for name in [name for name in state if name.startswith(f"{head}.")]:
+                del state[name]
+    return anew
+
+
+def _misfit(state: State, model: nn.Module, heads: tuple[str, ...]) -> str | None:
+    """Return in what weights differ from a model's, its classifiers apart; None: they fit."""
+    own = model.state_dict()
+    counted = tuple(f"{head}." for head in heads)
+    apart = [name for name in {**own, **state} if name.startswith(counted) or name.endswith("num_batches_tracked")]
+    missing = [name for name in own if name not in state and name not in apart]
+    unknown = [name for name in state if name not in own and name not in apart]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in state and own[name].shape != state[name].shape
+    ]
+    parts = []
+    for label, names in (("lacks", missing), ("has unknown", unknown), ("has another shape of", shapes)):
+        if names:
+            parts.append(f"{label} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
+    if 2 * len(missing) > len(own):
+        parts.append("set backbone.name to the network that it is of")
+    return "; ".join(parts) or None

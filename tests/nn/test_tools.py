@@ -47,6 +47,20 @@ def vit():
     return model, torch.randn(3, 3, 32, 32)
 
 
+def swin():
+    shape = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2,), "num_heads": (2,)}
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **shape)
+    swap_layers(model, {}, "convnn_attention", k=4)
+    return model, torch.randn(3, 3, 32, 32)
+
+
+def dinov3():
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    model = timm.create_model("vit_small_patch16_dinov3", num_classes=5, **shape)
+    swap_layers(model, {}, "convnn_attention", k=4)
+    return model, torch.randn(3, 3, 32, 32)
+
+
 def from_conv(kind, name, **settings):
     return kind.from_layer(nn.Conv2d(4, 8, 3, padding=1), preset(name, **settings), "fresh", SITE), torch.randn(
         3, 4, 6, 7
@@ -67,6 +81,8 @@ LAYERS = {
     "HybridConvNNAttention": lambda: from_attention(HybridConvNNAttention, "hybrid_attention", k=5, branch_ratio=0.5),
     "GatedPositionalAttention": lambda: from_attention(GatedPositionalAttention, "convit"),
     "ViT": vit,
+    "Swin": swin,
+    "DINOv3": dinov3,
 }
 
 

@@ -68,7 +68,7 @@ class GlobalQuery(Adapter):
         if not layer.use_global or q_global is None:
             return Heads(*split(layer.qkv(x), layer.num_heads), **more)
         k, v = halves(layer.qkv(x), layer.num_heads)
-        q = q_global.repeat_interleave(len(x) // len(q_global), dim=0).reshape(x.shape)
+        q = q_global.repeat_interleave(x.shape[0] // q_global.shape[0], dim=0).reshape(x.shape)
         return Heads(per_head(q, layer.num_heads), k, v, **more)
 
 

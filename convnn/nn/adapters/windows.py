@@ -33,7 +33,7 @@ def foreign(mask: Tensor | None, windows: int) -> Tensor | None:
     """Return which tokens of its window a query must not see, (windows, 1, N, N): ``mask`` is of one image."""
     if mask is None:
         return None
-    return (mask < 0).repeat(windows // len(mask), 1, 1)[:, None]
+    return (mask < 0).repeat(windows // mask.shape[0], 1, 1)[:, None]
 
 
 def cosine(q: Tensor, k: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ class Swin(_Window):
     def read(self, layer: Any, x: Tensor, mask: Tensor | None = None) -> Heads:
         """Return the heads of windows (B * windows, N, channels)."""
         parts, bias = split(layer.qkv(x), layer.num_heads), layer._get_rel_pos_bias()
-        return Heads(*parts, bias=bias, blocked=foreign(mask, len(x)), grid=tuple(layer.window_size))
+        return Heads(*parts, bias=bias, blocked=foreign(mask, x.shape[0]), grid=tuple(layer.window_size))
 
 
 class SwinV2(_Window):
@@ -64,7 +64,7 @@ class SwinV2(_Window):
         q, k = cosine(q, k, layer.logit_scale)
         table = layer.cpb_mlp(layer.relative_coords_table).view(-1, layer.num_heads)
         bias = 16 * table[layer.relative_position_index].permute(2, 0, 1).sigmoid()
-        return Heads(q, k, v, bias=bias[None], blocked=foreign(mask, len(x)), grid=tuple(layer.window_size))
+        return Heads(q, k, v, bias=bias[None], blocked=foreign(mask, x.shape[0]), grid=tuple(layer.window_size))
 
 
 class SwinV2Cr(_Window):
@@ -77,7 +77,7 @@ class SwinV2Cr(_Window):
         q, k, v = split(layer.qkv(x), layer.num_heads)
         q, k = cosine(q, k, layer.logit_scale[:, None, None])
         bias = layer._relative_positional_encodings()
-        return Heads(q, k, v, bias=bias, blocked=foreign(mask, len(x)), grid=tuple(layer.window_size))
+        return Heads(q, k, v, bias=bias, blocked=foreign(mask, x.shape[0]), grid=tuple(layer.window_size))
 
 
 class DaVit(_Window):
@@ -127,7 +127,7 @@ class TorchvisionSwin(_Window):
             x = x.roll((-shift[0], -shift[1]), (1, 2))
             places = regions(padded[1], padded[2], layer.window_size, shift, x.device)
             places = in_windows(places[None, :, :, None], rows, columns).squeeze(-1)
-            blocked = (places[:, None] != places[:, :, None]).repeat(len(x), 1, 1)[:, None]
+            blocked = (places[:, None] != places[:, :, None]).repeat(x.shape[0], 1, 1)[:, None]
         windows = in_windows(x, rows, columns)
         qkv_bias = layer.qkv.bias
         if hasattr(layer, "logit_scale") and qkv_bias is not None:  # keys have none

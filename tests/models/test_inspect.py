@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers import equal_states
 
 from convnn import ConvNN2d, ConvNNAttention, neighbors_of, swap_layers
-from convnn.nn.attention import add_ring
+from convnn.nn.neighbor_attention import add_ring
 
 TINY_RESNET = {"num_classes": 3, "channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1]}
 

@@ -114,6 +114,8 @@ def test_training_commands_compose(tmp_path, monkeypatch):
     every = list(commands("train.py", *PAGES))
     assert len(every) >= 10
     monkeypatch.chdir(write_run(tmp_path / "r", {"train.epochs": 10}))
+    for weights in ("FILE", "model.safetensors"):
+        Path(weights).write_bytes(b"weights")
     for words in every:
         assert config_from_folder(words) or compose_config(words)
 

@@ -248,16 +248,24 @@ class _Bench:
         n, own = len(right), self._own or found
         self._own = own
         low, high = wilson_interval(int(right.sum()), n)
-        apart = paired_share_difference(right, own.predicted == own.label) if point is not None else (None, None, None)
-        difference = [None if value is None else 100 * value for value in apart]
+        apart: tuple[float | None, float | None, float | None] = (None, None, None)
+        if point is not None:
+            gain, least, most = paired_share_difference(right, own.predicted == own.label)
+            apart = 100 * gain, 100 * least, 100 * most
         row = Row(
-            point.values if point else {},
-            point.label if point else "own",
-            moved,
-            depth,
-            n,
-            *(top1, 100 * low, 100 * high, top5, loss),
-            *difference,
+            values=point.values if point else {},
+            label=point.label if point else "own",
+            moved=moved,
+            depth=depth,
+            images=n,
+            top1=top1,
+            top1_low=100 * low,
+            top1_high=100 * high,
+            top5=top5,
+            loss=loss,
+            difference=apart[0],
+            difference_low=apart[1],
+            difference_high=apart[2],
             agreement=100 * float((found.predicted == own.predicted).mean()),
             mass=_mean([one["mass"] for one in held.values()]),
             window=_mean([one["window"] for one in held.values()]),

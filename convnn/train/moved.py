@@ -33,7 +33,7 @@ from convnn.models.moving import Moving
 from convnn.models.swap import neighbor_layers
 from convnn.runtime.device import make_autocast, pick_device, set_determinism
 from convnn.stats.proportions import paired_share_difference, wilson_interval
-from convnn.train.predictions import Predictions, predict
+from convnn.train.predictions import FEW, Predictions, predict
 from convnn.train.restore import Asked, asked_images
 
 log = logging.getLogger("convnn")
@@ -176,7 +176,8 @@ def decoded(split: AnySplit, config: Config, image_size: int, index: np.ndarray,
         return images
 
     size = config.train.eval_batch_size or config.train.batch_size
-    batches = make_batches(split, size, config.data, image_size)
+    data = replace(config.data, workers=0) if len(split) <= FEW else config.data
+    batches = make_batches(split, size, data, image_size)
     batches.change = keep
     with closing(batches.epoch()) as epoch:
         for _ in epoch:

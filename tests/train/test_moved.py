@@ -7,16 +7,18 @@ import numpy as np
 import pytest
 import torch
 from figure_checks import texts_outside
-from helpers import tiny
+from helpers import tiny, write_image_folder
 from programs import assert_refused, snapshot
 
 from convnn.cli.evaluate import evaluate
 from convnn.cli.moved import grid_of_run
 from convnn.config.load import load_config
+from convnn.data import stream
+from convnn.data.datasets import load_dataset
 from convnn.errors import ConfigError
 from convnn.figures.moved import draw_layers_alone, draw_settings
 from convnn.models.inspect import choosing_layers
-from convnn.train import moved
+from convnn.train import moved, restore
 from convnn.train.moved import Point, evaluate_points, trained_run
 from convnn.train.restore import Asked, predict_run
 from convnn.train.run import run
@@ -141,6 +143,30 @@ def test_a_corruption_is_made_once_and_is_that_of_an_evaluation(plain):
     own, _ = rows_of(plain, *ATTENTION, "operator.k=4", asked=asked)
     scores, _, _ = predict_run(config, plain, "last", asked)
     assert (own.loss, own.top1) == (scores["loss"], scores["top1"]) and own.loss != rows_of(plain, *ATTENTION)[0].loss
+
+
+def test_files_are_read_once_and_as_an_evaluation_reads_them(plain, tmp_path, monkeypatch):
+    config = load_config(plain)
+    config.device = "cpu"
+    classes = load_dataset(config.data).classes
+    write_image_folder(tmp_path / "images", classes, per_class=2)
+    asked, calls = Asked(folder=tmp_path / "images" / "test"), []
+    scores, _, _ = predict_run(config, plain, "last", asked)
+    for name in ("load_checkpoint", "class_folder"):
+        real = getattr(restore, name)
+        monkeypatch.setattr(restore, name, lambda *a, real=real, **kw: calls.append(real.__name__) or real(*a, **kw))
+    reads = count_reads(monkeypatch)
+    own, *others = rows_of(plain, *ATTENTION, "operator.k=1,4,17", asked=asked)
+    assert (own.loss, own.top1, own.images) == (scores["loss"], scores["top1"], 2 * len(classes))
+    assert sorted(calls) == ["class_folder", "load_checkpoint"] and len(others) == 3
+    assert len(reads) == 2 * len(classes)
+
+
+def count_reads(monkeypatch):
+    """Count the image files that are read in this process."""
+    reads, real = [], stream.square_transform
+    monkeypatch.setattr(stream, "square_transform", lambda path, side: reads.append(path) or real(path, side))
+    return reads
 
 
 def test_a_backbone_with_weights_of_a_file_and_no_run(plain, tmp_path, capsys):

@@ -5,8 +5,10 @@ Shapes: B batch, H heads, Q queries, N tokens, K neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ class Held:
     """Share of the neighbours, of queries on the grid, that lie inside the convolution window; None: no such query."""
 
 
-def neighbor_mass(layer: Any, x: Tensor, found: Neighborhood) -> Tensor | None:
+def neighbor_mass(layer: Any, ask: Callable[[], Neighborhood], found: Neighborhood) -> Tensor | None:
     """Return what each query's neighbours hold of the layer's softmax over all tokens, (B, H, Q) float64, at most 1.
 
     All tokens are those that plain attention has: zero padding is none of them, and no candidates are left out. The
@@ -38,7 +40,7 @@ def neighbor_mass(layer: Any, x: Tensor, found: Neighborhood) -> Tensor | None:
 
     Args:
         layer: that chose.
-        x: its input.
+        ask: asks the layer for its neighbours on the same input, such as ``partial(layer.neighborhood, x)``.
         found: what it chose there.
 
     Returns:
@@ -50,7 +52,7 @@ def neighbor_mass(layer: Any, x: Tensor, found: Neighborhood) -> Tensor | None:
     own = layer.selection
     try:
         layer.selection = replace(own, k=_ALL, candidates="all", rank_step=1)
-        whole = layer.neighborhood(x)
+        whole = ask()
     finally:
         layer.selection = own
     assert whole.weights is not None
@@ -71,10 +73,11 @@ def held_by_neighbors(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, 
     """
     sums: dict[str, Tensor] = {}
 
-    def look(name: str, layer: Any, x: Tensor) -> None:
-        with same_draws(x.device):
-            found = layer.neighborhood(x)
-            mass = neighbor_mass(layer, x, found)
+    def look(name: str, layer: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        ask = _question(layer, args, given)
+        with same_draws(args[0].device):
+            found = ask()
+            mass = neighbor_mass(layer, ask, found)
         asked = (found.valid & (found.queries >= found.geometry.prefix)[:, None]).sum()
         parts = [found.in_window().sum(), asked]
         parts += [mass.sum(), mass.new_tensor(mass.numel())] if mass is not None else [asked * 0, asked * 0]
@@ -82,7 +85,7 @@ def held_by_neighbors(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, 
         sums[name] = sums[name] + counted if name in sums else counted
 
     hooks = [
-        layer.register_forward_pre_hook(lambda layer, args, name=name: look(name, layer, args[0]))
+        layer.register_forward_pre_hook(partial(look, name), with_kwargs=True)
         for name, layer in choosing_layers(model).items()
     ]
     try:
@@ -93,6 +96,14 @@ def held_by_neighbors(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, 
         for hook in hooks:
             hook.remove()
     return {name: _held(*values.tolist()) for name, values in sums.items()}
+
+
+def _question(layer: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Callable[[], Neighborhood]:
+    """Return what asks a layer for its neighbours in a call: most take the input alone, some all that comes with it."""
+    takes = inspect.signature(layer.neighborhood).parameters.values()
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in takes):
+        return partial(layer.neighborhood, *args, **given)
+    return partial(layer.neighborhood, args[0])
 
 
 def _held(inside: float, asked: float, mass: float, queries: float) -> Held:

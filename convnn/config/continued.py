@@ -42,7 +42,7 @@ def resumed_config(folder: Path, overrides: Sequence[str], said: str) -> Config:
     if any(key_of(override) == _WHOLE for override in overrides):
         config = compose_config([*overrides, *place])
     else:
-        config = _changed(begun, [*overrides, *place])
+        config = changed_config(begun, [*overrides, *place])
     before, after = length_of(asdict(begun.train)), length_of(asdict(config.train))
     if after != before and {key_of(override) for override in overrides} & {f"train.{key}" for key in LENGTH}:
         config.train = replace(config.train, extended_from=[*begun.train.extended_from, before])
@@ -68,11 +68,15 @@ def derived_config(folder: Path, overrides: Sequence[str]) -> Config:
     """
     begun = load_config(folder, to_read=False)
     begun.train = replace(begun.train, extended_from=[])
-    return _changed(begun, overrides)
+    return changed_config(begun, overrides)
 
 
-def _changed(begun: Config, overrides: Sequence[str]) -> Config:
-    """Return a configuration with overrides; an option of a group stands in place of all that the group had."""
+def changed_config(begun: Config, overrides: Sequence[str]) -> Config:
+    """Return a configuration with overrides; an option of a group stands in place of all that the group had.
+
+    Raises:
+        ConfigError: if the overrides cannot be taken.
+    """
     groups = config_groups()
     chosen = {key_of(override) for override in overrides} & groups.keys()
     if _WHOLE in chosen:

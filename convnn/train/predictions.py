@@ -25,7 +25,7 @@ from convnn.runtime.files import write_json
 from convnn.runtime.owned import Owner, naming
 from convnn.train.evaluate import best_classes, evaluate
 
-_FEW = 256
+FEW = 256
 """Images that the program reads itself, as workers would take longer to start."""
 
 
@@ -109,7 +109,7 @@ def predict(
     if train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     own = np.arange(len(split)) if index is None else index
-    data = replace(config.data, workers=0) if len(split) <= _FEW else config.data
+    data = replace(config.data, workers=0) if len(split) <= FEW else config.data
     size = train.eval_batch_size or train.batch_size
     batches = make_batches(split.to(device), size, data, image_size, channels_last=train.channels_last)
     if corruption is not None:

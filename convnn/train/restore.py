@@ -19,7 +19,7 @@ from convnn.config.schema import Config
 from convnn.data.corruptions import check_corruption
 from convnn.data.datasets import load_dataset
 from convnn.data.files import class_folder
-from convnn.data.splits import Dataset, balanced, split_fingerprint
+from convnn.data.splits import AnySplit, Dataset, balanced, split_fingerprint
 from convnn.errors import ConfigError
 from convnn.models.build import build_network, without_weights
 from convnn.models.swap import neighbor_layers
@@ -185,6 +185,30 @@ def evaluate_run(config: Config, folder: Path, checkpoint: str, *, other_data: b
     return predict_run(config, folder, checkpoint, other_data=other_data)[0]
 
 
+def asked_images(
+    config: Config, folder: Path, checkpoint: str, asked: Asked, *, other_data: bool = False
+) -> tuple[Restored, AnySplit, np.ndarray, bool | None]:
+    """Return a run's model, the images that it is to be evaluated on, and what is known of them.
+
+    Arguments and errors as of ``predict_run``.
+
+    Returns:
+        The model, the images, their numbers in the whole split (N,), and whether that split is the run's own test set;
+        None: it is not known.
+    """
+    check_corruption(asked.corruption, asked.severity)
+    run = load_run(config, folder, checkpoint, splits=() if asked.folder else ("test",), other_data=other_data)
+    if asked.folder:
+        split: AnySplit = class_folder(asked.folder, run.classes, run.shape, run.image_size)
+        known = DataRecord.read(run.checkpoint)
+        same = None if known is None else split_fingerprint(split) == known.content.get("test")
+    else:
+        assert run.dataset is not None
+        split, same = run.dataset.test, run.same_images
+    index = balanced(split.labels.numpy(), asked.limit, np.random.default_rng(config.data.split_seed))
+    return run, split.take(torch.from_numpy(index)), index, same
+
+
 def predict_run(
     config: Config, folder: Path, checkpoint: str, asked: Asked | None = None, *, other_data: bool = False
 ) -> tuple[dict[str, Any], Predictions, list[str]]:
@@ -197,20 +221,11 @@ def predict_run(
         The scores, what the model says of each image, and the names of the classes.
     """
     asked = asked or Asked()
-    check_corruption(asked.corruption, asked.severity)
-    run = load_run(config, folder, checkpoint, splits=() if asked.folder else ("test",), other_data=other_data)
-    if asked.folder:
-        split = class_folder(asked.folder, run.classes, run.shape, run.image_size)
-        known = DataRecord.read(run.checkpoint)
-        same = None if known is None else split_fingerprint(split) == known.content.get("test")
-    else:
-        assert run.dataset is not None
-        split, same = run.dataset.test, run.same_images
-    index = balanced(split.labels.numpy(), asked.limit, np.random.default_rng(config.data.split_seed))
+    run, split, index, same = asked_images(config, folder, checkpoint, asked, other_data=other_data)
     (loss, top1, top5), found = predict(
         run.model,
         config,
-        split.take(torch.from_numpy(index)),
+        split,
         run.image_size,
         step=run.checkpoint["step"],
         index=index,

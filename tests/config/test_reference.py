@@ -98,7 +98,7 @@ def test_every_option_of_the_programs_is_described():
     found = dict(program_groups())
     assert found.keys() == PROGRAMS.keys()
     assert [(program, key.name) for program, group in found.items() for key in group.keys if not key.about] == []
-    own = ["run", "checkpoint", "data_root", "device", "data", "corruption", "severity", "limit", "out"]
+    own = ["run", "checkpoint", "data_root", "device", "corruption", "severity", "limit", "layers", "out", "data"]
     assert [key.name for key in found["scripts/evaluate.py"].keys] == own
 
 

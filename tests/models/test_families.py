@@ -109,3 +109,32 @@ def test_torchvisions_logits_stay(name):
     x = torch.randn(2, 3, side, side, dtype=torch.float64)
     assert len(report) >= 2
     close_logits(model, plain, x)
+
+
+SMALL_EACH = {"depths": (1, 1, 1, 1), "embed_dims": (8, 8, 8, 8), "num_heads": (1, 1, 1, 1)}
+OTHERS = {
+    "cait_xxs24_224": ({**SMALL, "depth_token_only": 1}, 32, 1),
+    "tnt_s_patch16_224": (
+        {"img_size": 32, "embed_dim": 16, "inner_dim": 8, "depth": 2, "num_heads_inner": 2, "num_heads_outer": 2},
+        32,
+        0,
+    ),
+    "hiera_tiny_224": ({"img_size": 64, "embed_dim": 16, "stages": (1, 1, 1, 1)}, 64, 3),
+    "samvit_base_patch16": ({**SMALL, "img_size": 64, "window_size": 3, "global_attn_indexes": (1,)}, 64, 0),
+    "twins_svt_small": ({**SMALL_EACH, "depths": (1, 2, 1, 1)}, 64, 1),
+    "davit_tiny": (SMALL_EACH, 64, 4),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", OTHERS)
+def test_logits_of_other_families_stay(name):
+    kwargs, side, left = OTHERS[name]
+    plain = random(timm.create_model(name, num_classes=5, **kwargs))
+    model, report = swapped(plain, 1024, k_policy="clamp")
+    assert len(report) >= 1 and len(report.left) == left
+    x = torch.randn(2, 3, side, side, dtype=torch.float64)
+    close_logits(model, plain, x)
+    few, _ = swapped(plain, 2)
+    with torch.no_grad():
+        assert (few(x) - plain(x)).abs().max() > 1e-6

@@ -8,8 +8,9 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from convnn import ConfigError, ConvNN2d, ConvNNAttention, HybridConvNN2d, OperatorConfig
+from convnn import ConfigError, ConvNN2d, ConvNNAttention, HybridConvNN2d, HybridConvNNAttention, OperatorConfig
 from convnn.config.checks import check_operator
+from convnn.nn.adapters.layer import AdaptedAttention
 from convnn.nn.base import Site
 
 
@@ -123,9 +124,12 @@ def test_transfer_needs_enough_slots():
         ConvNN2d.from_layer(conv, OperatorConfig(k=26, slots="raster"), "transfer", Site("here"))
 
 
-def test_gated_attention_is_refused():
+def test_gated_attention_is_read_by_an_adapter_and_refused_elsewhere():
+    gated = Attention(8, 2, gated=True)
+    layer = ConvNNAttention.from_layer(gated, attention_config(), "fresh", Site("a", 1, (3, 3)))
+    assert isinstance(layer, AdaptedAttention) and layer.plain.gate is not None
     with pytest.raises(ConfigError, match="gate or output norm"):
-        ConvNNAttention.from_layer(Attention(8, 2, gated=True), attention_config(), "fresh", Site("a", 1, (3, 3)))
+        HybridConvNNAttention.from_layer(gated, attention_config(branch_ratio=0.5), "fresh", Site("a", 1, (3, 3)))
 
 
 def test_hybrid_branch_without_channels_is_refused():

@@ -31,7 +31,7 @@ METRICS = {
 }
 
 COSTS = ("seconds", "params", "gflops", "images_per_second")
-_INTEGERS = ("exit_code", "seed", "best_epoch", "epochs", "steps", "params", "params_trained", "peak_memory_bytes")
+_INTEGERS = ("exit_code", "seed", "best_epoch", "epochs", "steps", "params", "peak_memory_bytes")
 _SCALARS = (*METRICS, "best_epoch", "epochs", "steps", *COSTS, "peak_memory_bytes", "device")
 _FIRST = (
     *(POINT, "experiment.name", "backbone.name", "data.name", "operator.name", "swap.name", "schedule.name"),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from convnn.models.swap import export_layers, neighbor_layers, swap_layers
     from convnn.nn.acmix import ACmix2d
     from convnn.nn.attention import ConvNNAttention
-    from convnn.nn.conv import ConvNN2d
+    from convnn.nn.conv import ConvNN1d, ConvNN2d
     from convnn.nn.convit import GatedPositionalAttention
     from convnn.nn.hybrid import HybridConvNN2d, HybridConvNNAttention
     from convnn.ops.functional import neighbor_aggregate
@@ -35,6 +35,7 @@ _HOME = {
     "CheckpointError": "errors",
     "Config": "config.schema",
     "ConfigError": "errors",
+    "ConvNN1d": "nn.conv",
     "ConvNN2d": "nn.conv",
     "ConvNNAttention": "nn.attention",
     "DataConfig": "config.schema",
@@ -66,6 +67,7 @@ __all__ = [
     "CheckpointError",
     "Config",
     "ConfigError",
+    "ConvNN1d",
     "ConvNN2d",
     "ConvNNAttention",
     "DataConfig",

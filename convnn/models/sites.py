@@ -22,7 +22,7 @@ _HEADS = ("pre_logits", "head", "head_dist", "fc", "classifier")
 
 def find_sites(model: nn.Module, kind: str) -> dict[str, nn.Module]:
     """Return the layers of a kind that may be replaced, in forward order: all but the classifier head's."""
-    wanted: Any = nn.Conv2d if kind == CONV else (Attention, *attention_classes())
+    wanted: Any = (nn.Conv2d, nn.Conv1d) if kind == CONV else (Attention, *attention_classes())
     inside = tuple(f"{name}." for name, m in model.named_modules() if name and is_operator(m))
     return {
         name: module
@@ -106,12 +106,19 @@ def select_sites(model: nn.Module, rule: SwapRule, kind: str, label: str) -> dic
     return {n: sites[n] for n in names}
 
 
+def patches_alone(model: nn.Module, names: Iterable[str]) -> str | None:
+    """Say so if the only layer that was replaced is the patch embedding of a model that has attention."""
+    names = list(names)
+    inside = bool(names) and all("patch_embed" in name.split(".") for name in names)
+    return f"only the patch embedding is replaced; {FOR_ATTENTION}" if inside and find_sites(model, ATTENTION) else None
+
+
 def some(names: Iterable[str]) -> str:
     """Return names as text, of many the first."""
     names = list(names)
     return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
 
 
-def _kernel(module: nn.Module) -> tuple[int, int]:
-    assert isinstance(module, nn.Conv2d)
-    return module.kernel_size[0], module.kernel_size[1]
+def _kernel(module: nn.Module) -> tuple[int, ...]:
+    assert isinstance(module, (nn.Conv2d, nn.Conv1d))
+    return module.kernel_size

@@ -153,7 +153,7 @@ def _computed(layer: nn.Module, which: str) -> Iterator[str]:
         if isinstance(hook, (WeightNorm, SpectralNorm)) and hook.name == which:
             yield f"torch.nn.utils.{type(hook).__name__}"
     if parametrize.is_parametrized(layer, which):
-        for step in layer.parametrizations[which]:  # type: ignore[index, union-attr]
+        for step in layer.parametrizations[which]:  # type: ignore[index]
             yield f"parametrization {type(step).__name__.strip('_')}"
 
 

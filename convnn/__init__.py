@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from convnn.nn.adapters.base import Adapter
     from convnn.nn.adapters.registry import register_adapter
     from convnn.nn.attention import ConvNNAttention
-    from convnn.nn.conv import ConvNN2d
+    from convnn.nn.conv import ConvNN1d, ConvNN2d
     from convnn.nn.convit import GatedPositionalAttention
     from convnn.nn.hybrid import HybridConvNN2d, HybridConvNNAttention
     from convnn.nn.neighbor_attention import Heads
@@ -40,6 +40,7 @@ _HOME = {
     "CheckpointError": "errors",
     "Config": "config.schema",
     "ConfigError": "errors",
+    "ConvNN1d": "nn.conv",
     "ConvNN2d": "nn.conv",
     "ConvNNAttention": "nn.attention",
     "DataConfig": "config.schema",
@@ -75,6 +76,7 @@ __all__ = [
     "CheckpointError",
     "Config",
     "ConfigError",
+    "ConvNN1d",
     "ConvNN2d",
     "ConvNNAttention",
     "DataConfig",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from convnn.config.identity import LENGTH
@@ -12,6 +12,7 @@ from convnn.config.keys import own_operator
 from convnn.config.schema import (
     ATTENTION,
     CONV,
+    KERNEL,
     BackboneConfig,
     Config,
     DataConfig,
@@ -46,6 +47,11 @@ def contradiction(o: OperatorConfig) -> str | None:
         if getattr(o, key) != neutral:
             default = "null" if neutral is None else neutral
             return f"{{p}}.{key}={getattr(o, key)} does not apply to operators of kind {o.kind}; leave it at {default}"
+    if o.k == KERNEL:
+        if o.kind == ATTENTION:
+            return "{p}.k=kernel is for convolutions, whose window it counts; give {p}.k a number"
+        return contradiction(replace(o, k=1))  # what depends on the number is checked for each layer
+    k = int(o.k)
     if o.kind == ATTENTION and o.aggregation in GRAPHS:
         return f"{{p}}.aggregation={o.aggregation} is for operators of kind conv; use conv, depthwise, separable or sum"
     if o.kind == ATTENTION and o.slots == "window" and o.border != "zeros":
@@ -69,13 +75,13 @@ def contradiction(o: OperatorConfig) -> str | None:
         return "{p}.self_again needs {p}.similarity=cosine or dot, not euclidean"
     if o.self_score is not None and o.weighting == "ones":
         return "{p}.self_score needs {p}.weighting=softmax or score: ones weigh all neighbours alike"
-    if o.border != "nearest" and (math.isqrt(o.k) ** 2 != o.k or o.k % 2 == 0):
+    if o.border != "nearest" and (math.isqrt(k) ** 2 != k or k % 2 == 0):
         return f"{{p}}.border={o.border} needs {{p}}.k to be an odd square (1, 9, 25, 49, ...), not {o.k}"
     if o.border != "nearest" and o.layout == "sequence":
         return f"{{p}}.border={o.border} needs {{p}}.layout=grid: its window is square"
     if o.border == "shift" and o.distance != "chebyshev":
         return "{p}.border=shift needs {p}.distance=chebyshev: its window is square"
-    if o.border == "shift" and o.candidates == "window" and o.num_candidates < math.isqrt(o.k) // 2:
+    if o.border == "shift" and o.candidates == "window" and o.num_candidates < math.isqrt(k) // 2:
         return "{p}.border=shift with {p}.candidates=window needs {p}.num_candidates >= half the window's side"
     if o.learn_blend == "head" and o.kind == CONV:
         return "{p}.learn_blend=head needs heads; use layer for operators of kind conv"
@@ -83,7 +89,7 @@ def contradiction(o: OperatorConfig) -> str | None:
     if o.kind == CONV and o.k_policy == "error" and o.candidates not in ("all", "stride"):
         power = 1 if o.candidates == "random" else 2
         side = 2 * o.num_candidates + 1 if o.candidates == "window" else o.num_candidates
-        if o.k > side**power:
+        if k > side**power:
             return (
                 f"{{p}}.k={o.k} exceeds the {side**power} {o.candidates} candidates; "
                 "raise {p}.num_candidates, lower {p}.k or set {p}.k_policy=clamp"
@@ -145,7 +151,9 @@ def check_schedule(schedule: ScheduleConfig, operator: OperatorConfig, prefix: s
         if name == "blend" and operator.learn_blend != "no":
             raise ConfigError(f"{p} and {prefix}.learn_blend={operator.learn_blend} both move the blend; choose one")
         if name == "k":
-            if max(track.start, track.end) > operator.k:
+            if operator.k == KERNEL:
+                raise ConfigError(f"{p} needs {prefix}.k to be a number: with kernel each layer has its own")
+            if max(track.start, track.end) > int(operator.k):
                 raise ConfigError(
                     f"{p} goes up to {max(track.start, track.end):g}, but the layers are built with "
                     f"{prefix}.k={operator.k}; set {prefix}.k to the largest value of the schedule"

@@ -23,7 +23,7 @@ from convnn.config.folders import CONF_DIR, config_folders, config_groups
 from convnn.config.keys import all_keys, as_list, list_keys, nearest, schema_node, text_keys, unknown_key_error
 from convnn.config.load import to_config
 from convnn.config.overrides import PLACES, key_of, quoted
-from convnn.config.schema import Config
+from convnn.config.schema import KERNEL, Config
 from convnn.errors import ConfigError, first_line
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -87,6 +87,8 @@ def translate(error: Exception, overrides: Sequence[str], schema: type = Config)
     text = str(error)
     if isinstance(error, yaml.YAMLError):
         return ConfigError(" ".join(text.split()))
+    if "interpolation '${operator.k}'" in text and f"Value '{KERNEL}'" in text:
+        return ConfigError(f"schedule.k needs operator.k to be a number: with {KERNEL} each layer has its own")
     groups = config_groups()
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
-from convnn.config.schema import SMALL_IMAGE, Config
+from convnn.config.schema import KERNEL, SMALL_IMAGE, Config
 
 FIRST_NAMES = {
     "convnn.ACmix2d": "convnn.peers.ACmix2d",
@@ -202,7 +202,7 @@ def run_name(config: Config) -> str:
     parts = [config.backbone.name]
     if config.swap.effective_rules():
         o = config.operator
-        parts += [o.name, f"k{o.k}", f"b{o.blend:g}"]
+        parts += [o.name, o.k if o.k == KERNEL else f"k{o.k}", f"b{o.blend:g}"]
         if o.branch_ratio is not None:
             parts.append(f"r{o.branch_ratio:g}")
     parts.append(f"s{config.seed}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, asdict, fields, is_dataclass
 from functools import lru_cache
@@ -105,12 +106,17 @@ def meant(value: Any, choices: Sequence[str]) -> Any:
 
 
 def _with_choices(values: Mapping[str, Any], schema: type) -> dict[str, Any]:
-    """Return plain values of a dataclass in which YAML's booleans are the choices that they mean."""
+    """Return plain values of a dataclass in which YAML's booleans are the choices that they mean.
+
+    Likewise numbers in text, where a word may stand in place of a number: such a field takes any text.
+    """
     found = dict(values)
     for f in fields(schema):
         default = f.default_factory() if callable(f.default_factory) else None
         if f.name in found and "choices" in f.metadata:
             found[f.name] = meant(found[f.name], f.metadata["choices"])
+        elif f.metadata.get("words") and re.fullmatch(r"[+-]?\d+", str(found.get(f.name))):
+            found[f.name] = int(found[f.name])
         elif is_dataclass(default) and isinstance(found.get(f.name), Mapping):
             found[f.name] = _with_choices(found[f.name], type(default))
     return found

@@ -114,7 +114,7 @@ def _range(f: Field[Any]) -> str:
     low, high, above, below = f.metadata.get("range", (-math.inf, math.inf, False, False))
     bounds = [(low, ">" if above else ">="), (high, "<" if below else "<=")]
     told = [f"{sign} {bound:.10g}" for bound, sign in bounds if math.isfinite(bound)]
-    return " and ".join(told)
+    return " or ".join([" and ".join(told), *f.metadata.get("words", ())]) if told else ""
 
 
 def markdown(text: str) -> str:

@@ -9,6 +9,8 @@ from convnn.config.data_schema import DataConfig as DataConfig  # where its user
 from convnn.ops.settings import Mixing, Selection, choice, later, number
 
 CONV, ATTENTION = "conv", "attention"
+KERNEL = "kernel"
+"""A number of neighbours: that of the taps in the window of the replaced layer."""
 SMALL_IMAGE = 64
 """Images below this many pixels a side get the small stem, with ``stem=auto``."""
 
@@ -78,6 +80,8 @@ class OperatorConfig(Mixing, Selection, _Named):
     How neighbours are chosen and mixed are the fields of ``convnn.ops.settings``; here stands what belongs to layers.
     """
 
+    k: int | str = number(9, 1, words=(KERNEL,))  # type: ignore[assignment]
+    """Neighbours per query; ``kernel``: as many as the window of the replaced layer has taps, convolutions only."""
     blend: float = number(1.0, 0, 1)
     """0 selects neighbours by position (convolution), 1 by features (attention), between by both."""
     learn_blend: str = choice("no", "layer", "head")

@@ -257,9 +257,10 @@ def _draw_panel(
     size, g = photo.shape[:2], found.geometry
     query = query_at(found, at, size)
     dy, dx = size[0] / g.height, size[1] / g.width
-    (ph, pw), own = g.padding, _cell(g, int(found.queries[query]), size)
+    (left_pad, right_pad, top_pad, bottom_pad), own = g.pads, _cell(g, int(found.queries[query]), size)
     _draw_image(axes, photo)
-    corner, whole = (-pw * dx, -ph * dy), (size[1] + 2 * pw * dx, size[0] + 2 * ph * dy)
+    corner = (-left_pad * dx, -top_pad * dy)
+    whole = (size[1] + (left_pad + right_pad) * dx, size[0] + (top_pad + bottom_pad) * dy)
     axes.add_patch(Rectangle(corner, *whole, fc=PADDING_COLOUR, ec="none", zorder=0))
     for token in range(g.prefix):
         left, top, *sides = _cell(g, token, size)
@@ -285,11 +286,14 @@ def _draw_panel(
         place = (left - (wide - sides[0]) / 2, top - (high - sides[1]) / 2)
         edge = 0.3 if fine else 0.6
         axes.add_patch(Rectangle(place, wide, high, fc=shades.to_rgba(value), ec="white", lw=edge, zorder=3))
-    reach = [(m // 2) * d + 0.5 for m, d in zip(found.window, g.dilation, strict=True)]
+    before, after = (
+        [taps * d + 0.5 for taps, d in zip(side, g.dilation, strict=True)]
+        for side in ([(m - 1) // 2 for m in found.window], [m // 2 for m in found.window])
+    )
     centre = (own[0] + dx / 2, own[1] + dy / 2)
     ends = []
     for axis, step in enumerate((dx, dy)):  # cut where the map ends
-        low, high = centre[axis] - reach[1 - axis] * step, centre[axis] + reach[1 - axis] * step
+        low, high = centre[axis] - before[1 - axis] * step, centre[axis] + after[1 - axis] * step
         ends.append((max(low, corner[axis]), min(high, corner[axis] + whole[axis])))
     box = ((ends[0][0], ends[1][0]), ends[0][1] - ends[0][0], ends[1][1] - ends[1][0])
     for width, colour in ((2.6, "white"), (1.4, WINDOW_COLOUR)) if fine else ((4.2, "white"), (2.2, WINDOW_COLOUR)):
@@ -313,7 +317,7 @@ def _legend(found: Sequence[Neighborhood]) -> list[Any]:
         Line2D([], [], ls="", marker="o", ms=8, mfc="black", mec="white", label="query"),
         Patch(fc="none", ec=WINDOW_COLOUR, lw=2.2, label=f"{size}window of a convolution"),
     ]
-    if any(any(one.geometry.padding) for one in found):
+    if any(one.geometry.has_ring for one in found):
         entries.append(Patch(fc=PADDING_COLOUR, ec="#999999", label="zero padding"))
     if any(one.geometry.prefix for one in found):
         entries.append(Patch(fc="white", ec="#444444", label="class token (CLS)"))

@@ -121,7 +121,8 @@ def _noted(note: Callable[..., None], name: str, _: nn.Module, args: Any, given:
 def elementwise_operations(layer: ConvNN2d | NeighborAttention, x: Tensor) -> int:
     """Return the elementwise operations of a layer's aggregation, which the FLOP counter does not see."""
     if isinstance(layer, ConvNN2d):
-        height, width = (side // layer.shuffle for side in x.shape[-2:])
+        sides = x.shape[-2:] if x.ndim == 4 else (1, x.shape[-1])
+        height, width = (side // layer.shuffle for side in sides)
         geometry = layer.geometry(height, width)
         if layer.fast and layer.weight is not None and layer.is_convolution(geometry, layer.k):
             return 0

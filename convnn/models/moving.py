@@ -48,7 +48,7 @@ class Moving:
         """Names of the layers that the model was trained with in the place of others; none: it is plain."""
         return list(self._plain)
 
-    def layers(self, config: Config, moved: Collection[str], own_k: int) -> dict[str, nn.Module]:
+    def layers(self, config: Config, moved: Collection[str], own_k: int | str) -> dict[str, nn.Module]:
         """Return the layers at the operator's settings in ``config``, by name, in forward order.
 
         Args:

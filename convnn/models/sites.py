@@ -48,7 +48,7 @@ def told(refused: Mapping[str, str]) -> str:
 
 def is_convolution(module: nn.Module) -> bool:
     """Return whether a module is a convolution that may be replaced, as far as its kind goes."""
-    return isinstance(module, nn.Conv2d)
+    return isinstance(module, (nn.Conv2d, nn.Conv1d))
 
 
 def network_layers(model: nn.Module) -> list[str]:
@@ -130,12 +130,19 @@ def select_sites(model: nn.Module, rule: SwapRule, kind: str, label: str) -> dic
     return {n: sites[n] for n in names}
 
 
+def patches_alone(model: nn.Module, names: Iterable[str]) -> str | None:
+    """Say so if the only layer that was replaced is the patch embedding of a model that has attention."""
+    names = list(names)
+    inside = bool(names) and all("patch_embed" in name.split(".") for name in names)
+    return f"only the patch embedding is replaced; {FOR_ATTENTION}" if inside and find_sites(model, ATTENTION) else None
+
+
 def some(names: Iterable[str]) -> str:
     """Return names as text, of many the first."""
     names = list(names)
     return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
 
 
-def _kernel(module: nn.Module) -> tuple[int, int]:
-    assert isinstance(module, nn.Conv2d)
-    return module.kernel_size[0], module.kernel_size[1]
+def _kernel(module: nn.Module) -> tuple[int, ...]:
+    assert isinstance(module, (nn.Conv2d, nn.Conv1d))
+    return module.kernel_size

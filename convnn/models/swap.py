@@ -9,7 +9,6 @@ from typing import Any
 
 from timm.layers.attention import Attention
 from torch import nn
-from torch.nn.utils import parametrize
 
 from convnn.config.checks import check_kind, check_operator, check_rule
 from convnn.config.identity import is_own
@@ -19,12 +18,14 @@ from convnn.config.schema import ATTENTION, CONV, OperatorConfig, SwapConfig, Sw
 from convnn.config.targets import resolve_target
 from convnn.errors import ConfigError
 from convnn.models.flops import Cost, count_operations, on_meta
+from convnn.models.kept import check_called, check_replaceable, like
 from convnn.models.sites import FOR_ATTENTION, find_sites, is_operator, refused_sites, select_sites, some, told
 from convnn.models.tokens import forget_token_grids, site_of
 from convnn.nn.adapters.layer import AdaptedAttention
 from convnn.nn.adapters.registry import stand_in
 from convnn.nn.attention import ConvNNAttention
 from convnn.nn.base import NeighborLayer, Site, TokenGrid
+from convnn.nn.convolution import plain_convolution, with_taps
 from convnn.ops.settings import check_choice
 from convnn.text import aligned
 
@@ -45,6 +46,8 @@ class Replacement:
     flops_after: int | None = None
     init: str = "fresh"
     """``transfer`` if it took over the weights of the layer."""
+    dropped: str = ""
+    """What computed the layer's weight and is no more, such as a weight_norm: what it came to is a plain weight now."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,16 @@ class SwapReport:
         first, *lines = aligned(header, cells, right_from=3).split("\n")
         rule = "-" * len(first)
         left = [f"left as they are: {told(self.left)}"] if self.left else []
-        return "\n".join([first, rule, *lines[:-1], rule, lines[-1], *left]) + "\n"
+        return "\n".join([first, rule, *lines[:-1], rule, lines[-1], *self._dropped(), *left]) + "\n"
+
+    def _dropped(self) -> list[str]:
+        """Return a line for each thing that layers had and their replacements lack."""
+        names: dict[tuple[str, str], list[str]] = {}
+        for row in self.rows:
+            if row.dropped:
+                names.setdefault((row.dropped, row.init), []).append(row.name)
+        came = {"transfer": "; the weights that it gave were taken over"}
+        return [f"not kept: {what}{came.get(init, '')}: {some(own)}" for (what, init), own in names.items()]
 
 
 Rule = SwapRule | Mapping[str, Any] | str
@@ -138,6 +150,8 @@ def swap_layers(
     grids: dict[nn.Module, TokenGrid] = {}
     refused: dict[str, ConfigError] = {}
     inits: dict[str, str] = {}
+    plain: dict[str, nn.Module] = {}
+    dropped: dict[str, str] = {}
     for name, claim in claims.items():
         site = site_of(model, name, grids)
         ways: tuple[str, ...] = (init,)
@@ -145,7 +159,9 @@ def swap_layers(
             ways = ("transfer", "fresh") if is_own(claim.operator.target) else ("fresh",)
         for way in ways:
             try:
-                new_layers[name], inits[name] = _built(claim, way, site), way
+                check_called(model, name)
+                new_layers[name], plain[name], dropped[name] = _built(claim, way, site)
+                inits[name] = way
                 refused.pop(name, None)
                 break
             except ConfigError as error:
@@ -160,7 +176,8 @@ def swap_layers(
         old, new = claims[name].layer, new_layers[name]
         _replace(model, old, new)
         counts = count_parameters(old), count_parameters(new)
-        rows.append(Replacement(name, _describe(old), _describe(new), *counts, on_meta(old), init=inits[name]))
+        kept: dict[str, Any] = {"init": inits[name], "dropped": dropped[name]}
+        rows.append(Replacement(name, _describe(old), _describe(new), *counts, on_meta(plain[name]), **kept))
     return SwapReport(tuple(rows), _left(model, rules, operator))
 
 
@@ -173,13 +190,15 @@ def _left(model: nn.Module, rules: Rules, operator: OperatorConfig) -> dict[str,
     return left
 
 
-def _built(claim: _Claim, init: str, site: Site) -> nn.Module:
+def _built(claim: _Claim, init: str, site: Site) -> tuple[nn.Module, nn.Module, str]:
+    """Return the replacement of a layer, the layer as ``plain_convolution`` has it, and what of the layer is lost."""
     build = _builder(claim.operator.target)
     check_replaceable(site.name, claim.layer)
+    plain, dropped = plain_convolution(claim.layer, site.name)
     adapts = resolve_target(claim.operator.target, "operator.target") is ConvNNAttention
-    layer, site = stand_in(claim.layer, init, site, adapts)
-    new = build(layer, claim.operator, init, site)
-    return like(claim.layer, new.train(claim.layer.training), site.name)
+    source, site = stand_in(plain, init, site, adapts)
+    new = build(source, with_taps(claim.operator, source), init, site)
+    return like(claim.layer, source, new, site.name), plain, dropped
 
 
 def _builder(target: str) -> Callable[..., nn.Module]:
@@ -205,55 +224,6 @@ def _refusal(refused: Mapping[str, ConfigError], claims: Mapping[str, _Claim], m
         for rule, own in rules.items()
     ]
     return ConfigError(f"{text}; to leave them out, set {' '.join(ways)}")
-
-
-def check_replaceable(name: str, layer: nn.Module) -> None:
-    """Raise ConfigError for a layer with something attached to it that its replacement would lose."""
-    for module in layer.modules():
-        hooks = [kind for kind in _HOOKS if getattr(module, kind, None)]
-        # The old weight_norm and spectral_norm recompute the weight in a hook before each forward pass.
-        norm = next(
-            (h for h in module._forward_pre_hooks.values() if type(h).__module__.startswith("torch.nn.utils")), None
-        )
-        if norm is not None:
-            remove = "remove_" + type(norm).__name__.replace("Norm", "_norm").lower()
-            raise ConfigError(f"'{name}' is normalised by a hook of torch.nn.utils; call torch.nn.utils.{remove} first")
-        if parametrize.is_parametrized(module):
-            kept = "torch.nn.utils.parametrize.remove_parametrizations"
-            raise ConfigError(f"'{name}' has a parametrized {next(iter(module.parametrizations))}; call {kept} first")  # type: ignore[arg-type]
-        if hooks:
-            what = hooks[0].strip("_").replace("_", " ")
-            raise ConfigError(
-                f"'{name}' has {what}, which its replacement would lose; register them after the swap, or exclude it "
-                "(swap.exclude)"
-            )
-
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
-
-def like(old: nn.Module, new: nn.Module, name: str) -> nn.Module:
-    """Return the replacement, frozen if the layer was.
-
-    Raises:
-        ConfigError: if some of the layer's parameters are frozen and some are not, and the replacement has others.
-    """
-    frozen = {n: not p.requires_grad for n, p in old.named_parameters()}
-    if not any(frozen.values()):
-        return new
-    if all(frozen.values()):
-        return new.requires_grad_(False)
-    if isinstance(new, AdaptedAttention):  # whose copy of the layer is frozen as that is
-        return new
-    own = dict(new.named_parameters())
-    if own.keys() - frozen.keys() or any(f for n, f in frozen.items() if n not in own):
-        names = ", ".join(n for n, f in frozen.items() if f)
-        raise ConfigError(
-            f"'{name}' has frozen parameters ({names}) beside others; freeze those of its replacement after the swap"
-        )
-    for parameter, f in frozen.items():
-        own[parameter].requires_grad_(not f)
-    return new
 
 
 @dataclass(frozen=True)
@@ -299,8 +269,9 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def _describe(module: nn.Module) -> str:
-    if isinstance(module, nn.Conv2d):
-        text = f"Conv2d {module.in_channels}->{module.out_channels} {'x'.join(map(str, module.kernel_size))}"
+    if isinstance(module, (nn.Conv2d, nn.Conv1d)):
+        kind = "Conv2d" if isinstance(module, nn.Conv2d) else "Conv1d"
+        text = f"{kind} {module.in_channels}->{module.out_channels} {'x'.join(map(str, module.kernel_size))}"
         if max(_pair_of(module.stride)) > 1:
             text += f" s{module.stride[0]}"
         return text + (f" g{module.groups}" if module.groups > 1 else "")

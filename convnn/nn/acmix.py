@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from convnn.config.schema import OperatorConfig
 from convnn.errors import ConfigError
 from convnn.nn.base import Site, options, pair, refuse_transfer
-from convnn.nn.conv import check_conv
+from convnn.nn.convolution import check_conv
 from convnn.nn.neighbor_attention import add_ring
 from convnn.ops.geometry import Geometry, Pair
 from convnn.ops.neighborhood import Neighborhood
@@ -140,6 +140,9 @@ class ACmix2d(nn.Module):
         """Build the replacement of a convolution; ``operator.options`` has ``heads`` (4) and ``window`` (7)."""
         padding = check_conv(layer, site)
         refuse_transfer(init, site, config)
+        if isinstance(padding, str) or any(m % 2 == 0 for m in layer.kernel_size):
+            what = "pads as TensorFlow does" if isinstance(padding, str) else "has an even kernel"
+            raise ConfigError(f"'{site.name}' {what}, which ACmix lacks; exclude it (swap.exclude)")
         if layer.groups != 1 or pair(layer.dilation) != (1, 1):
             raise ConfigError(f"'{site.name}' has groups or dilation, which ACmix lacks; exclude it (swap.exclude)")
         o = options(config, heads=4, window=7)

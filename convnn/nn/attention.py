@@ -197,7 +197,7 @@ class ConvNNAttention(NeighborAttention):
         new = cls(
             layer.attn_dim,
             layer.num_heads,
-            config.k,
+            config.k,  # type: ignore[arg-type]  # "kernel" is refused for attention
             config.blend,
             dim_out=dim_out or layer.proj.out_features,
             qkv_bias=layer.qkv.bias is not None,

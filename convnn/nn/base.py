@@ -171,7 +171,7 @@ class NeighborLayer(nn.Module):
     @property
     def k_max(self) -> int:
         """Neighbours that the layer has weights for."""
-        return self.settings.k
+        return int(self.settings.k)
 
     @property
     def temperature(self) -> float:

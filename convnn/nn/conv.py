@@ -1,4 +1,4 @@
-"""The drop-in for ``nn.Conv2d``: parameters and signature around ``functional``.
+"""The drop-ins for ``nn.Conv2d`` and ``nn.Conv1d``: parameters and signature around ``functional``.
 
 Shapes: B batch, N tokens, K neighbours, C input and O output channels.
 """
@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convnn.config.schema import CONV, OperatorConfig
+from convnn.config.schema import CONV, KERNEL, OperatorConfig
 from convnn.errors import ConfigError
 from convnn.nn.base import NeighborLayer, Site, layer_settings, pair
+from convnn.nn.convolution import SAME, Padding, check_conv, check_transfer, make_conv
 from convnn.ops.functional import neighbor_aggregate
-from convnn.ops.geometry import Geometry, Pair
+from convnn.ops.geometry import Geometry, Pair, same_padding
 from convnn.ops.neighborhood import Neighborhood, find_neighborhood
 from convnn.ops.shortcuts import convolve, is_convolution
 from convnn.ops.slots import kernel_to_slots, slots_to_kernel
@@ -36,11 +37,13 @@ class ConvNN2d(NeighborLayer):
     Args:
         in_channels: C.
         out_channels: O.
-        k: neighbours per output pixel.
+        k: neighbours per output pixel; ``"kernel"``: as many as the window has taps.
         stride: step between output pixels, in input pixels.
-        padding: width of the zero ring, whose pixels are tokens too.
+        padding: width of the zero ring, whose pixels are tokens too; ``"same"``: what makes h' = h / stride, rounded
+            up, with an odd zero at the bottom or right (TensorFlow's).
         blend: 0 (position) to 1 (features).
-        kernel_size: window that places the output pixels and that blend 0 stands for; odd. Default: 2 padding + 1.
+        kernel_size: window that places the output pixels and that blend 0 stands for. An output pixel lies on its
+            centre tap; of an even number of taps m that is tap m / 2 - 1 from 0. Default: 2 padding + 1.
         dilation: of that window.
         groups: of the mixing weights (``aggregation="conv"``).
         bias: add one.
@@ -54,17 +57,16 @@ class ConvNN2d(NeighborLayer):
         (B, C, h, w) -> (B, O, h', w') with h', w' as for ``nn.Conv2d`` with this kernel, stride and padding.
 
     Raises:
-        ValueError: for an even kernel or settings that contradict each other, and in the forward pass if k exceeds
-            the candidates.
+        ValueError: for settings that contradict each other, and in the forward pass if k exceeds the candidates.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        k: int = 9,
+        k: int | str = 9,
         stride: int | Pair = 1,
-        padding: int | Pair = 1,
+        padding: int | Padding = 1,
         blend: float = 1.0,
         *,
         kernel_size: int | Pair | None = None,
@@ -75,12 +77,12 @@ class ConvNN2d(NeighborLayer):
         **settings: Any,
     ) -> None:
         super().__init__()
-        self.stride, self.padding, self.dilation = pair(stride), pair(padding), pair(dilation)
-        if kernel_size is None:
-            kernel_size = (2 * self.padding[0] + 1, 2 * self.padding[1] + 1)
-        self.kernel_size = pair(kernel_size)
-        if any(m % 2 == 0 for m in self.kernel_size):
-            raise ValueError(f"kernel_size={self.kernel_size} must be odd: an even window has no centre token")
+        self.stride, self.dilation = pair(stride), pair(dilation)
+        self.padding: Padding = padding if isinstance(padding, str) else pair(padding)
+        if isinstance(self.padding, str) and (kernel_size is None or self.padding != SAME):
+            raise ValueError(f"padding={padding} must be a number, a pair, or {SAME} with a kernel_size")
+        self.kernel_size = pair(kernel_size or (2 * self.padding[0] + 1, 2 * self.padding[1] + 1))  # type: ignore[operator]
+        k = math.prod(self.kernel_size) if k == KERNEL else k
         if in_channels % groups or out_channels % groups:
             raise ValueError(f"groups={groups} must divide in_channels={in_channels}, out_channels={out_channels}")
         self.in_channels, self.out_channels, self.groups, self.fast = in_channels, out_channels, groups, fast
@@ -143,7 +145,11 @@ class ConvNN2d(NeighborLayer):
 
     def geometry(self, height: int, width: int) -> Geometry:
         """Return where tokens and queries lie on a map of this size (after the unshuffle)."""
-        return Geometry(height, width, self.kernel_size, self.stride, self.padding, self.dilation)
+        window = self.kernel_size, self.stride
+        if isinstance(self.padding, str):
+            padding, extra = same_padding(height, width, *window, self.dilation)
+            return Geometry(height, width, *window, padding, self.dilation, extra=extra)
+        return Geometry(height, width, *window, self.padding, self.dilation)
 
     def forward(self, x: Tensor, return_neighbors: bool = False) -> Any:
         """(B, C, h, w) -> (B, O, h', w'); with ``return_neighbors`` a Neighborhood too."""
@@ -168,16 +174,15 @@ class ConvNN2d(NeighborLayer):
             raise ValueError(f"a {x.shape[2]}x{x.shape[3]} map is smaller than the window {self.kernel_size}")
         return x, geometry
 
-    def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, x: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values of every token: (B, C, h, w) -> three (B, 1, N, C)."""
-        ph, pw = self.padding
-        tokens = F.pad(x, (pw, pw, ph, ph)).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
+        tokens = F.pad(x, geometry.pads).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
         return (tokens,) * 3 if self.qkv is None else self.qkv(tokens).chunk(3, dim=-1)
 
     def neighborhood(self, x: Tensor, *, blend: float | None = None) -> Neighborhood:
         """Return what the layer chooses on a map (B, C, h, w), at its own blend or another."""
         x, geometry = self._unshuffled(x)
-        q, k, _ = self._qkv(x)
+        q, k, _ = self._qkv(x, geometry)
         return find_neighborhood(
             q[:, :, geometry.query_index(x.device)],
             k,
@@ -202,7 +207,7 @@ class ConvNN2d(NeighborLayer):
         return plain and is_convolution(geometry, selection, self.mixing, self.blend_value())
 
     def _aggregate(self, x: Tensor, geometry: Geometry) -> Tensor:
-        q, k, v = self._qkv(x)
+        q, k, v = self._qkv(x, geometry)
         if self.coordinates:
             positions = geometry.positions(v.device).to(v.dtype)
             v = torch.cat([v, positions.expand(*v.shape[:-1], 2)], dim=-1)
@@ -269,7 +274,7 @@ class ConvNN2d(NeighborLayer):
             self.bias.copy_(bias if bias is not None else torch.zeros_like(self.bias))
 
     @torch.no_grad()
-    def to_layer(self) -> nn.Conv2d:
+    def to_layer(self) -> nn.Conv2d | nn.Conv1d:
         """Return the convolution that this layer equals.
 
         Raises:
@@ -283,7 +288,7 @@ class ConvNN2d(NeighborLayer):
         if self.k != area and not spare:
             raise ValueError(f"k={self.k} is not the area of the window {self.kernel_size}")
         args = (self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation)
-        conv = nn.Conv2d(*args, self.mix_groups, self.bias is not None)
+        conv = make_conv(*args, self.mix_groups, self.bias is not None)
         conv.to(self.weight.device, self.weight.dtype)
         conv.weight.copy_(slots_to_kernel(self.weight[..., :area], self.kernel_size, self.selection.slots))
         if self.bias is not None and conv.bias is not None:
@@ -292,31 +297,26 @@ class ConvNN2d(NeighborLayer):
 
     @classmethod
     def from_layer(
-        cls, layer: nn.Conv2d, config: OperatorConfig, init: str, site: Site, out_channels: int | None = None
+        cls, layer: nn.Module, config: OperatorConfig, init: str, site: Site, out_channels: int | None = None
     ) -> ConvNN2d:
         """Build the replacement of a convolution; ``out_channels`` takes only its first ones.
 
         Raises:
-            ConfigError: for an even kernel, a padding other than zeros or numbers, channels that the aggregation
-                cannot serve, or a transfer that is not defined.
+            ConfigError: for a padding other than zeros or numbers, channels that the aggregation cannot serve, or a
+                transfer that is not defined.
         """
-        padding = check_conv(layer, site)
+        padding = check_conv(layer, site, (nn.Conv2d, nn.Conv1d))
+        assert isinstance(layer, (nn.Conv2d, nn.Conv1d))
         out = layer.out_channels if out_channels is None else out_channels
         has_bias = layer.bias is not None if config.bias is None else config.bias
+        window: dict[str, Any] = {n: getattr(layer, n) for n in ("kernel_size", "stride", "dilation")}
+        kind, window = cls, window | {"padding": padding}
+        if isinstance(layer, nn.Conv1d):
+            kind, window = ConvNN1d, {n: v if isinstance(v, str) else v[-1] for n, v in window.items()}
+        groups = layer.groups if config.aggregation == "conv" else 1
+        options = layer_settings(config) | {"k": config.k, "blend": config.blend, "groups": groups, "bias": has_bias}
         try:
-            new = cls(
-                layer.in_channels,
-                out,
-                config.k,
-                pair(layer.stride),
-                padding,
-                config.blend,
-                kernel_size=pair(layer.kernel_size),
-                dilation=pair(layer.dilation),
-                groups=layer.groups if config.aggregation == "conv" else 1,
-                bias=has_bias,
-                **layer_settings(config),
-            )
+            new: ConvNN2d = kind(layer.in_channels, out, **window, **options)
         except ValueError as error:
             raise ConfigError(f"'{site.name}': {error}; exclude it (swap.exclude)") from error
         new.to(layer.weight.device, layer.weight.dtype)  # before anything is copied, which would be rounded
@@ -326,44 +326,71 @@ class ConvNN2d(NeighborLayer):
         return new
 
 
-def check_transfer(layer: nn.Conv2d, config: OperatorConfig, site: Site, groups: int) -> None:
-    """Raise ConfigError if a convolution's weights have no place in the operator."""
-    where = f"swap.init=transfer: '{site.name}'"
-    neutral = {"projection": "identity", "shuffle": 1, "weighting": "ones", "distance": "chebyshev"}
-    off = next((key for key, value in neutral.items() if getattr(config, key) != value), None)
-    if config.aggregation not in ("conv", "depthwise"):
-        off = "aggregation"
-    if off:
-        raise ConfigError(f"{where}: a convolution's weights have no place with operator.{off}={getattr(config, off)}")
-    if groups != layer.groups:
-        raise ConfigError(f"{where} has groups={layer.groups} and operator.aggregation={config.aggregation} {groups}")
-    area = math.prod(layer.kernel_size)
-    if config.k < area or (config.slots == "raster" and config.k != area):
-        need = f"= {area}" if config.slots == "raster" else f">= {area}"
-        size = "x".join(map(str, layer.kernel_size))
-        raise ConfigError(f"{where} has a {size} kernel and needs operator.k {need}, not {config.k}")
-    if config.bias is False and layer.bias is not None:
-        raise ConfigError(f"{where} has a bias; leave operator.bias at null")
+class ConvNN1d(ConvNN2d):
+    """``ConvNN2d`` on a line, a drop-in for ``nn.Conv1d``: the map has one row.
 
+    Arguments are those of ``ConvNN2d``, numbers where that has pairs; ``shuffle`` is not for lines.
 
-def check_conv(layer: nn.Module, site: Site) -> Pair:
-    """Return the padding of a convolution that ConvNN2d can stand in for, else raise ConfigError with the reason."""
-    if not isinstance(layer, nn.Conv2d):
-        raise ConfigError(f"'{site.name}' is a {type(layer).__name__}, not a convolution; choose operator.kind to fit")
-    size = "x".join(map(str, layer.kernel_size))
-    if any(m % 2 == 0 for m in layer.kernel_size):
-        raise ConfigError(
-            f"'{site.name}' has an even {size} kernel, which has no centre token; exclude it (swap.exclude)"
+    Shape:
+        (B, C, n) -> (B, O, n') with n' as for ``nn.Conv1d`` with this kernel, stride and padding.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        k: int | str = 3,
+        stride: int = 1,
+        padding: int | str = 1,
+        blend: float = 1.0,
+        *,
+        kernel_size: int | None = None,
+        dilation: int = 1,
+        **settings: Any,
+    ) -> None:
+        if settings.get("shuffle", 1) != 1:
+            raise ValueError(f"shuffle={settings['shuffle']} is for maps, not lines")
+        ring = padding if isinstance(padding, str) else (0, padding)
+        window = None if kernel_size is None else (1, kernel_size)
+        args = (in_channels, out_channels, k, (1, stride), ring, blend)
+        super().__init__(*args, kernel_size=window, dilation=(1, dilation), **settings)
+
+    def forward(self, x: Tensor, return_neighbors: bool = False) -> Any:
+        """(B, C, n) -> (B, O, n'); with ``return_neighbors`` a Neighborhood on the one row too."""
+        if return_neighbors:
+            return self.with_neighbors(x)
+        return super().forward(self._row(x)).squeeze(2)
+
+    def neighborhood(self, x: Tensor, *, blend: float | None = None) -> Neighborhood:
+        """Return what the layer chooses on a line (B, C, n), at its own blend or another."""
+        return super().neighborhood(self._row(x), blend=blend)
+
+    def _row(self, x: Tensor) -> Tensor:
+        if x.ndim != 3:
+            raise ValueError(f"expected (batch, {self.in_channels}, length), got {tuple(x.shape)}")
+        return x.unsqueeze(2)
+
+    @torch.no_grad()
+    def load_conv(self, kernel: Tensor, bias: Tensor | None) -> None:
+        """Take over a convolution kernel (O, C / groups, m)."""
+        super().load_conv(kernel.unsqueeze(2), bias)
+
+    @torch.no_grad()
+    def to_layer(self) -> nn.Conv1d:
+        """Return the convolution that this layer equals; see ``ConvNN2d.to_layer``."""
+        flat = super().to_layer()
+        padding = self.padding if isinstance(self.padding, str) else self.padding[1]
+        window: Any = (
+            self.kernel_size[1],
+            self.stride[1],
+            padding,
+            self.dilation[1],
+            flat.groups,
+            self.bias is not None,
         )
-    if layer.padding_mode != "zeros":
-        raise ConfigError(f"'{site.name}' pads with padding_mode={layer.padding_mode}; only zeros can be replaced")
-    if type(layer).forward is not nn.Conv2d.forward:
-        raise ConfigError(
-            f"'{site.name}' is a {type(layer).__name__} with a forward pass of its own; exclude it (swap.exclude)"
-        )
-    if isinstance(layer.padding, str):
-        if layer.padding == "valid":
-            return (0, 0)
-        dilation, kernel = pair(layer.dilation), pair(layer.kernel_size)
-        return (dilation[0] * (kernel[0] // 2), dilation[1] * (kernel[1] // 2))
-    return pair(layer.padding)
+        conv = nn.Conv1d(self.in_channels, self.out_channels, *window)
+        conv.to(flat.weight.device, flat.weight.dtype)
+        conv.weight.copy_(flat.weight.squeeze(2))
+        if conv.bias is not None and flat.bias is not None:
+            conv.bias.copy_(flat.bias)
+        return conv.train(self.training)

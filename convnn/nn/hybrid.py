@@ -15,8 +15,8 @@ from convnn.config.schema import OperatorConfig
 from convnn.errors import ConfigError
 from convnn.nn.attention import ConvNNAttention, check_attention, copy_norm, init_linear, refuse_mask
 from convnn.nn.base import Site, pair
-from convnn.nn.conv import ConvNN2d, check_conv
-from convnn.ops.geometry import Pair
+from convnn.nn.conv import ConvNN2d
+from convnn.nn.convolution import SAME, check_conv, make_conv
 from convnn.ops.neighborhood import Neighborhood, same_draws
 
 
@@ -111,7 +111,7 @@ class HybridConvNN2d(_Hybrid):
             mix = self.pointwise.weight[:, :, 0, 0]
             assert self.pointwise.bias is not None
             weight, bias = torch.einsum("op,pchw->ochw", mix, weight), mix @ bias + self.pointwise.bias
-        merged = nn.Conv2d(first.in_channels, len(weight), kernel, stride, paddings[0], dilation)
+        merged = make_conv(first.in_channels, len(weight), kernel, stride, paddings[0], dilation)
         merged.to(weight.device, weight.dtype)
         assert merged.bias is not None
         merged.weight.copy_(weight)
@@ -121,7 +121,7 @@ class HybridConvNN2d(_Hybrid):
     @classmethod
     def from_layer(cls, layer: nn.Conv2d, config: OperatorConfig, init: str, site: Site) -> HybridConvNN2d:
         """Build the replacement of a convolution; ``transfer`` splits its kernel and starts the 1x1 as identity."""
-        padding: Pair | str = check_conv(layer, site)
+        padding = check_conv(layer, site)
         kernel = pair(layer.kernel_size)
         if config.branch_kernel is not None and pair(config.branch_kernel) != kernel:
             if init == "transfer":
@@ -131,8 +131,13 @@ class HybridConvNN2d(_Hybrid):
                 raise ConfigError(
                     f"operator.branch_kernel={config.branch_kernel} is even and '{site.name}' has a stride"
                 )
+            if any(m % 2 == 0 for m in pair(layer.kernel_size)):
+                raise ConfigError(f"'{site.name}' has an even kernel; leave operator.branch_kernel at null")
             dilation = pair(layer.dilation)
-            padding = "same" if stride == (1, 1) else (dilation[0] * (kernel[0] // 2), dilation[1] * (kernel[1] // 2))
+            if stride != (1, 1) and padding != SAME:
+                padding = (dilation[0] * (kernel[0] // 2), dilation[1] * (kernel[1] // 2))
+            else:
+                padding = SAME
         if config.branch_ratio is None:
             raise ConfigError("operator.branch_ratio=null: a hybrid operator needs a ratio in [0, 1]")
         if layer.groups != 1:
@@ -143,7 +148,7 @@ class HybridConvNN2d(_Hybrid):
         conv = None
         bias = config.bias if config.branch_bias is None else config.branch_bias
         if rest:
-            conv = nn.Conv2d(
+            conv = make_conv(
                 layer.in_channels,
                 rest,
                 kernel,

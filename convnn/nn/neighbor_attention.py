@@ -67,7 +67,7 @@ class NeighborAttention(NeighborLayer):
 
     def _init_slots(self, head_dim: int, attn_drop: float) -> None:
         """Make the dropout and the weights of the slots; ``reset_slots`` fills them."""
-        d, k = head_dim, self.settings.k
+        d, k = head_dim, self.k_max
         self.head_dim = d
         self.attn_drop = nn.Dropout(attn_drop)
         shape = {"depthwise": (d, k), "separable": (d, k), "conv": (d, d, k)}.get(self.aggregation)

@@ -66,7 +66,7 @@ def candidate_tokens(
             return torch.cat([prefix, tokens])
         grid = (axes[0][:, None] * columns + axes[1]).flatten() + geometry.prefix
         return torch.cat([prefix, grid])
-    if any(geometry.padding) and not pads:
+    if geometry.has_ring and not pads:
         tokens = geometry.inner_tokens(device)
     else:
         tokens = torch.arange(geometry.prefix, geometry.num_tokens, device=device)
@@ -113,9 +113,10 @@ def most_candidates(geometry: Geometry, selection: Selection, tokens: Tensor | N
         return every, every
     count = selection.num_candidates
     if selection.candidates == "window":
-        reach = count + 1 if selection.causal else 2 * count + 1
-        lanes = zip(geometry.padded_shape, geometry.dilation, strict=True)
-        rows, cols = (min(reach, -(-side // d)) for side, d in lanes)
+        # Windows of the parity of the kernel: an even one has a token less on the query's shorter side.
+        lanes = zip(geometry.padded_shape, geometry.kernel, geometry.dilation, strict=True)
+        reach = count + 1 if selection.causal else 2 * count
+        rows, cols = (min(reach + (m % 2 and not selection.causal), -(-side // d)) for side, m, d in lanes)
     else:
         rows, cols = (-(-side // count) for side in geometry.padded_shape)
     on_grid = min(geometry.prefix + rows * cols, every)

@@ -13,6 +13,23 @@ from torch import Tensor
 from convnn.ops.precision import has_float64
 
 Pair = tuple[int, int]
+LEAN = 0.25
+"""Of a step, by which distances lean to the longer side of a window with an even number of taps. Anything between 0 and
+one half makes the nearest tokens of a 4 x 4 window, in their order, a 1 x 1, a 2 x 2, a 3 x 3 and the 4 x 4 window; at
+one half the query's own token would be no nearer than the next."""
+
+
+def same_padding(height: int, width: int, kernel: Pair, stride: Pair, dilation: Pair) -> tuple[Pair, Pair]:
+    """Return the padding that makes an output as large as the map over the stride, TensorFlow's "SAME".
+
+    Returns:
+        Zeros on each side, and those besides at the bottom and the right: see ``Geometry.padding`` and ``extra``.
+    """
+    totals = [
+        max((-(-side // s) - 1) * s + (m - 1) * d + 1 - side, 0)
+        for side, m, s, d in zip((height, width), kernel, stride, dilation, strict=True)
+    ]
+    return (totals[0] // 2, totals[1] // 2), (totals[0] % 2, totals[1] % 2)
 
 
 @dataclass(frozen=True)
@@ -20,7 +37,8 @@ class Geometry:
     """A feature map with its zero padding as a grid of tokens, and the output positions as queries on some of them.
 
     ``kernel``, ``stride``, ``padding`` and ``dilation`` are (rows, columns) and mean what they mean for a
-    convolution: the query of output pixel (i, j) is the centre of that pixel's kernel window.
+    convolution: the query of output pixel (i, j) is the centre of that pixel's kernel window. Of an even number of taps
+    m that is tap m / 2 - 1, counted from 0: the upper left one of the middle four.
     """
 
     height: int
@@ -34,11 +52,32 @@ class Geometry:
     """Half the attention window where it is to stay inside the map, as in NATTEN: a query nearer to the edge than this
     measures distances from the nearest position that is this far inside, so that its window shifts inwards; in steps of
     the dilation. 0: off."""
+    extra: Pair = (0, 0)
+    """Rows of zeros below the padding and columns right of it, where the padding is not the same on both sides."""
 
     @property
     def padded_shape(self) -> Pair:
         """Rows and columns of the map with its zero padding."""
-        return self.height + 2 * self.padding[0], self.width + 2 * self.padding[1]
+        rows, cols = (
+            side + 2 * p + e for side, p, e in zip((self.height, self.width), self.padding, self.extra, strict=True)
+        )
+        return rows, cols
+
+    @property
+    def pads(self) -> tuple[int, int, int, int]:
+        """Zeros on the left, right, top and bottom of the map, as ``F.pad`` takes them."""
+        (ph, pw), (eh, ew) = self.padding, self.extra
+        return pw, pw + ew, ph, ph + eh
+
+    @property
+    def has_ring(self) -> bool:
+        """Whether the map has zero padding anywhere."""
+        return any(self.pads)
+
+    @property
+    def centre(self) -> Pair:
+        """Row and column of the kernel's centre tap, from 0."""
+        return (self.kernel[0] - 1) // 2, (self.kernel[1] - 1) // 2
 
     @property
     def out_shape(self) -> Pair:
@@ -62,15 +101,15 @@ class Geometry:
     @property
     def queries_on_ring(self) -> bool:
         """Whether some query sits on a token of the zero ring, which is wider than the window needs."""
-        axes = zip(self.kernel, self.padding, self.dilation, strict=True)
-        return any(p > d * (m - 1) // 2 for m, p, d in axes)
+        axes = zip(self.kernel, self.centre, self.padding, self.extra, self.dilation, strict=True)
+        return any(p > d * c or p + e > d * (m - 1 - c) for m, c, p, e, d in axes)
 
     def query_index(self, device: torch.device | None = None) -> Tensor:
         """Return the token at the centre of each query's kernel window, for prefix queries themselves: (Q,) int64."""
-        # The window of output row i starts at token i * stride; its centre lies half the dilated kernel further.
+        # The window of output row i starts at token i * stride; its centre tap lies so many dilated taps further.
         rows, cols = (
-            torch.arange(n, device=device) * s + d * (m - 1) // 2
-            for n, m, s, d in zip(self.out_shape, self.kernel, self.stride, self.dilation, strict=True)
+            torch.arange(n, device=device) * s + d * c
+            for n, c, s, d in zip(self.out_shape, self.centre, self.stride, self.dilation, strict=True)
         )
         grid = rows[:, None] * self.padded_shape[1] + cols + self.prefix
         return torch.cat([torch.arange(self.prefix, device=device), grid.flatten()])
@@ -101,9 +140,11 @@ class Geometry:
         """Return the distance between tokens of the map: token indices, broadcast against each other -> float32.
 
         Its unit is one step of the dilation; tokens between the dilated kernel's taps are farther than all tokens on
-        them. For a kernel that is not square, rows and columns are scaled so that its window holds exactly the nearest
-        tokens. Ordered by (Chebyshev distance, raster index), the m*m nearest tokens of a query are the m x m window in
-        one fixed order at every position; with Euclidean distance that fails from 7 x 7 on.
+        them. Along an axis on which the kernel has an even number of taps, it is measured from a point a quarter of a
+        step behind the query (``LEAN``), towards the side with one more tap. For a kernel that is not square, rows and
+        columns are scaled so that its window holds exactly the nearest tokens. Ordered by (Chebyshev distance, raster
+        index), the m*m nearest tokens of a query are the m x m window in one fixed order at every position; with
+        Euclidean distance that fails from 7 x 7 on.
         """
         own, other = self.coordinates(queries), self.coordinates(keys)
         rows, cols = (self.steps(axis, own[axis], other[axis]) for axis in (0, 1))
@@ -136,13 +177,16 @@ class Geometry:
         """Return the distance along one axis from queries in rows (or columns) ``own`` to tokens in ``other``."""
         d = self.dilation[axis]
         far = sum(self.padded_shape)  # more than any distance on the map
-        radius = [m // 2 for m in self.kernel]
-        delta = (self.window_centre(axis, own) - other).abs()
+        # To the farthest tap, which is that on the longer side.
+        reach = [m // 2 - (0 if m % 2 else LEAN) for m in self.kernel]
+        delta = other - self.window_centre(axis, own)
         steps = (delta / d if d > 1 else delta).to(torch.float32)
+        steps = (steps if self.kernel[axis] % 2 else steps - LEAN).abs()
         if d > 1:
             steps = steps + far * (delta % d != 0)
-        if radius[0] != radius[1]:  # along an axis where the kernel is 1 wide, all but the query's own line is far
-            steps = steps * (max(radius) / radius[axis] if radius[axis] else far)
+        if reach[0] != reach[1]:  # along an axis where the kernel is 1 wide, all but the query's own line is far
+            # Divided by a tensor, which rounds to the nearest on every device: equal distances tie.
+            steps = steps * max(reach) / steps.new_full((), reach[axis]) if reach[axis] else steps * far
         return steps
 
 

@@ -85,11 +85,12 @@ class Neighborhood:
         inside, g = self.on_grid, self.geometry
         own = g.coordinates(self.queries)
         for axis, delta in enumerate(self.offsets()):
-            step, radius, margin = g.dilation[axis], self.window[axis] // 2, g.margin[axis]
+            step, taps, margin = g.dilation[axis], self.window[axis], g.margin[axis]
+            before = (taps - 1) // 2  # an even window has its longer side behind the query
             if margin:  # near the edge the window's centre lies further inside than the query, see Geometry.margin
                 here = own[axis][:, None]
                 delta = delta + here - g.window_centre(axis, here)
-            inside = inside & (delta % step == 0) & (delta.abs() <= step * radius)
+            inside = inside & (delta % step == 0) & (delta >= -step * before) & (delta < step * (taps - before))
         return inside
 
 

@@ -21,10 +21,19 @@ def choice(default: str, *others: str) -> Any:
 
 
 def number(
-    default: Any, low: float = -math.inf, high: float = math.inf, *, above: bool = False, below: bool = False
+    default: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    below: bool = False,
+    words: tuple[str, ...] = (),
 ) -> Any:
-    """Declare a field for a number (or None) within [low, high]; ``above`` and ``below`` leave out the bounds."""
-    return field(default=default, metadata={"range": (low, high, above, below)})
+    """Declare a field for a number (or None) within [low, high]; ``above`` and ``below`` leave out the bounds.
+
+    ``words`` may stand in place of a number.
+    """
+    return field(default=default, metadata={"range": (low, high, above, below), "words": words})
 
 
 def later(spec: Any) -> Any:
@@ -148,7 +157,9 @@ def check_fields(settings: Any, prefix: str) -> None:
         value, key = getattr(settings, f.name), f"{prefix}.{f.name}" if prefix else f.name
         if "choices" in f.metadata:
             check_choice(key, value, f.metadata["choices"])
-        elif "range" in f.metadata:
+        elif "range" in f.metadata and value not in f.metadata["words"]:
+            if isinstance(value, (str, bool)):
+                raise ConfigError(f"{key}={value} must be a number{''.join(f' or {w}' for w in f.metadata['words'])}")
             check_range(key, value, *f.metadata["range"])
 
 

@@ -37,6 +37,8 @@ def convolve(
 ) -> Tensor:
     """Compute the position end through ``F.conv2d``: (B, C, h, w), weight (O, C / groups, K) -> (B, O, h', w')."""
     kernel = slots_to_kernel(weight[..., : math.prod(geometry.kernel)], geometry.kernel, selection.slots)
+    if any(geometry.extra):
+        x = F.pad(x, (0, geometry.extra[1], 0, geometry.extra[0]))
     return F.conv2d(x, kernel, bias, geometry.stride, geometry.padding, geometry.dilation, groups)
 
 

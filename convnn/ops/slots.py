@@ -44,8 +44,9 @@ def window_slots(index: Tensor, queries: Tensor, geometry: Geometry, valid: Tens
     rows, cols = geometry.coordinates(index)
     own_rows, own_cols = (t[:, None] for t in geometry.coordinates(queries))
     tap, inside = torch.zeros_like(index), (index >= geometry.prefix) & (queries >= geometry.prefix)[:, None]
-    for delta, m, d in zip((rows - own_rows, cols - own_cols), geometry.kernel, geometry.dilation, strict=True):
-        step = delta.div(d, rounding_mode="floor") + m // 2
+    axes = zip((rows - own_rows, cols - own_cols), geometry.kernel, geometry.centre, geometry.dilation, strict=True)
+    for delta, m, centre, d in axes:
+        step = delta.div(d, rounding_mode="floor") + centre
         inside = inside & (delta % d == 0) & (step >= 0) & (step < m)
         tap = tap * m + step
     order = window_order(geometry.kernel).argsort().to(index.device)

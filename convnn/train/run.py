@@ -16,6 +16,7 @@ from convnn.config.schema import Config
 from convnn.errors import EXIT_DIVERGED, EXIT_FAILED, DivergedError
 from convnn.models.cost import dear_swap
 from convnn.models.schedule import describe_schedule
+from convnn.models.sites import patches_alone
 from convnn.models.swap import count_parameters, neighbor_layers
 from convnn.ops.subsets import seed_subsets
 from convnn.runs.checkpoint import settle
@@ -188,9 +189,10 @@ def _announce(trainer: Trainer, resumed: bool) -> None:
         log.log(logging.INFO if kept[1] else logging.WARNING, "%s%s", kept[0], way)
     if config.backbone.freeze:
         log.info("%s of %s parameters are trained", f"{count_parameters(trainer.model):,}", f"{trainer.params:,}")
-    dear = dear_swap(trainer.gflops, trainer.report)
-    if dear:
-        log.warning("%s", dear)
+    patches = patches_alone(trainer.model, [row.name for row in trainer.report.rows])
+    for warning in (patches, dear_swap(trainer.gflops, trainer.report)):
+        if warning:
+            log.warning("%s", warning)
     schedule = describe_schedule(config.schedule)
     if schedule:
         log.info("%s", schedule)

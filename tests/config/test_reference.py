@@ -78,7 +78,7 @@ def test_every_key_is_there_and_described(schema):
 
 
 def test_the_descriptions_are_those_of_the_class_that_has_the_field():
-    assert field_docs(OperatorConfig)["k"] == "Neighbours per query."  # of Selection, two classes above
+    assert field_docs(OperatorConfig)["num_candidates"].startswith("Number of random candidates")  # of Selection
     assert set(field_docs(OperatorConfig)) == {f.name for f in fields(OperatorConfig)}
 
 

@@ -5,23 +5,29 @@ import re
 import pytest
 import timm
 from torch import nn
-from torch.nn.utils.parametrizations import weight_norm
 
 from convnn import swap_layers
 from convnn.config.schema import SwapConfig
 from convnn.errors import ConfigError
 
 
+class Twice(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 def net():
-    """Convolutions of which 1 and 4 have even kernels, 2 pads by reflection and 3 is normalised."""
-    return nn.Sequential(
+    """Convolutions of which 1 and 4 compute something else, 2 pads by reflection and 3 has a hook."""
+    model = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1),
-        nn.Conv2d(4, 4, 2),
+        Twice(4, 4, 2),
         nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
-        weight_norm(nn.Conv2d(4, 4, 3)),
-        nn.Conv2d(4, 4, 2),
+        nn.Conv2d(4, 4, 3),
+        Twice(4, 4, 2),
         nn.Conv2d(4, 4, 3, padding=1),
     )
+    model[3].register_forward_hook(print)
+    return model
 
 
 def refusal(model, *args):
@@ -34,8 +40,8 @@ def refusal(model, *args):
 
 def test_all_are_named_and_the_exclude_will_do():
     text = refusal(net(), SwapConfig())
-    assert "'1', '4' has an even 2x2 kernel" in text and "'2' pads with padding_mode=reflect" in text
-    assert "'3' has a parametrized weight" in text
+    assert "'1', '4' is a Twice with a forward pass" in text and "'2' pads with padding_mode=reflect" in text
+    assert "'3' has forward hooks" in text
     names = re.search(r"to leave them out, set swap\.exclude=\[(.*)\]$", text).group(1).split(",")
     assert names == ["1", "2", "3", "4"]
     assert [row.name for row in swap_layers(net(), SwapConfig(exclude=names)).rows] == ["0", "5"]

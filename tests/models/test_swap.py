@@ -7,7 +7,7 @@ from torch import nn
 
 from convnn import ConfigError, ConvNN2d, ConvNNAttention, OperatorConfig, SwapRule, swap_layers
 from convnn.config.schema import SwapConfig
-from convnn.models.sites import find_sites, network_layers, site_stages
+from convnn.models.sites import find_sites, network_layers, patches_alone, site_stages
 from convnn.models.swap import neighbor_layers
 
 ATTENTION = {
@@ -83,9 +83,12 @@ def test_no_attention_in_a_resnet():
         swapped({}, operator=ATTENTION)
 
 
-def test_even_kernels_are_named():
-    with pytest.raises(ConfigError, match=r"'patch_embed.proj' has an even 16x16 kernel"):
-        swapped({}, "vit_tiny_patch16_224")
+def test_a_swap_of_patches_alone_is_told():
+    vit = timm.create_model("vit_tiny_patch16_224", depth=1)
+    assert [row.name for row in swap_layers(vit, {}).rows] == ["patch_embed.proj"]
+    assert patches_alone(vit, ["patch_embed.proj"]).startswith("only the patch embedding is replaced; set operator=")
+    assert patches_alone(vit, []) is None and patches_alone(vit, ["patch_embed.proj", "blocks.0.attn"]) is None
+    assert patches_alone(nn.Conv2d(3, 4, 3), ["patch_embed.proj"]) is None
 
 
 def test_classifier_head_is_left_alone():
@@ -175,14 +178,9 @@ ATTACHED = {
     "forward hooks": lambda layer: layer.register_forward_hook(lambda *_: None),
     "forward pre hooks": lambda layer: layer.register_forward_pre_hook(lambda *_: None),
     "backward hooks": lambda layer: layer.register_full_backward_hook(lambda *_: None),
-    r"parametrized weight; call .*remove_parametrizations": nn.utils.parametrizations.weight_norm,
-    r"parametrized weight; call .*remove_parametrizations first": nn.utils.parametrizations.spectral_norm,
-    r"hook of torch.nn.utils; call torch.nn.utils.remove_weight_norm": nn.utils.weight_norm,
-    r"hook of torch.nn.utils; call torch.nn.utils.remove_spectral_norm": nn.utils.spectral_norm,
 }
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("message", ATTACHED)
 @pytest.mark.parametrize("init", ["fresh", "transfer"])
 def test_what_a_swap_would_lose_is_refused_before_anything_changes(message, init):
@@ -191,6 +189,23 @@ def test_what_a_swap_would_lose_is_refused_before_anything_changes(message, init
     with pytest.raises(ConfigError, match=rf"'1' .*{message}"):
         swap_layers(net, {}, {"k": 9}, init)
     assert all(isinstance(layer, nn.Conv2d) for layer in net)
+
+
+COMPUTED = {
+    r"parametrized weight; call .*remove_parametrizations": nn.utils.parametrizations.weight_norm,
+    r"parametrized weight; call .*remove_parametrizations first": nn.utils.parametrizations.spectral_norm,
+    r"hook of torch.nn.utils; call torch.nn.utils.remove_weight_norm": nn.utils.weight_norm,
+    r"hook of torch.nn.utils; call torch.nn.utils.remove_spectral_norm": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("message", COMPUTED)
+def test_computed_weights_of_attention_are_refused(message):
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=16, depth=1, embed_dim=24, num_heads=3)
+    COMPUTED[message](vit.blocks[0].attn.qkv)
+    with pytest.raises(ConfigError, match=rf"'blocks.0.attn' .*{message}"):
+        swap_layers(vit, {"kind": "attention"}, ATTENTION | {"k": 3})
 
 
 def test_hooks_inside_attention_are_found_too():

@@ -176,7 +176,7 @@ def test_a_shared_layer_stays_shared():
         ({}, {"kk": 9}, r"unknown key 'operator.kk'; did you mean 'operator.k'"),
         ({"matchh": "*"}, {}, r"unknown key 'rules\[0\].matchh'; did you mean 'rules\[0\].match'"),
         ({"operator": {"kk": 4}}, {}, r"unknown key 'rules\[0\].operator.kk'"),
-        ({"operator": {"k": "four"}}, {}, r"rules\[0\].operator.k: Value 'four'"),
+        ({"operator": {"k": "four"}}, {}, r"rules\[0\].operator.k=four must be a number or kernel"),
         ({}, {"k": None}, r"operator.k: "),
         ({}, {"target": "math.pi"}, r"operator.target=math.pi is a float"),
         ({}, {"target": "convnn.nn.base.pair"}, r"operator.target=convnn.nn.base.pair is no operator"),

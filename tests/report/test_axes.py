@@ -101,3 +101,15 @@ def test_a_label_says_that_a_blend_moves(tmp_path):
     _, looks, _ = tables(tmp_path)
     named = {row["top1_last_mean"]: row[BLEND] for row in looks.view.rows}
     assert named == {60.0: 0.5, 50.0: "linear schedule", 40.0: "learned from 0.5"}
+
+
+def test_a_number_of_neighbours_of_each_layers_own_is_a_name_among_numbers(tmp_path):
+    ks = [({BLEND: b, K: k}, 50.0 + i + b) for b in (0.0, 1.0) for i, k in enumerate((4, 9, "kernel"))]
+    write(tmp_path, *ks)
+    frame, looks, folders = tables(tmp_path)
+    assert set(frame[K]) == {4, 9, "kernel"} and K in looks.view.numbers
+    drawn_over_k = [x for line in drawn(accuracy_over_number(looks, K)) for x, _ in line]
+    assert sorted(set(drawn_over_k)) == [4, 9]  # as what a schedule moves, it has no place on the axis
+    lines = drawn(draw_spectrum(frame, looks, folders))
+    assert lines == [[(0.0, 50.0 + i), (1.0, 51.0 + i)] for i in range(3)]
+    assert make_report([tmp_path], tmp_path / "out").pictures

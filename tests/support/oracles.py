@@ -67,12 +67,14 @@ def _pick(
         far = max(r + c for r, c in on_grid) + 2
         for axis, d in ((0, dh), (1, dw)):
             centre = min(max(where[query][axis], margin), last[axis] - margin)
-            delta = abs(centre - where[j][axis])
-            steps.append(delta / d + (far if delta % d else 0))
-        rh, rw = kh // 2, kw // 2
+            delta = where[j][axis] - centre
+            lean = 0 if (kh, kw)[axis] % 2 else 0.25  # an even window reaches one tap further behind the query
+            steps.append(abs(delta / d - lean) + (far if delta % d else 0))
+        rh, rw = (m // 2 if m % 2 else m / 2 - 0.25 for m in (kh, kw))
         if rh != rw:
-            steps[0] *= max(rh, rw) / rh if rh else far
-            steps[1] *= max(rh, rw) / rw if rw else far
+            steps[0] *= max(rh, rw) if rh else far
+            steps[1] *= max(rh, rw) if rw else far
+            steps = [steps[0] / (rh or 1), steps[1] / (rw or 1)]
         return max(steps) if metric == "chebyshev" else math.hypot(*steps)
 
     if radius is not None and where[query] is not None:
@@ -109,10 +111,12 @@ def _pick(
 def _into_window(query, chosen, where, window):
     """Neighbours inside the window take their tap's slot (nearest tap first), the others the free slots in order."""
     (kh, kw), (dh, dw) = window
-    rh, rw = kh // 2, kw // 2
-    offsets = [(r, c) for r in range(-rh, rh + 1) for c in range(-rw, rw + 1)]
-    sh, sw = (1, 1) if rh == rw else (max(rh, rw) / rh if rh else 99, max(rh, rw) / rw if rw else 99)
-    offsets.sort(key=lambda o: max(abs(o[0]) * sh, abs(o[1]) * sw))  # stable: raster order within a ring
+    up, left = (kh + 1) // 2 - 1, (kw + 1) // 2 - 1
+    offsets = [(r, c) for r in range(-up, kh - up) for c in range(-left, kw - left)]
+    lh, lw = (0 if m % 2 else 0.25 for m in (kh, kw))
+    rh, rw = kh // 2 - lh, kw // 2 - lw
+    # In units of the window's reach; stable: raster order within a ring.
+    offsets.sort(key=lambda o: max(abs(o[0] - lh) / rh if rh else 0, abs(o[1] - lw) / rw if rw else 0))
     slots = [None] * len(chosen)
     outside = []
     for j in chosen:
@@ -147,6 +151,7 @@ def convnn2d(
     kernel,
     stride=(1, 1),
     padding=(0, 0),
+    extra=(0, 0),
     dilation=(1, 1),
     groups=1,
     blend=1.0,
@@ -169,17 +174,18 @@ def convnn2d(
     """Neighbour convolution of (B, C, h, w).
 
     weight: (O, C / groups, K), or for depthwise and separable one row (1, K) per output channel of that step.
-    candidates: padded-map indices. qkv, pointwise, proj: matrices of the 1x1 layers before and after.
+    extra: rows and columns of zeros more at the bottom and the right. candidates: padded-map indices. qkv, pointwise,
+    proj: matrices of the 1x1 layers before and after.
     """
     batch, channels, height, width = x.shape
-    rows, cols = height + 2 * padding[0], width + 2 * padding[1]
+    rows, cols = height + 2 * padding[0] + extra[0], width + 2 * padding[1] + extra[1]
     out_rows = (rows - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
     out_cols = (cols - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
     where = [(r, c) for r in range(rows) for c in range(cols)]
     places = [(_spread(cols)[c], _spread(rows)[r]) for r, c in where]
 
     def is_pad(r, c):
-        return not (padding[0] <= r < rows - padding[0] and padding[1] <= c < cols - padding[1])
+        return not (padding[0] <= r < padding[0] + height and padding[1] <= c < padding[1] + width)
 
     if candidates is None:
         candidates = [j for j, (r, c) in enumerate(where) if pad_candidates or blend < 1 or not is_pad(r, c)]
@@ -198,8 +204,8 @@ def convnn2d(
         outputs = []
         for i in range(out_rows):
             for j in range(out_cols):
-                r = i * stride[0] + dilation[0] * (kernel[0] // 2)
-                c = j * stride[1] + dilation[1] * (kernel[1] // 2)
+                r = i * stride[0] + dilation[0] * ((kernel[0] + 1) // 2 - 1)
+                c = j * stride[1] + dilation[1] * ((kernel[1] + 1) // 2 - 1)
                 query = r * cols + c
                 chosen = _pick(
                     query,

@@ -140,7 +140,7 @@ def {name}(pretrained=False, num_classes=10, **kwargs):
 @pytest.mark.parametrize(
     "name, conv, why",
     [
-        ("net_even", "2", "even 2x2 kernel"),
+        ("net_wide", "4", "4x4 kernel and needs operator.k >= 16, not 9, or operator.k=kernel"),
         ("net_reflect", "3, padding_mode='reflect'", "padding_mode=reflect"),
     ],
 )

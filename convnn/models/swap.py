@@ -146,12 +146,35 @@ def swap_layers(
         init = rules.init if isinstance(rules, SwapConfig) and rules.init != "auto" else "fresh"
     check_choice("swap.init", init, ("fresh", "transfer", "auto"))
     claims = _claims(model, rules, operator)
-    new_layers: dict[str, nn.Module] = {}
-    grids: dict[nn.Module, TokenGrid] = {}
+    built, refused, grids = _build_all(model, claims, init)
+    if refused:
+        raise _refusal(refused, claims, model)
+    for patch_embed, grid in grids.items():
+        patch_embed.register_forward_hook(grid.note)
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    rows = []
+    for name in sorted(built, key=order.__getitem__):
+        old, one = claims[name].layer, built[name]
+        _replace(model, old, one.new)
+        counts = count_parameters(old), count_parameters(one.new)
+        kept: dict[str, Any] = {"init": one.init, "dropped": one.dropped}
+        rows.append(Replacement(name, _describe(old), _describe(one.new), *counts, on_meta(one.plain), **kept))
+    return SwapReport(tuple(rows), _left(model, rules, operator))
+
+
+def refusals(model: nn.Module, operator: OperatorConfig, init: str = "fresh") -> dict[str, ConfigError]:
+    """Return why layers of an operator's kind cannot be replaced by it, by name; the model stays as it is."""
+    claims = _claims(model, "*", operator) if find_sites(model, operator.kind) else {}
+    return _build_all(model, claims, init)[1]
+
+
+def _build_all(
+    model: nn.Module, claims: Mapping[str, _Claim], init: str
+) -> tuple[dict[str, _Built], dict[str, ConfigError], dict[nn.Module, TokenGrid]]:
+    """Return the replacements, why others cannot be built, and what is to note the grids of images."""
+    built: dict[str, _Built] = {}
     refused: dict[str, ConfigError] = {}
-    inits: dict[str, str] = {}
-    plain: dict[str, nn.Module] = {}
-    dropped: dict[str, str] = {}
+    grids: dict[nn.Module, TokenGrid] = {}
     for name, claim in claims.items():
         site = site_of(model, name, grids)
         ways: tuple[str, ...] = (init,)
@@ -160,25 +183,12 @@ def swap_layers(
         for way in ways:
             try:
                 check_called(model, name)
-                new_layers[name], plain[name], dropped[name] = _built(claim, way, site)
-                inits[name] = way
+                built[name] = _built(claim, way, site)
                 refused.pop(name, None)
                 break
             except ConfigError as error:
                 refused[name] = error
-    if refused:
-        raise _refusal(refused, claims, model)
-    for patch_embed, grid in grids.items():
-        patch_embed.register_forward_hook(grid.note)
-    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    rows = []
-    for name in sorted(new_layers, key=order.__getitem__):
-        old, new = claims[name].layer, new_layers[name]
-        _replace(model, old, new)
-        counts = count_parameters(old), count_parameters(new)
-        kept: dict[str, Any] = {"init": inits[name], "dropped": dropped[name]}
-        rows.append(Replacement(name, _describe(old), _describe(new), *counts, on_meta(plain[name]), **kept))
-    return SwapReport(tuple(rows), _left(model, rules, operator))
+    return built, refused, grids
 
 
 def _left(model: nn.Module, rules: Rules, operator: OperatorConfig) -> dict[str, str]:
@@ -190,15 +200,26 @@ def _left(model: nn.Module, rules: Rules, operator: OperatorConfig) -> dict[str,
     return left
 
 
-def _built(claim: _Claim, init: str, site: Site) -> tuple[nn.Module, nn.Module, str]:
-    """Return the replacement of a layer, the layer as ``plain_convolution`` has it, and what of the layer is lost."""
+@dataclass(frozen=True)
+class _Built:
+    """A replacement."""
+
+    new: nn.Module
+    plain: nn.Module
+    """The layer as ``plain_convolution`` has it."""
+    dropped: str
+    """What of the layer is lost."""
+    init: str
+
+
+def _built(claim: _Claim, init: str, site: Site) -> _Built:
     build = _builder(claim.operator.target)
     check_replaceable(site.name, claim.layer)
     plain, dropped = plain_convolution(claim.layer, site.name)
     adapts = resolve_target(claim.operator.target, "operator.target") is ConvNNAttention
     source, site = stand_in(plain, init, site, adapts)
     new = build(source, with_taps(claim.operator, source), init, site)
-    return like(claim.layer, source, new, site.name), plain, dropped
+    return _Built(like(claim.layer, source, new, site.name), plain, dropped, init)
 
 
 def _builder(target: str) -> Callable[..., nn.Module]:

@@ -32,7 +32,10 @@ _RAND_AUGMENT = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?|-t(wei
 def check_operator(operator: OperatorConfig, prefix: str = "operator") -> None:
     """Raise ConfigError when the operator's settings contradict each other or leave their range."""
     check_fields(operator, prefix)
-    reason = contradiction(operator)
+    if operator.k == KERNEL and operator.kind == ATTENTION:
+        raise ConfigError(f"{prefix}.k=kernel is for convolutions, whose window it counts; give {prefix}.k a number")
+    # What depends on the number is checked for each layer.
+    reason = contradiction(replace(operator, k=1) if operator.k == KERNEL else operator)
     if reason:
         raise ConfigError(reason.replace("{p}", prefix))
 
@@ -47,10 +50,6 @@ def contradiction(o: OperatorConfig) -> str | None:
         if getattr(o, key) != neutral:
             default = "null" if neutral is None else neutral
             return f"{{p}}.{key}={getattr(o, key)} does not apply to operators of kind {o.kind}; leave it at {default}"
-    if o.k == KERNEL:
-        if o.kind == ATTENTION:
-            return "{p}.k=kernel is for convolutions, whose window it counts; give {p}.k a number"
-        return contradiction(replace(o, k=1))  # what depends on the number is checked for each layer
     k = int(o.k)
     if o.kind == ATTENTION and o.aggregation in GRAPHS:
         return f"{{p}}.aggregation={o.aggregation} is for operators of kind conv; use conv, depthwise, separable or sum"

@@ -30,6 +30,8 @@ FEWER = {
 }
 """An operator that mixes fewer neighbours than there are, by kind."""
 
+_PROJECTIONS = {"qkv", "q", "kv", "qk", "to_qkv", "proj", "q_proj", "in_proj"}
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -81,9 +83,7 @@ def _named_attention(module: nn.Module) -> bool:
     """Return whether a class is named as attention over tokens, which gates of channels (SE, ECA, CBAM) are not."""
     name = type(module).__name__.lower()
     parts = {child for child, _ in module.named_children()}
-    return ("attn" in name or "attention" in name) and bool(
-        parts & {"qkv", "q", "kv", "qk", "to_qkv", "proj", "q_proj"}
-    )
+    return ("attn" in name or "attention" in name) and bool(parts & _PROJECTIONS)
 
 
 @torch.no_grad()

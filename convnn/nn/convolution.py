@@ -123,7 +123,9 @@ def plain_convolution(layer: nn.Module, name: str) -> tuple[nn.Module, str]:
     with _evaluated(layer):
         (weight, bias), again = ([_value(layer, which) for which in ("weight", "bias")] for _ in range(2))
     for first, second in zip((weight, bias), again, strict=True):
-        if first is not None and second is not None and not torch.equal(first, second):
+        if first is None or second is None or first.is_meta:  # what has no data is taken to be the same
+            continue
+        if not torch.equal(first, second):
             raise ConfigError(f"'{name}' has another {' and '.join(dropped)} each time; exclude it (swap.exclude)")
     assert weight is not None
     if standardised:

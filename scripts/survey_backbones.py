@@ -1,0 +1,196 @@
+"""Try the swap on timm's models and write what came of it as docs/backbones.md and docs/results/backbones.csv."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import fnmatch
+import io
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from convnn.cli.program import run_program, script_options
+from convnn.config.schema import ATTENTION, CONV
+from convnn.errors import ConfigError, first_line
+from convnn.models.coverage import Coverage, coverage, families, runs_with_fewer, stir, transfer_error
+from convnn.runtime.files import write_text
+
+USAGE = """
+usage: uv run scripts/survey_backbones.py [models=GLOB] [compute=true] [out=docs]
+
+Builds every model of timm that matches without data, and lists which of its convolutions and attention layers a swap
+can replace. With the smallest model of each family it also computes, in float64: the logits before and after a swap at
+the exact end, and a step with fewer neighbours than there are tokens.
+{options}
+"""
+LARGEST = 80_000_000
+"""Parameters of a model that is computed; of families with larger ones alone, none is."""
+
+
+@dataclass
+class Options:
+    """Arguments of this script."""
+
+    models: str = "*"
+    """Names of timm's models, with * and ?."""
+    compute: bool = True
+    """Compute the smallest model of each family, which takes most of the time."""
+    out: str = "docs"
+    """Folder for backbones.md and results/backbones.csv."""
+
+
+@dataclass
+class Row:
+    """One kind of layer in one model."""
+
+    family: str
+    model: str
+    kind: str
+    parameters: int
+    layers: int
+    """How many of the kind there are."""
+    taken: int
+    """How many can be replaced with their weights."""
+    reasons: str
+    """Why the others cannot."""
+    error: str = ""
+    """Largest difference of logits after the swap, as a share of the largest; what went wrong; empty: not computed."""
+    fewer: str = ""
+    """``yes``: a step with fewer neighbours gave finite logits and gradients; what went wrong; empty: not computed."""
+
+
+def survey(family: str, name: str) -> list[Row]:
+    """Return a row for each kind of layer that a model has; it is built without data where it can be."""
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False)
+    except (RuntimeError, NotImplementedError, ValueError):  # what computes with its weights as it is built
+        model = timm.create_model(name, pretrained=False)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    found = [coverage(model, kind) for kind in (CONV, ATTENTION)]
+    return [Row(family, name, c.kind, size, c.found, len(c.taken), reasons(c)) for c in found if c.found]
+
+
+def reasons(found: Coverage) -> str:
+    """Return why layers cannot be replaced, the most frequent reason first."""
+    return "; ".join(text for text, _ in Counter(found.refused.values()).most_common())
+
+
+def compute(rows: Sequence[Row]) -> None:
+    """Fill in what the smallest model of a family computes before and after a swap."""
+    torch.manual_seed(0)
+    model = stir(timm.create_model(rows[0].model, pretrained=False)).double().eval()
+    image = torch.randn(1, *input_size(model), dtype=torch.float64)
+    for row in rows:
+        names = coverage(model, row.kind).taken
+        if not names:
+            continue
+        try:
+            row.error = f"{transfer_error(model, row.kind, names, image):.1e}"
+        except (ConfigError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            row.error = f"{type(error).__name__}: {first_line(error)}"
+        try:
+            row.fewer = "yes" if runs_with_fewer(model, row.kind, names, image) else "no"
+        except (ConfigError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            row.fewer = f"{type(error).__name__}: {first_line(error)}"
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Return channels, rows and columns of the images that a model takes."""
+    cfg: Any = model.pretrained_cfg
+    channels, height, width = cfg.get("input_size") or (3, 224, 224)
+    return channels, height, width
+
+
+def smallest(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Return the rows of the smallest model of each family that has the kind, unless it is large."""
+    for family in dict.fromkeys(row.family for row in rows):
+        for kind in (CONV, ATTENTION):
+            own = [row for row in rows if row.family == family and row.kind == kind and row.taken]
+            least = min(own, key=lambda row: row.parameters, default=None)
+            if least is not None and least.parameters <= LARGEST:
+                yield [least]
+
+
+def csv_of(rows: Sequence[Row]) -> str:
+    """Return the rows as CSV."""
+    text = io.StringIO()
+    names = [field.name for field in dataclasses.fields(Row)]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(row) for row in rows)
+    return text.getvalue()
+
+
+HEAD = """# Backbones
+
+What of timm's models a swap can replace, with their weights: `uv run scripts/survey_backbones.py` writes this page and
+[results/backbones.csv](results/backbones.csv), a row for each model and kind of layer, here with timm {timm} and torch
+{torch}. "All" counts models of which every layer of the kind can be replaced, "some" those of which a part can; the
+layers of classifier heads are left out. The error is the largest difference of the logits of the family's smallest
+model (at most {largest} million parameters) after a swap at the exact end (convolutions: `k=kernel blend=0`; attention:
+all tokens, `aggregation=sum`), as a share of the largest logit, in float64, with random weights in place of those that
+would hide a difference. "Fewer" says whether a step with 3 neighbours at blend 0.5 (convolutions) or with 4 (attention)
+gave finite logits and gradients. [operators.md](operators.md) says what the kinds of attention and convolution become.
+
+"""
+
+
+def page(rows: Sequence[Row]) -> str:
+    """Return the page: a summary, and a table of families for each kind."""
+    parts = [HEAD.format(timm=timm.__version__, torch=torch.__version__.split("+")[0], largest=LARGEST // 10**6)]
+    parts.append("| kind | models | all | some | none | all, % |\n|---|---|---|---|---|---|\n")
+    for kind in (CONV, ATTENTION):
+        count = counts([row for row in rows if row.kind == kind])
+        total = sum(count)
+        share = f"{100 * count[0] / total:.1f}" if total else ""
+        parts.append(f"| {kind} | {total} | {count[0]} | {count[1]} | {count[2]} | {share} |\n")
+    for kind, title in ((ATTENTION, "Attention"), (CONV, "Convolutions")):
+        parts.append(f"\n## {title}\n\n| family | models | all | some | none | error | fewer | not replaced |\n")
+        parts.append("|---|---|---|---|---|---|---|---|\n")
+        of_kind = [row for row in rows if row.kind == kind]
+        for family in dict.fromkeys(row.family for row in of_kind):
+            own = [row for row in of_kind if row.family == family]
+            done = next((row for row in own if row.error or row.fewer), None)
+            cells = [family, len(own), *counts(own), done.error if done else "", done.fewer if done else ""]
+            why = "; ".join(dict.fromkeys(text for row in own for text in row.reasons.split("; ") if text))
+            parts.append(f"| {' | '.join(map(str, cells))} | {why.replace('|', ' ')} |\n")
+    return "".join(parts)
+
+
+def counts(rows: Sequence[Row]) -> tuple[int, int, int]:
+    """Return of how many models all, some and none of the layers can be replaced."""
+    whole, none = (sum(row.taken == full for row, full in pairs) for pairs in
+                   ([(r, r.layers) for r in rows], [(r, 0) for r in rows]))  # fmt: skip
+    return whole, len(rows) - whole - none, none
+
+
+def main(argv: list[str]) -> None:
+    """Survey, compute and write."""
+    options: Options = script_options(Options, argv, USAGE)
+    chosen = [(family, name) for family, names in families().items() for name in names]
+    chosen = [one for one in chosen if fnmatch.fnmatch(one[1], options.models)]
+    if not chosen:
+        raise ConfigError(f"models={options.models} matches no model of timm")
+    rows = [row for one in tqdm(chosen, "models", file=sys.stderr) for row in survey(*one)]
+    if options.compute:
+        for group in tqdm(list(smallest(rows)), "computed", file=sys.stderr):
+            compute(group)
+    out = Path(options.out)
+    (out / "results").mkdir(parents=True, exist_ok=True)
+    write_text(out / "results" / "backbones.csv", csv_of(rows))
+    write_text(out / "backbones.md", page(rows))
+    print(out / "backbones.md")
+
+
+if __name__ == "__main__":
+    run_program(main)

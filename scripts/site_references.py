@@ -24,6 +24,7 @@ PROGRAMS = {
     "scripts/reproduce.py": "convnn.cli.reproduce",
     "scripts/benchmark.py": "benchmark",
     "scripts/fault_trials.py": "fault_trials",
+    "scripts/survey_backbones.py": "survey_backbones",
     "scripts/draw_spectrum.py": "draw_spectrum",
     "scripts/collect_published.py": "collect_published",
 }

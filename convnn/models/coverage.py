@@ -55,7 +55,8 @@ def coverage(model: nn.Module, kind: str) -> Coverage:
     Attention that is not known is found by the names of classes; a model on torch's meta device will do.
     """
     operator = operator_of(EXACT[kind])
-    reasons = {name: _reason(error, name) for name, error in refusals(model, operator, "transfer").items()}
+    with next(model.parameters()).device:  # replacements of what has no data need none
+        reasons = {name: _reason(error, name) for name, error in refusals(model, operator, "transfer").items()}
     taken = tuple(name for name in find_sites(model, kind) if name not in reasons)
     if kind == ATTENTION:
         reasons |= refused_sites(model, kind)

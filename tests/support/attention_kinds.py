@@ -12,6 +12,7 @@ import torch
 from timm.layers import RelPosBias, RelPosMlp
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.attention2d import Attention2d
+from timm.layers.bottleneck_attn import BottleneckAttn
 from timm.models import (
     beit,
     cait,
@@ -228,6 +229,14 @@ KINDS = {
         (2, 8, 2, 3),
         6,
         {"shared_rel_pos": (1, 2, 6, 6)},
+    ),
+    "bottleneck": Kind(lambda: BottleneckAttn(8, 12, (2, 3), 2, 2), (2, 8, 2, 3), 6, {}, ("pos_embed",)),
+    "bottleneck scaled": Kind(
+        lambda: BottleneckAttn(8, 12, (2, 3), num_heads=2, dim_head=6, scale_pos_embed=True),
+        (2, 8, 2, 3),
+        6,
+        {},
+        ("pos_embed",),
     ),
     "attention 2d": Kind(lambda: Attention2d(8, num_heads=2), (2, 8, 2, 3), 6, plain_softmax=False),
     "visformer": Kind(lambda: visformer.Attention(8, 2), (2, 8, 2, 3), 6),

@@ -129,6 +129,32 @@ class ChannelsFirst(_Map):
         return layer.proj_drop(layer.proj(x.mT.unflatten(2, heads.rest)))
 
 
+class Bottleneck(_Map):
+    """``BottleneckAttn`` (arXiv 2101.11605): a map (B, channels, h, w), positions that depend on the queries."""
+
+    layers = ("timm.layers.bottleneck_attn:BottleneckAttn",)
+
+    def size(self, layer: Any) -> tuple[int, int]:
+        """Return H and C."""
+        return layer.num_heads, layer.dim_head_v
+
+    def tokens(self, layer: Any) -> int | None:
+        """Return N of the embedding."""
+        return layer.pos_embed.height * layer.pos_embed.width
+
+    def read(self, layer: Any, x: Tensor) -> Heads:
+        """Return the heads."""
+        parts = layer.qkv(x).flatten(2).mT.split([layer.dim_out_qk, layer.dim_out_qk, layer.dim_out_v], dim=-1)
+        q, k, v = (per_head(part, layer.num_heads) for part in parts)
+        bias = layer.pos_embed(q.flatten(0, 1)).unflatten(0, q.shape[:2])
+        bias = bias * layer.scale if layer.scale_pos_embed else bias
+        return Heads(q, k, v, bias=bias, grid=(x.shape[2], x.shape[3]), rest=x.shape[2:])
+
+    def write(self, layer: Any, y: Tensor, heads: Heads) -> Tensor:
+        """Return (B, channels, h, w), pooled if the layer strides."""
+        return layer.pool(merged(y).mT.unflatten(2, heads.rest))
+
+
 class Partition(_Map):
     """MaxViT's ``AttentionCl``: windows or grids (B * parts, h, w, channels)."""
 
@@ -279,6 +305,7 @@ ADAPTERS = (
     ChannelsLast(),
     Pooled(),
     ChannelsFirst(),
+    Bottleneck(),
     Partition(),
     Grouped(),
     MaskUnit(),

@@ -337,7 +337,7 @@ def export_layers(model: nn.Module) -> list[str]:
         layer = model.get_submodule(name)
         for inner in layer.modules():  # the model may have been given another input size since
             if isinstance(getattr(inner, "token_grid", None), TokenGrid):
-                inner.grid_size = site_of(model, name, {}).grid_size  # type: ignore[assignment]
+                inner.grid_size = site_of(model, name, {}).grid_size or inner.grid_size  # type: ignore[assignment]
         to_layer = getattr(layer, "to_layer", None)
         try:
             if to_layer is None:

@@ -196,7 +196,7 @@ REFUSED = {
     "run={swapped} layers=each": "layers=each moves layers to other settings; say which",
     "run={plain} {attention} operator.k=18": "layer 'blocks.0.attn': k=18 exceeds the 17 candidates",
     "run={plain} {attention} swap.init=fresh": "swap.init=fresh would draw new weights",
-    "run={plain} operator=convnn swap=all_conv operator.aggregation=sum": "swap.init=transfer: 'patch_embed.proj'|even",
+    "run={plain} operator=convnn swap=all_conv operator.aggregation=sum": "'patch_embed.proj': aggregation=sum",
     "backbone=vit_tiny data=synthetic operator.k=4": "out=FOLDER is needed",
     "backbone=vit_tiny checkpoint=best out=x": "checkpoint=best is of a run",
     "backbone=vit_tiny data=synthetic seed=0,1 operator.k=4 out=x": "seed has several values|seed=0,1 is a sweep",

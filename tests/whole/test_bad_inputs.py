@@ -187,7 +187,7 @@ def test_group07_pretrained_without_a_network(call, monkeypatch):
     monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
     own = [a for a in SMALL if "kwargs" not in a]
     assert_refused(
-        call, "train.py", [*own, "backbone.pretrained=true"], r"backbone\.pretrained=true: .*set it to false"
+        call, "train.py", [*own, "backbone.pretrained=true"], r"backbone\.pretrained=true: .*backbone\.checkpoint=FILE"
     )
 
 

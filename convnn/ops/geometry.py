@@ -200,6 +200,6 @@ def window_order(kernel: Pair) -> Tensor:
     Ties in Chebyshev distance (scaled as in ``Geometry.distance``) go to the lower raster index.
     """
     geometry = Geometry(kernel[0], kernel[1], kernel=kernel)
-    taps = torch.arange(geometry.num_tokens)
-    distance = geometry.distance(geometry.query_index(), taps)
+    here = torch.device("cpu")  # wherever a model is being built: these are numbers to look at
+    distance = geometry.distance(geometry.query_index(here), torch.arange(geometry.num_tokens, device=here))
     return distance.sort(stable=True).indices

@@ -140,7 +140,7 @@ def trained_backbone(config: Config, asked: Asked) -> Trained:
     if not loads_weights(asdict(config.backbone)):
         raise ConfigError(
             "there is no trained model: give run=DIR, or the weights of the backbone "
-            "(backbone.pretrained=true, or +backbone.kwargs.checkpoint_path=FILE)"
+            "(backbone.pretrained=true, or backbone.checkpoint=FILE)"
         )
     check_corruption(asked.corruption, asked.severity)
     plain = replace(config, swap=SwapConfig(match=None))

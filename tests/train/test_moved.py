@@ -176,13 +176,13 @@ def test_a_backbone_with_weights_of_a_file_and_no_run(plain, tmp_path, capsys):
     given += ["+backbone.kwargs.depth=2", "+backbone.kwargs.embed_dim=24", f"out={tmp_path}/out", "device=cpu"]
     with pytest.raises(ConfigError, match="there is no trained model: give run=DIR, or the weights"):
         evaluate([*given, *ATTENTION])
-    evaluate([*given, f"+backbone.kwargs.checkpoint_path={weights}", *ATTENTION, "operator.k=17,3"])
+    evaluate([*given, f"backbone.checkpoint={weights}", *ATTENTION, "operator.k=17,3"])
     own, whole, few = table(tmp_path / "out" / "spectrum.csv")
     result = json.loads((plain / "result.json").read_text())
     assert float(own["top1"]) == pytest.approx(result["top1_last"], abs=1e-3) and whole["agreement"] == "100"
     assert few["loss"] != own["loss"]
     capsys.readouterr()
-    evaluate([*given, f"+backbone.kwargs.checkpoint_path={weights}"])
+    evaluate([*given, f"backbone.checkpoint={weights}"])
     assert [row["setting"] for row in table(tmp_path / "out" / "spectrum.csv")] == ["own"]
 
 

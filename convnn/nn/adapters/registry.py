@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -29,20 +30,25 @@ def register_adapter(adapter: Adapter) -> None:
                 f"adapter {type(adapter).__name__}: layers={name} is not of the form package.module:Class"
             )
     _ADAPTERS.insert(0, adapter)
+    _adapter_of.cache_clear()
 
 
 def unregister_adapter(adapter: Adapter) -> None:
     """Forget an adapter."""
     _ADAPTERS.remove(adapter)
+    _adapter_of.cache_clear()
 
 
 def adapter_of(layer: nn.Module) -> Adapter | None:
     """Return what reads a layer, or None. A subclass that computes otherwise is another kind of layer."""
-    forward = getattr(type(layer), "forward", None)
+    return _adapter_of(type(layer))
+
+
+@lru_cache(maxsize=1000)
+def _adapter_of(kind: type) -> Adapter | None:
+    forward = getattr(kind, "forward", None)
     for adapter in _ADAPTERS:
-        if any(
-            isinstance(layer, known) and forward is getattr(known, "forward", None) for known in classes_of(adapter)
-        ):
+        if any(issubclass(kind, known) and forward is getattr(known, "forward", None) for known in classes_of(adapter)):
             return adapter
     return None
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -16,6 +16,8 @@ from convnn.nn.base import Site
 _FAMILIES = (timm_attention, eva, relative, windows, torch_attention, maps, talking, convit, refused)
 _ADAPTERS: list[Adapter] = [adapter for family in _FAMILIES for adapter in family.ADAPTERS]
 """Those that were registered last come first."""
+_known: WeakKeyDictionary[type[nn.Module], Adapter | None] = WeakKeyDictionary()
+"""What was found for a class of layers, until the adapters change."""
 
 
 def register_adapter(adapter: Adapter) -> None:
@@ -30,22 +32,24 @@ def register_adapter(adapter: Adapter) -> None:
                 f"adapter {type(adapter).__name__}: layers={name} is not of the form package.module:Class"
             )
     _ADAPTERS.insert(0, adapter)
-    _adapter_of.cache_clear()
+    _known.clear()
 
 
 def unregister_adapter(adapter: Adapter) -> None:
     """Forget an adapter."""
     _ADAPTERS.remove(adapter)
-    _adapter_of.cache_clear()
+    _known.clear()
 
 
 def adapter_of(layer: nn.Module) -> Adapter | None:
     """Return what reads a layer, or None. A subclass that computes otherwise is another kind of layer."""
-    return _adapter_of(type(layer))
+    kind = type(layer)
+    if kind not in _known:
+        _known[kind] = _search(kind)
+    return _known[kind]
 
 
-@lru_cache(maxsize=1000)
-def _adapter_of(kind: type) -> Adapter | None:
+def _search(kind: type[nn.Module]) -> Adapter | None:
     forward = getattr(kind, "forward", None)
     for adapter in _ADAPTERS:
         if any(issubclass(kind, known) and forward is getattr(known, "forward", None) for known in classes_of(adapter)):

@@ -13,7 +13,7 @@ from convnn.data.splits import Dataset
 from convnn.errors import ConfigError
 from convnn.models.backbones import create_backbone, draw_as_torch, has_small_stem
 from convnn.models.swap import SwapReport, count_parameters, swap_layers
-from convnn.models.tokens import set_token_grid
+from convnn.models.tokens import set_configured_grid
 from convnn.nn.hybrid import HybridConvNNAttention
 from convnn.nn.neighbor_attention import NeighborAttention
 from convnn.runtime.device import seed_everything
@@ -49,9 +49,8 @@ def build_network(
     if init == "auto" and not loads_weights(asdict(config.backbone)):
         init = "fresh"
     report = swap_layers(model, config.swap, config.operator, init)
-    if config.backbone.token_grid is not None:
-        rows, columns = config.backbone.token_grid
-        set_token_grid(model, (rows, columns), config.backbone.prefix_tokens)
+    if len(report):
+        set_configured_grid(model, config.backbone)
     if config.backbone.init == "torch" and init == "fresh":
         for layer in model.modules():  # others have a start of their own
             if isinstance(layer, (NeighborAttention, HybridConvNNAttention)):

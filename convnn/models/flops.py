@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from convnn.nn.base import first_tensor
 from convnn.nn.conv import ConvNN2d
 from convnn.nn.neighbor_attention import NeighborAttention
 from convnn.ops.aggregation import in_blocks
@@ -86,9 +87,9 @@ def count_operations(model: nn.Module, image: Tensor | Call, watch: Iterable[str
     call = image if isinstance(image, Call) else Call((image,), {})
     counter = FlopCounterMode(display=False)
 
-    def add(layer: ConvNN2d | NeighborAttention, args: tuple[Tensor, ...], out: Tensor) -> None:
+    def add(layer: ConvNN2d | NeighborAttention, args: tuple[Any, ...], given: dict[str, Any], out: Any) -> None:
         nonlocal missed
-        missed += elementwise_operations(layer, args[0])
+        missed += elementwise_operations(layer, first_tensor(args, given))
 
     def before(name: str, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         start[name], calls[name] = counter.get_total_flops() + missed, Call(args, given).on_meta()
@@ -96,7 +97,8 @@ def count_operations(model: nn.Module, image: Tensor | Call, watch: Iterable[str
     def after(name: str) -> None:
         layers[name] = layers.get(name, 0) + counter.get_total_flops() + missed - start[name]
 
-    hooks = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, (ConvNN2d, NeighborAttention))]
+    ours = [m for m in model.modules() if isinstance(m, (ConvNN2d, NeighborAttention))]
+    hooks = [m.register_forward_hook(add, with_kwargs=True) for m in ours]
     for name in watch:
         module = model.get_submodule(name)
         pre = partial(_noted, before, name)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from convnn.nn.adapters.layer import AdaptedAttention
+from convnn.nn.base import first_tensor
 from convnn.ops.neighborhood import Neighborhood, same_draws
 
 
@@ -62,8 +63,8 @@ def neighbors_of(model: nn.Module, images: Tensor, blend: float | None = None) -
         if isinstance(layer, AdaptedAttention):
             own = given | own
         else:  # which refuse what comes besides
-            args = args[:1]
-        with same_draws(args[0].device):
+            args = (first_tensor(args, given),)
+        with same_draws(first_tensor(args, given).device):
             found[name] = layer.neighborhood(*args, **own)  # type: ignore[operator]
 
     hooks = [layer.register_forward_pre_hook(partial(look, name), with_kwargs=True) for name, layer in layers.items()]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from convnn.models.inspect import choosing_layers, evaluating
-from convnn.nn.base import NeighborLayer
+from convnn.nn.base import NeighborLayer, first_tensor
 from convnn.ops.neighborhood import Neighborhood, same_draws
 
 _ALL = 1 << 30
@@ -35,8 +35,9 @@ class Held:
 def neighbor_mass(layer: Any, ask: Callable[[], Neighborhood], found: Neighborhood) -> Tensor | None:
     """Return what each query's neighbours hold of the layer's softmax over all tokens, (B, H, Q) float64, at most 1.
 
-    All tokens are those that plain attention has: zero padding is none of them, and no candidates are left out. The
-    scores are those that the layer weighs by.
+    All tokens are those that plain attention has: zero padding is none of them, and no candidates are left out but
+    those after a query of ``causal`` attention and those beyond a window's border. The scores are those that the layer
+    weighs by.
 
     Args:
         layer: that chose.
@@ -58,9 +59,9 @@ def neighbor_mass(layer: Any, ask: Callable[[], Neighborhood], found: Neighborho
     assert whole.weights is not None
     size = max(whole.geometry.num_tokens, found.geometry.num_tokens)
     weights = whole.weights.double().masked_fill(whole.is_padding, 0)
-    dense = weights.new_zeros(*whole.index.shape[:3], size).scatter_(-1, whole.index, weights)
-    held = dense.gather(-1, found.index).masked_fill(~found.valid, 0)
-    return (held.sum(-1) / dense.sum(-1)).clamp(max=1)
+    dense = weights.new_zeros(*whole.index.shape[:3], size).scatter_add_(-1, whole.index, weights)
+    chosen = torch.zeros_like(dense).scatter_add_(-1, found.index, found.valid.to(dense.dtype)).clamp(max=1)
+    return (dense * chosen).sum(-1) / dense.sum(-1)
 
 
 @torch.no_grad()
@@ -75,7 +76,7 @@ def held_by_neighbors(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, 
 
     def look(name: str, layer: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         ask = _question(layer, args, given)
-        with same_draws(args[0].device):
+        with same_draws(first_tensor(args, given).device):
             found = ask()
             mass = neighbor_mass(layer, ask, found)
         asked = (found.valid & (found.queries >= found.geometry.prefix)[:, None]).sum()
@@ -103,7 +104,7 @@ def _question(layer: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Calla
     takes = inspect.signature(layer.neighborhood).parameters.values()
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in takes):
         return partial(layer.neighborhood, *args, **given)
-    return partial(layer.neighborhood, args[0])
+    return partial(layer.neighborhood, first_tensor(args, given))
 
 
 def _held(inside: float, asked: float, mass: float, queries: float) -> Held:

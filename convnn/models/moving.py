@@ -14,11 +14,14 @@ from convnn.errors import ConfigError
 from convnn.models.backbones import create_backbone
 from convnn.models.sites import is_operator
 from convnn.models.swap import swap_layers
+from convnn.models.tokens import set_configured_grid
 from convnn.nn.base import NeighborLayer
 
 _STATE = "_extra_state"
 _BLEND = "blend_logit"
 MOVABLE = ("blend", "k", "temperature")
+_PLACES = ("grid_size", "token_grid", "num_prefix_tokens")
+"""What tells an attention layer where its tokens lie."""
 
 
 class Moving:
@@ -60,6 +63,10 @@ class Moving:
         Raises:
             ConfigError: where a setting would change the shape of a parameter, or a layer cannot have it.
         """
+        for label, rule in config.swap.effective_rules().items():
+            fixed = next((key for key in moved if key in (rule.operator or {})), None)
+            if fixed is not None:
+                raise ConfigError(f"operator.{fixed}: swap.rules.{label} sets its own, which would stay where it is")
         new = self._built(config)
         if not self.swapped:
             return new
@@ -87,6 +94,7 @@ class Moving:
             for name, layer in self._plain.items():
                 self.model.set_submodule(name, layer)
             report = swap_layers(self.model, config.swap, config.operator, "fresh" if self.swapped else "transfer")
+            set_configured_grid(self.model, config.backbone)
             return {row.name: self.model.get_submodule(row.name).eval() for row in report.rows}
         finally:
             for name in _changed_places(self.model, before):
@@ -163,5 +171,8 @@ def _stand(layer: nn.Module, own: nn.Module, wanted: nn.Module, moved: Collectio
             one.set_spectrum(**values)
         except ValueError as error:
             raise ConfigError(f"'{name}': {error}") from error
+        for attribute in _PLACES:
+            if hasattr(before, attribute):
+                setattr(one, attribute, getattr(before, attribute))
         if "backend" not in moved:
             one.backend = "auto"  # a run that demanded kernels may be evaluated without them

@@ -215,6 +215,8 @@ class _Built:
 def _built(claim: _Claim, init: str, site: Site) -> _Built:
     build = _builder(claim.operator.target)
     check_replaceable(site.name, claim.layer)
+    if any(is_operator(module) for module in claim.layer.modules()):
+        raise ConfigError(f"'{site.name}' holds layers that were replaced before; replace it first, or exclude it")
     plain, dropped = plain_convolution(claim.layer, site.name)
     adapts = resolve_target(claim.operator.target, "operator.target") is ConvNNAttention
     source, site = stand_in(plain, init, site, adapts)
@@ -274,7 +276,20 @@ def _claims(model: nn.Module, rules: Rules, operator: OperatorConfig) -> dict[st
             if name in claims:
                 raise ConfigError(f"'{name}' is claimed by both {claims[name].rule} and {label}; exclude it from one")
             claims[name] = _Claim(label, layer, own, rule.exclude)
+    for name in list(claims):
+        outer = next((o for o in _names_around(name) if o in claims), None)
+        if outer is not None and claims[outer].rule == claims[name].rule:
+            del claims[name]  # goes with the outer one
+        elif outer is not None:
+            rules_of = claims[name].rule, claims[outer].rule
+            raise ConfigError(f"'{name}' of {rules_of[0]} lies in '{outer}' of {rules_of[1]}; exclude one of them")
     return claims
+
+
+def _names_around(name: str) -> list[str]:
+    """Return the names of the modules that a module lies in, the outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from convnn.config.schema import BackboneConfig
 from convnn.errors import ConfigError
 from convnn.nn.base import Site, TokenGrid
 from convnn.ops.geometry import Pair
@@ -89,3 +90,10 @@ def set_token_grid(model: nn.Module, grid: Pair | str | None, num_prefix_tokens:
         if num_prefix_tokens is not None:
             layer.num_prefix_tokens = num_prefix_tokens
     return list(layers)
+
+
+def set_configured_grid(model: nn.Module, backbone: BackboneConfig) -> None:
+    """Say where the tokens of a swapped model lie, if its configuration does."""
+    if backbone.token_grid is not None:
+        rows, columns = backbone.token_grid
+        set_token_grid(model, (rows, columns), backbone.prefix_tokens)

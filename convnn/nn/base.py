@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -128,6 +129,11 @@ def layer_settings(config: OperatorConfig) -> dict[str, Any]:
     """Return the operator's settings that all layers take as keyword arguments."""
     names = (f.name for f in fields(OperatorConfig))
     return {n: getattr(config, n) for n in names if n not in _NOT_FOR_LAYERS and not n.startswith("branch_")}
+
+
+def first_tensor(args: Sequence[Any], given: Mapping[str, Any]) -> Tensor:
+    """Return the input of a layer that is called with these arguments, of which each may be given by its name."""
+    return next(value for value in (*args, *given.values()) if isinstance(value, Tensor))
 
 
 class NeighborLayer(nn.Module):

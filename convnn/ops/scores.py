@@ -250,6 +250,8 @@ class Scores:
         if self.selection.score_step is not None and not self.by_position:
             score = score.div(self.selection.score_step).round_()
         if taken is not None:
+            if self.blocked is not None:  # a prefix token at -inf is allowed, and comes before those that are not
+                score = score.clamp_(min=torch.finfo(score.dtype).min)
             score = score.masked_fill_(taken, -torch.inf)
         elif self.selection.self_first and again is None:
             score = score.scatter_(-1, own[:, None].expand(*score.shape[:-1], 1), -torch.inf)

@@ -105,19 +105,36 @@ def draw_run(
         Figures by name: ``neighbors``, ``blends`` for layers that have a blend, ``weights`` for layers with weights.
 
     Raises:
-        ConfigError: if no layer of the model chooses neighbours.
+        ConfigError: if no layer of the model chooses neighbours, or none whose tokens have a place on the image.
     """
     if not choosing_layers(model):
         raise ConfigError("this run has no layer that chooses neighbours (swap.txt says what was replaced)")
     pixels = list(pixels) or default_pixels(shown.picture)
-    found = _only_layers(neighbors_of(model, shown.x), layers)
+    found = _only_layers(_on_the_image(neighbors_of(model, shown.x)), layers)
     figures: dict[str, Any] = {"neighbors": draw_neighbors(shown.picture, found, pixels, head=head)}
     by_blend = {blend: neighbors_of(model, shown.x, blend=blend) for blend in BLENDS}
-    if by_blend[0.0]:
-        chosen = {blend: _only_layers(layers_at, layers) for blend, layers_at in by_blend.items()}
+    if by_blend[0.0].keys() & found.keys():
+        chosen = {blend: {n: one for n, one in at.items() if n in found} for blend, at in by_blend.items()}
         figures["blends"] = draw_blends(shown.picture, chosen, pixels[0], head=head)
     figures["weights"] = draw_weights(shown.picture, found, pixels)
     return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def _on_the_image(found: dict[str, Neighborhood]) -> dict[str, Neighborhood]:
+    """Leave out layers whose tokens have no known place on the image: those inside windows, and sequences.
+
+    Raises:
+        ConfigError: if none is left.
+    """
+    placed = {name: one for name, one in found.items() if len(one.index) == 1 and not _on_a_line(one)}
+    if not placed:
+        what = f"{next(iter(found))} and all other layers"
+        raise ConfigError(f"no picture of neighbours: {what} choose inside windows or on a line, not on the image")
+    return placed
+
+
+def _on_a_line(found: Neighborhood) -> bool:
+    return found.geometry.height == 1 and found.geometry.width > 1
 
 
 def _only_layers(found: dict[str, Neighborhood], layers: Sequence[str]) -> dict[str, Neighborhood]:
@@ -134,7 +151,10 @@ def draw_at_end(model: nn.Module, test: Batches, folder: Path) -> list[Path]:
 
         figures = draw_curves(folder)
         if choosing_layers(model):
-            figures = draw_run(model, image_of_test_set(test.split, 0, test.config, test.image_size)) | figures
+            try:
+                figures = draw_run(model, image_of_test_set(test.split, 0, test.config, test.image_size)) | figures
+            except ConfigError as error:
+                log.info("%s", error)
         return save_figures(figures, folder)
     except Exception as error:  # a package is missing, the disk is full: the run itself is complete
         log.warning("no pictures (%s); try scripts/visualize.py run=%s", first_line(error), folder)

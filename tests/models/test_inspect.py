@@ -4,8 +4,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from helpers import equal_states
+from torch import nn
 
 from convnn import ConvNN2d, ConvNNAttention, neighbors_of, swap_layers
+from convnn.models.flops import count_operations
+from convnn.models.mass import held_by_neighbors
 from convnn.nn.neighbor_attention import add_ring
 
 TINY_RESNET = {"num_classes": 3, "channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1]}
@@ -158,3 +161,20 @@ def test_the_window_of_a_layer_with_fewer_candidates_than_k():
     layer = ConvNNAttention(8, 2, 9, num_prefix_tokens=1)
     layer.set_spectrum(k=2)
     assert layer.neighborhood(x).window == (3, 3)
+
+
+def test_layers_that_are_called_by_names_alone():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, image):
+            x = image.flatten(2).mT
+            return self.attn(query=x, key=x, value=x, need_weights=False)[0].mean(1)
+
+    model, image = Named(), torch.randn(2, 8, 3, 3)
+    swap_layers(model, "*", {"kind": "attention", "aggregation": "sum", "k": 4})
+    assert neighbors_of(model, image)["attn"].index.shape == (2, 2, 9, 4)
+    assert held_by_neighbors(model, [image])["attn"].mass < 1
+    assert count_operations(model, image).total > 0

@@ -196,3 +196,47 @@ def test_layers_without_a_softmax_tell_of_their_window():
     swap_layers(vit, "*", "convnn_attention", k=9, blend=0.0)
     found = held_by_neighbors(vit, [torch.randn(1, 3, 32, 32)] * 2)["blocks.0.attn"]
     assert 0 < found.mass < 1 and 0.4 < found.window < 1  # at the border a window has fewer tokens than 9
+
+
+def test_the_mass_inside_shifted_windows_with_the_own_token_first():
+    torch.manual_seed(0)
+    shape = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 12, "depths": (2,), "num_heads": (2,)}
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **shape).double()
+    settings = {"kind": "attention", "aggregation": "sum", "k": 5, "self_first": True}
+    swap_layers(model, "*", settings, init="transfer")
+    layer, call = model.layers[0].blocks[1].attn, {}
+    hook = layer.register_forward_pre_hook(lambda _, args, given: call.update(args=args, given=given), with_kwargs=True)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model.eval()(images)
+    hook.remove()
+    heads = layer.adapter.read(layer.plain, *call["args"], **call["given"])
+    score = heads.q @ heads.k.mT / heads.q.shape[-1] ** 0.5 + heads.bias
+    weights = score.masked_fill(heads.blocked, -torch.inf).softmax(-1)
+    found = layer.neighborhood(*call["args"], **call["given"])
+    wanted = (weights.gather(-1, found.index) * found.valid).sum(-1).mean()
+    held = held_by_neighbors(model, [images])["layers.0.blocks.1.attn"]
+    assert held.mass == pytest.approx(wanted.item(), abs=1e-12) and 0.1 < held.mass < 0.99
+
+
+# ------------------------------------------------------------------------------------- what the layers were told
+
+
+def test_moved_layers_know_the_grid_that_the_run_was_told():
+    told = ["backbone.token_grid=[2,8]", "backbone.prefix_tokens=1"]
+    config, model = trained("operator=convnn_attention", "operator.k=5", "operator.blend=0.5", *told)
+    before = model(IMAGES)
+    assert torch.equal(logits(config, model, "operator.k=5"), before)
+    layer = moved(config, model, "operator.k=3")["blocks.0.attn"]
+    assert layer.geometry(17).height == 2 and layer.geometry(17).width == 8
+    attention = ["operator=convnn_attention", "swap=all_attention", "operator.aggregation=sum", "operator.blend=0.5"]
+    plain, model = trained("swap=none", *told)
+    found = Moving(model, plain.backbone, SIZE).layers(changed_config(plain, attention), {"blend"}, 9)
+    assert found["blocks.1.attn"].geometry(17).width == 8
+
+
+def test_a_setting_that_a_rule_has_of_its_own_is_refused():
+    rules = ["+swap.rules.a={match:blocks.0.*,operator:{k:4}}", "+swap.rules.b={match:blocks.1.*}"]
+    config, model = trained("operator=convnn_attention", "operator.k=9", "swap=none", *rules)
+    with pytest.raises(ConfigError, match=r"operator\.k: swap\.rules\.a sets its own"):
+        moved(config, model, "operator.k=2")
+    assert moved(config, model, "operator.blend=0.5")["blocks.0.attn"].k == 4

@@ -230,3 +230,17 @@ def test_the_networks_layers_of_a_vit_are_its_patches_and_attention():
     assert network_layers(net) == ["patch_embed.proj", "blocks.0.attn", "blocks.1.attn"]
     swap_layers(net, {"last": 1}, "convnn_attention")
     assert network_layers(net) == ["patch_embed.proj", "blocks.0.attn", "blocks.1.attn"]
+
+
+def test_a_layer_inside_another_is_replaced_by_neither_or_with_it():
+    def attention():
+        return timm.create_model("visformer_tiny", img_size=64, embed_dim=48, num_heads=2, depth=(1, 1, 1))
+
+    model, name = attention(), "stage2.0.attn"
+    pointwise = {"kind": "conv", "target": "convnn.ConvNN2d", "k": 1, "weighting": "ones", "aggregation": "conv"}
+    rules = [{"match": f"{name}.*", "operator": pointwise}, {"match": name}]
+    with pytest.raises(ConfigError, match=rf"'{name}.qkv' of rules\[0\] lies in '{name}' of rules\[1\]"):
+        swap_layers(model, rules, "convnn_attention", k=4, aggregation="sum")
+    swap_layers(model, f"{name}.*", pointwise)
+    with pytest.raises(ConfigError, match=f"'{name}' holds layers that were replaced before"):
+        swap_layers(model, name, "convnn_attention", k=4, aggregation="sum")

@@ -12,8 +12,9 @@ from convnn.ops import native, scores
 from convnn.ops.aggregation import with_own_scores
 from convnn.ops.candidates import candidate_tokens
 from convnn.ops.geometry import Geometry, window_order
+from convnn.ops.neighborhood import find_neighborhood
 from convnn.ops.selection import select_neighbors
-from convnn.ops.settings import Selection
+from convnn.ops.settings import Mixing, Selection
 from convnn.ops.topk import stable_topk
 
 
@@ -327,3 +328,12 @@ def test_the_least_alike_may_weigh_most():
     tokens = torch.nn.functional.pad(x, (1, 1, 1, 1)).flatten(2)[0].T
     want = (tokens[a.index[0, 0]] * a.weights[0, 0, :, :, None]).sum(1) + far.bias
     torch.testing.assert_close(far(x)[0].flatten(1).T, want)
+
+
+@pytest.mark.parametrize("blend", [0.0, 0.5, 1.0])
+def test_a_prefix_token_that_may_be_seen_comes_before_one_that_may_not(blend):
+    q, k, blocked = torch.randn(1, 1, 6, 4), torch.randn(1, 1, 6, 4), torch.zeros(1, 1, 6, 6, dtype=torch.bool)
+    blocked[..., 2:, 0] = True
+    geometry, wanted = Geometry(2, 2, prefix=2), Selection(k=5, self_first=False)
+    found = find_neighborhood(q, k, geometry, wanted, Mixing(weighting="softmax"), blend=blend, blocked=blocked)
+    assert found.valid.all() and all(sorted(row) == [1, 2, 3, 4, 5] for row in found.index[0, 0, 2:].tolist())

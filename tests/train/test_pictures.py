@@ -5,6 +5,8 @@ import json
 import os
 
 import pytest
+import timm
+import torch
 from fake_runs import write_run
 from programs import snapshot
 
@@ -12,8 +14,9 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.figure import Figure
 
+from convnn import swap_layers
 from convnn.errors import ConfigError
-from convnn.train.pictures import save_figures
+from convnn.train.pictures import ShownImage, draw_run, save_figures
 
 LIST = ".convnn-pictures"
 
@@ -83,3 +86,17 @@ def test_overwriting_a_run_takes_its_pictures_along(tmp_path):
     folder = write_run(tmp_path / "r")
     save_figures(figures("neighbors", "training"), folder)
     assert remove_earlier(folder) == [] and not (folder / "pictures").exists()
+
+
+def test_layers_inside_windows_have_no_place_on_the_image():
+    torch.manual_seed(0)
+    shape = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 12, "depths": (2,), "num_heads": (2,)}
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **shape)
+    swap_layers(model, "*attn", {"kind": "attention", "aggregation": "sum", "k": 4})
+    shown = ShownImage(torch.randn(1, 3, 32, 32), torch.rand(3, 32, 32))
+    with pytest.raises(ConfigError, match=r"no picture of neighbours: layers\.0.* choose inside windows"):
+        draw_run(model, shown)
+    swap_layers(model, "patch_embed.proj", {"name": "convnn", "k": 4, "blend": 0.5})
+    assert draw_run(model, shown).keys() == {"neighbors", "blends"}
+    with pytest.raises(ConfigError, match=r"this run has patch_embed\.proj"):
+        draw_run(model, shown, layers=["layers.0.blocks.0.attn"])

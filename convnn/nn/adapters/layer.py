@@ -13,7 +13,7 @@ from convnn.config.schema import OperatorConfig
 from convnn.errors import ConfigError
 from convnn.nn.adapters.base import Adapter
 from convnn.nn.adapters.registry import adapter_of
-from convnn.nn.base import Site, layer_settings
+from convnn.nn.base import Site, first_tensor, layer_settings
 from convnn.nn.neighbor_attention import NeighborAttention
 from convnn.ops.geometry import Geometry, Pair
 from convnn.ops.neighborhood import Neighborhood, same_draws
@@ -86,7 +86,7 @@ class AdaptedAttention(NeighborAttention):
     def forward(self, *args: Any, return_neighbors: bool = False, **given: Any) -> Any:
         """Take what the layer takes and return what it returns, with ``return_neighbors`` a Neighborhood too."""
         if return_neighbors:
-            with same_draws(args[0].device):
+            with same_draws(first_tensor(args, given).device):
                 found = self.neighborhood(*args, **given)
             return self.forward(*args, **given), found
         heads = self.adapter.read(self.plain, *args, **given)

@@ -166,7 +166,7 @@ def test_a_layer_on_a_line_is_replaced():
 
 FAMILIES = {
     "resnet18": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
-    "tf_efficientnet_b0": {"channel_multiplier": 0.25},
+    "tf_efficientnet_b0": {},
     "convnext_atto": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]},
     "vit_tiny_patch16_224": {"img_size": 32, "depth": 1, "embed_dim": 24},
 }

@@ -56,7 +56,7 @@ def at_call(monkeypatch, owner, name, number, signum):
         pytest.param(signal.SIGTERM, Trainer, "_train_step", 1, id="TERM-first-epoch"),
         pytest.param(signal.SIGINT, training, "save_checkpoint", 1, id="INT-checkpoint-write"),
         pytest.param(signal.SIGUSR2, training, "evaluate", 5, id="USR2-last-evaluation"),
-        pytest.param(signal.SIGTERM, Trainer, "_check_sizes", 0, id="TERM-while-building"),
+        pytest.param(signal.SIGTERM, training, "check_sizes", 0, id="TERM-while-building"),
     ],
 )
 @pytest.mark.long

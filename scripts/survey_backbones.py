@@ -96,11 +96,11 @@ def compute(rows: Sequence[Row]) -> None:
             continue
         try:
             row.error = f"{transfer_error(model, row.kind, names, image):.1e}"
-        except (ConfigError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        except Exception as error:  # whatever a model makes of it is a finding
             row.error = f"{type(error).__name__}: {first_line(error)}"
         try:
             row.fewer = "yes" if runs_with_fewer(model, row.kind, names, image) else "no"
-        except (ConfigError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        except Exception as error:  # whatever a model makes of it is a finding
             row.fewer = f"{type(error).__name__}: {first_line(error)}"
 
 
@@ -174,6 +174,13 @@ def counts(rows: Sequence[Row]) -> tuple[int, int, int]:
     return whole, len(rows) - whole - none, none
 
 
+def write(rows: Sequence[Row], out: Path) -> None:
+    """Write the page and the table."""
+    (out / "results").mkdir(parents=True, exist_ok=True)
+    write_text(out / "results" / "backbones.csv", csv_of(rows))
+    write_text(out / "backbones.md", page(rows))
+
+
 def main(argv: list[str]) -> None:
     """Survey, compute and write."""
     options: Options = script_options(Options, argv, USAGE)
@@ -182,14 +189,12 @@ def main(argv: list[str]) -> None:
     if not chosen:
         raise ConfigError(f"models={options.models} matches no model of timm")
     rows = [row for one in tqdm(chosen, "models", file=sys.stderr) for row in survey(*one)]
+    write(rows, Path(options.out))
     if options.compute:
         for group in tqdm(list(smallest(rows)), "computed", file=sys.stderr):
             compute(group)
-    out = Path(options.out)
-    (out / "results").mkdir(parents=True, exist_ok=True)
-    write_text(out / "results" / "backbones.csv", csv_of(rows))
-    write_text(out / "backbones.md", page(rows))
-    print(out / "backbones.md")
+            write(rows, Path(options.out))
+    print(Path(options.out) / "backbones.md")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ def freeze(model: nn.Module, globs: Iterable[str]) -> None:
     """Let the parameters that globs match ask for no gradient, and those in modules that they match.
 
     Batch normalisation in a matching module stays in evaluation mode whatever ``model.train()`` says: it normalises by
-    the statistics that it has, and these stand still. Dropout and stochastic depth go on. A deep copy keeps that, a pickled
-    model does not.
+    the statistics that it has, and these stand still. Dropout and stochastic depth go on. A deep copy keeps
+    that, a pickled model does not.
 
     Raises:
         ConfigError: for a glob that matches nothing, and if nothing is left to train.

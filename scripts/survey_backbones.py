@@ -6,9 +6,10 @@ import csv
 import dataclasses
 import fnmatch
 import io
+import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ can replace. With the smallest model of each family it also computes, in float64
 the exact end, and a step with fewer neighbours than there are tokens.
 {options}
 """
+WITHOUT_PAIRS = ("among channels", "linear attention", "one query", "AttentionPool")
+"""Words of the reasons for which attention has no scores of pairs of tokens."""
+LIMIT = 20
+"""Seconds for each thing that is computed."""
 LARGEST = 80_000_000
 """Parameters of a model that is computed; of families with larger ones alone, none is."""
 
@@ -85,23 +90,32 @@ def reasons(found: Coverage) -> str:
     return "; ".join(text for text, _ in Counter(found.refused.values()).most_common())
 
 
-def compute(rows: Sequence[Row]) -> None:
+def compute(row: Row) -> None:
     """Fill in what the smallest model of a family computes before and after a swap."""
     torch.manual_seed(0)
-    model = stir(timm.create_model(rows[0].model, pretrained=False)).double().eval()
+    model = stir(timm.create_model(row.model, pretrained=False)).double().eval()
     image = torch.randn(1, *input_size(model), dtype=torch.float64)
-    for row in rows:
-        names = coverage(model, row.kind).taken
-        if not names:
-            continue
-        try:
-            row.error = f"{transfer_error(model, row.kind, names, image):.1e}"
-        except Exception as error:  # whatever a model makes of it is a finding
-            row.error = f"{type(error).__name__}: {first_line(error)}"
-        try:
-            row.fewer = "yes" if runs_with_fewer(model, row.kind, names, image) else "no"
-        except Exception as error:  # whatever a model makes of it is a finding
-            row.fewer = f"{type(error).__name__}: {first_line(error)}"
+    names = coverage(model, row.kind).taken
+    row.error = within_limit(lambda: f"{transfer_error(model, row.kind, names, image):.1e}")
+    row.fewer = within_limit(lambda: "yes" if runs_with_fewer(model, row.kind, names, image) else "no")
+
+
+def within_limit(ask: Callable[[], str]) -> str:
+    """Return an answer, or what went wrong, or that it takes too long."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(LIMIT)
+    try:
+        return ask()
+    except TimeoutError:
+        return f"more than {LIMIT} s"
+    except Exception as error:  # whatever a model makes of it is a finding
+        return f"{type(error).__name__}: {first_line(error)}"
+    finally:
+        signal.alarm(0)
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
@@ -111,14 +125,14 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def smallest(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Return the rows of the smallest model of each family that has the kind, unless it is large."""
-    for family in dict.fromkeys(row.family for row in rows):
-        for kind in (CONV, ATTENTION):
+def smallest(rows: Sequence[Row]) -> Iterator[Row]:
+    """Return the rows of the smallest model of each family that has the kind, unless it is large; attention first."""
+    for kind in (ATTENTION, CONV):
+        for family in dict.fromkeys(row.family for row in rows):
             own = [row for row in rows if row.family == family and row.kind == kind and row.taken]
             least = min(own, key=lambda row: row.parameters, default=None)
             if least is not None and least.parameters <= LARGEST:
-                yield [least]
+                yield least
 
 
 def csv_of(rows: Sequence[Row]) -> str:
@@ -140,20 +154,29 @@ layers of classifier heads are left out. The error is the largest difference of 
 model (at most {largest} million parameters) after a swap at the exact end (convolutions: `k=kernel blend=0`; attention:
 all tokens, `aggregation=sum`), as a share of the largest logit, in float64, with random weights in place of those that
 would hide a difference. "Fewer" says whether a step with 3 neighbours at blend 0.5 (convolutions) or with 4 (attention)
-gave finite logits and gradients. [operators.md](operators.md) says what the kinds of attention and convolution become.
+gave finite logits and gradients, or that it took more than {limit} seconds; both are empty where nothing was computed.
+[operators.md](operators.md) says what the kinds of attention and convolution become.
+
+"None" of attention is often what has no scores of pairs of tokens: attention among channels, linear
+attention, one query for all. The last line leaves out the models that have no other.
 
 """
 
 
 def page(rows: Sequence[Row]) -> str:
     """Return the page: a summary, and a table of families for each kind."""
-    parts = [HEAD.format(timm=timm.__version__, torch=torch.__version__.split("+")[0], largest=LARGEST // 10**6)]
-    parts.append("| kind | models | all | some | none | all, % |\n|---|---|---|---|---|---|\n")
-    for kind in (CONV, ATTENTION):
-        count = counts([row for row in rows if row.kind == kind])
-        total = sum(count)
-        share = f"{100 * count[0] / total:.1f}" if total else ""
-        parts.append(f"| {kind} | {total} | {count[0]} | {count[1]} | {count[2]} | {share} |\n")
+    parts = [
+        HEAD.format(timm=timm.__version__, torch=torch.__version__.split("+")[0], largest=LARGEST // 10**6, limit=LIMIT)
+    ]
+    parts.append("| kind | models | all | some | none | all, % | all or some, % |\n|---|---|---|---|---|---|---|\n")
+    paired = [row for row in rows if row.kind == ATTENTION and not all_without_pairs(row)]
+    for label, own in (
+        *((kind, [row for row in rows if row.kind == kind]) for kind in (CONV, ATTENTION)),
+        ("attention by scores of pairs", paired),
+    ):
+        count, total = counts(own), max(len(own), 1)
+        shares = f"{100 * count[0] / total:.1f} | {100 * (total - count[2]) / total:.1f}"
+        parts.append(f"| {label} | {len(own)} | {count[0]} | {count[1]} | {count[2]} | {shares} |\n")
     for kind, title in ((ATTENTION, "Attention"), (CONV, "Convolutions")):
         parts.append(f"\n## {title}\n\n| family | models | all | some | none | error | fewer | not replaced |\n")
         parts.append("|---|---|---|---|---|---|---|---|\n")
@@ -165,6 +188,12 @@ def page(rows: Sequence[Row]) -> str:
             why = "; ".join(dict.fromkeys(text for row in own for text in row.reasons.split("; ") if text))
             parts.append(f"| {' | '.join(map(str, cells))} | {why.replace('|', ' ')} |\n")
     return "".join(parts)
+
+
+def all_without_pairs(row: Row) -> bool:
+    """Return whether a model's attention has no scores of pairs of tokens at all."""
+    whys = [why for why in row.reasons.split("; ") if why]
+    return row.taken == 0 and all(any(word in why for word in WITHOUT_PAIRS) for why in whys)
 
 
 def counts(rows: Sequence[Row]) -> tuple[int, int, int]:
@@ -191,8 +220,8 @@ def main(argv: list[str]) -> None:
     rows = [row for one in tqdm(chosen, "models", file=sys.stderr) for row in survey(*one)]
     write(rows, Path(options.out))
     if options.compute:
-        for group in tqdm(list(smallest(rows)), "computed", file=sys.stderr):
-            compute(group)
+        for row in tqdm(list(smallest(rows)), "computed", file=sys.stderr):
+            compute(row)
             write(rows, Path(options.out))
     print(Path(options.out) / "backbones.md")
 

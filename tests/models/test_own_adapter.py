@@ -46,6 +46,37 @@ def test_one_of_ones_own(mine):
     close(model(x), before)
 
 
+class Usual(nn.Module):
+    """Attention with the names that timm's kinds share."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.qkv, self.proj, self.proj_drop = 2, nn.Linear(8, 24), nn.Linear(8, 8), nn.Dropout(0.0)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        mixed = (q @ k.mT / 2).softmax(-1) @ v
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+def test_usual_attention_needs_its_class_alone():
+    class Named(Adapter):
+        layers = (f"{__name__}:Usual",)
+
+    named = Named()
+    register_adapter(named)
+    try:
+        torch.manual_seed(0)
+        model, x = nn.Sequential(Usual()).double(), torch.randn(2, 5, 8, dtype=torch.float64)
+        before = model(x)
+        swap_layers(model, "*", SETTINGS | {"k": 5}, init="transfer")
+        close(model(x), before)
+        with pytest.raises(TypeError):
+            model[0](x, mask=x)
+    finally:
+        unregister_adapter(named)
+
+
 def test_a_known_kind_can_be_read_otherwise():
     class Never(Adapter):
         layers = ("timm.layers.attention:Attention",)

@@ -66,7 +66,7 @@ class Adapter:
         """Fill what begins at neither the values of the layer's ``reset_parameters`` nor zeros, for ``init=fresh``."""
 
     def read(self, layer: Any, *args: Any, **given: Any) -> Heads:
-        """Return what the layer compares and mixes.
+        """Return what the layer compares and mixes. Here its ``qkv`` of what it is called with, (B, N, channels).
 
         Args:
             layer: one of ``layers``.
@@ -76,7 +76,7 @@ class Adapter:
         Raises:
             ValueError: for an argument that has no meaning with fewer neighbours, such as a causal mask.
         """
-        raise NotImplementedError
+        return Heads(*split(layer.qkv(*args, **given), layer.num_heads))
 
     def write(self, layer: Any, y: Tensor, heads: Heads) -> Any:
         """Return the layer's output: (B, H, N, C) -> what its ``forward`` returns. Here its ``proj`` and dropout."""

@@ -22,7 +22,7 @@ from convnn.ops.settings import Selection
 from convnn.ops.slots import in_slots
 from convnn.ops.threads import run_blocks
 from convnn.ops.topk import runs_at_once, stable_topk
-from convnn.ops.triton import dispatch, launch
+from convnn.ops.triton import dispatch, select
 
 
 def select_neighbors(
@@ -76,7 +76,7 @@ def select_neighbors(
         best = rank
         fits = (candidates is None or selection.k <= len(candidates)) and bias is None and blocked is None
         if not by_position and fits and dispatch.selects(backend, q, k, selection):
-            best = launch.best_tokens
+            best = select.best_tokens
         else:
             q, k = precise(q), precise(k)
         found = []

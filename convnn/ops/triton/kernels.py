@@ -79,7 +79,8 @@ def topk_kernel(
         tokens: candidates in rising order, (M,) int64, if LISTED, else all tokens are.
         share: blend of features with position, (B,) float32, if MIXED.
         floor: (B, Q) float32, see ``convnn.ops.similarity.span``, if RANGED.
-        row_steps: distance between rows of the padded grid, squared if EUCLIDEAN, (rows, rows) float32, if MIXED.
+        row_steps: distance between rows of the padded grid, squared if EUCLIDEAN, else over the extent, (rows, rows)
+            float32, if MIXED.
         column_steps: the same for columns, (columns, columns).
         index: output, (B, Q, K) int64.
         low: output if RANGED, (B, Q) float32: least similarity among the candidates.
@@ -109,6 +110,7 @@ def topk_kernel(
         tl.store(high + item * Q + row, most, mask=row_ok)
     if MIXED:
         features = tl.load(share + item)
+        scale = tl.div_rn(features, most - least)
         own_place = tl.maximum(itself - prefix, 0)
         own_row = own_place // columns
         own_column = own_place % columns
@@ -130,8 +132,9 @@ def topk_kernel(
             )
             distance = tl.sqrt_rn(across + along) if EUCLIDEAN else tl.maximum(across, along)
             distance = tl.where((token < prefix)[None, :], float("inf"), distance)
-            scaled = tl.div_rn(score - least[:, None], most[:, None] - least[:, None])
-            score = features * scaled - (1 - features) * tl.div_rn(distance, extent + tl.zeros_like(distance))
+            if EUCLIDEAN:
+                distance = tl.div_rn(distance, extent + tl.zeros_like(distance))
+            score = (score - least[:, None]) * scale[:, None] - (1 - features) * distance
         if SELF:
             score = tl.where(token[None, :] == itself[:, None], float("-inf"), score)
         score = tl.where(score == 0.0, 0.0, score)  # -0.0 equals 0.0

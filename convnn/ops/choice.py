@@ -1,0 +1,178 @@
+"""Which of several ways computes a step fastest on this device: measured where a case first appears, and remembered.
+
+Nothing is known in advance of a GPU. The ways are timed on the tensors of the first call; the winner is kept for the
+process and in a file beside torch's own, one for each device and its versions of torch and triton.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convnn.errors import first_line
+
+log = logging.getLogger("convnn")
+
+REPEATS = 3
+"""Runs of each way that are timed, after one that is not; the least counts."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step, and what its speed depends on."""
+
+    step: str
+    device: torch.device
+    dtype: torch.dtype
+    sizes: tuple[tuple[str, int], ...]
+    """Named sizes. Those of batches and maps count as the next power of two, see ``sized``."""
+    kind: str = ""
+    """What else tells cases apart."""
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{name}={size}" for name, size in self.sizes)
+        return " ".join(filter(None, (self.step, self.kind, sizes, str(self.dtype).removeprefix("torch."))))
+
+
+def sized(exact: Mapping[str, int], **rough: int) -> tuple[tuple[str, int], ...]:
+    """Return sizes of a case: ``exact`` as they are, ``rough`` as the next power of two."""
+    return (*exact.items(), *((name, 1 << max(size - 1, 0).bit_length()) for name, size in rough.items()))
+
+
+Times = dict[str, float | None]
+"""Milliseconds of each way; None: it failed."""
+
+_times: dict[tuple[str, str], Times] = {}
+"""By device and case: all that was measured, by this process or before it."""
+_used: dict[tuple[str, str], str] = {}
+"""By device and case: what this process took."""
+
+
+def fastest(case: Case, ways: Mapping[str, Callable[[], object]]) -> str:
+    """Return the name of the fastest way, and measure where that is not known yet.
+
+    Args:
+        case: what is computed.
+        ways: by name, the one that is taken unmeasured first: on a CPU, under torch's deterministic algorithms, in
+            graphs and while they are captured. They compute the same, up to rounding.
+    """
+    usual = next(iter(ways))
+    if len(ways) == 1 or not measures(case.device):
+        return usual
+    key = device_name(case.device), str(case)
+    known = known_times(case)
+    if not set(ways) <= set(known):
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return usual
+        known = known | {name: _time(way, case) for name, way in ways.items() if name not in known}
+        _times[key] = known
+        _store(case.device)
+    _used[key] = best_of(known, ways)
+    return _used[key]
+
+
+def best_of(times: Times, ways: Mapping[str, object]) -> str:
+    """Return the way of the least time; the first one where all failed."""
+    worked = {name: took for name in ways if (took := times.get(name)) is not None}
+    return min(worked, key=worked.__getitem__) if worked else next(iter(ways))
+
+
+def measures(device: torch.device) -> bool:
+    """Return whether ways are timed at all on this device, now."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.are_deterministic_algorithms_enabled():
+        return False
+    return device.type == "cuda"
+
+
+def known_times(case: Case) -> Times:
+    """Return what was measured of a case, by this process or before it."""
+    name = device_name(case.device)
+    _load(name)
+    return _times.get((name, str(case)), {})
+
+
+def choices() -> dict[str, Any]:
+    """Return what this process took: by case the way, and the milliseconds of all that were timed."""
+    return {case: {"way": way, "ms": _times.get((device, case), {})} for (device, case), way in _used.items()}
+
+
+def _time(way: Callable[[], object], case: Case) -> float | None:
+    try:
+        return milliseconds(way)
+    except Exception as error:  # a kernel that this device or version cannot build is no way
+        log.warning("%s: one way fails here and is left out: %s", case, first_line(error))
+        return None
+
+
+def milliseconds(way: Callable[[], object]) -> float:
+    """Return the least time of a way on the current GPU."""
+    way()  # compiles
+    times = []
+    for _ in range(REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        way()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return min(times)
+
+
+@lru_cache
+def device_name(device: torch.device) -> str:
+    """Return what a device is called."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def cache_file(name: str) -> Path:
+    """Return where the times of a device are kept: in ``TORCH_HOME``, by its name and the versions that matter."""
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = "none"
+    stem = re.sub(r"[^A-Za-z0-9.]+", "-", f"{name} torch {torch.__version__} triton {triton}")
+    return Path(torch.hub.get_dir()).parent / "convnn" / f"{stem}.json"
+
+
+@lru_cache
+def _load(name: str) -> None:
+    for case, times in _read(cache_file(name)).items():
+        _times.setdefault((name, case), times)
+
+
+def _read(path: Path) -> dict[str, Times]:
+    try:
+        found = json.loads(path.read_text())
+        return {str(case): {str(k): None if v is None else float(v) for k, v in t.items()} for case, t in found.items()}
+    except (OSError, ValueError, AttributeError, TypeError):  # none yet, or damaged: measure again
+        return {}
+
+
+def _store(device: torch.device) -> None:
+    name = device_name(device)
+    path = cache_file(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # What failed may have failed for want of memory: the next process tries it again.
+        worked = {
+            case: {way: took for way, took in times.items() if took is not None}
+            for (own, case), times in _times.items()
+            if own == name
+        }
+        merged = _read(path) | worked
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            json.dump(merged, file, indent=1)
+        os.replace(file.name, path)
+    except OSError as error:  # a home that cannot be written costs the next process its measurements
+        log.debug("%s cannot be written: %s", path, error)

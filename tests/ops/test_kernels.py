@@ -66,19 +66,28 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(capability, dtype, tmp_p
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     flags = dict.fromkeys(["BIASED", "LISTED", "RANGED", "MIXED", "EUCLIDEAN", "COSINE", "WIDEN"], False)
     plain = {"BQ": 32, "BM": 64, "BD": 32, "BK": 16, "SELF": 0} | flags
-    attend = {"BQ": 32, "BD": 64, "BC": 64, "MASKED": True, "WEIGHED": True}
-    wide = {"BQ": 2, "BD": 1024, "BC": 1024, "BK": 64, "MASKED": False, "WEIGHED": False}
+    attend = {"BQ": 32, "BD": 64, "BC": 64, "MASKED": True, "WEIGHED": True, "TEMPERED": True}
+    atomic = {"BK": 16, "ORDERED": False}
+    wide = {"BQ": 2, "BD": 1024, "BC": 1024, "BK": 64} | dict.fromkeys(["MASKED", "WEIGHED", "TEMPERED"], False)
+    edges, sums = {"weighs_of", "score_grads"}, {"dk", "dv", "dw"}
+    tokens = {"BE": 16, "BD": 64, "BC": 64, "WEIGHED": True}
     cases = [
         (kernels.topk_kernel, plain, {"inverse_q", "inverse_k", "bias", "tokens", "row_steps", "column_steps"}),
         (kernels.topk_kernel, plain | dict.fromkeys(["COSINE", "LISTED", "RANGED", "MIXED"], True) | {"SELF": 1}, ()),
         (kernels.topk_kernel, plain | dict.fromkeys(["BIASED", "RANGED", "MIXED", "EUCLIDEAN"], True), {"tokens"}),
         (kernels.attend_kernel, attend, ()),
-        (kernels.attend_backward_kernel, attend | {"BK": 16}, ()),
-        (kernels.attend_backward_kernel, wide, {"valid", "weight", "dw"}),
+        (kernels.attend_backward_kernel, attend | atomic, edges),
+        (kernels.attend_backward_kernel, attend | atomic | {"ORDERED": True}, sums),
+        (kernels.attend_backward_kernel, wide | {"ORDERED": False}, {"valid", "weight", "temperature", "dw"} | edges),
+        (kernels.attend_tokens_kernel, tokens, ()),
+        (kernels.attend_tokens_kernel, {"BE": 4, "BD": 1024, "BC": 1024, "WEIGHED": False}, {"weight"}),
+        (kernels.attend_weight_kernel, {"BQ": 32, "BC": 64}, ()),
     ]
     pointers = {"index": "*i64", "own": "*i64", "tokens": "*i64", "valid": "*u8", "scale": "fp32", "alike": "fp32"}
     pointers |= dict.fromkeys(["q", "k", "v", "y", "dy"], f"*{dtype}")
+    pointers |= {"edges": "*i64", "start": "*i64"}
     floats = "inverse_q inverse_k bias share floor row_steps column_steps low high weight lse dq dk dv dw"
+    floats += " weighs_of score_grads temperature"
     pointers |= dict.fromkeys(floats.split(), "*fp32")
     for kernel, constants, absent in cases:
         constants = constants | dict.fromkeys(absent)

@@ -156,9 +156,6 @@ def attends(
         limit = "dropout of the neighbours' weights is not served; set backbone.drop_rate=0"
     if limit is None and max(q.shape[-1], v.shape[-1]) > MAX_CHANNELS:
         limit = f"more than {MAX_CHANNELS} channels per head are not served"
-    trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if limit is None and trained and torch.are_deterministic_algorithms_enabled():
-        limit = "its gradient is summed in no fixed order; set train.deterministic=false"
     return use_kernel(
         mixing.backend, ATTENTION, q.device, limit or _foreign_dtype(*tensors), tokens=k.shape[2], num=num
     )

@@ -24,7 +24,7 @@ from convnn.ops.neighbors import Neighbors
 from convnn.ops.selection import select_neighbors
 from convnn.ops.settings import Mixing, Selection
 from convnn.ops.similarity import blend_scores, deviation, pair_similarity, with_positions
-from convnn.ops.triton import dispatch, launch
+from convnn.ops.triton import attention, dispatch
 
 
 def neighbor_aggregate(
@@ -77,16 +77,16 @@ def neighbor_aggregate(
     found = select_neighbors(q, k, geometry, selection, blend=blend, training=training, backend=mixing.backend, **more)
     num, drop = found.index.shape[-1], dropout if training else 0.0
     weight = _used_weight(weight, v.shape[-1], groups, num)
-    attention = mixing.weighting == "softmax" and (weight is None or weight.ndim == 2)
+    attends = mixing.weighting == "softmax" and (weight is None or weight.ndim == 2)
     if (
-        attention
+        attends
         and bias is None
         and blocked is None
         and dispatch.attends(q, k, v, weight, selection, mixing, num=num, dropout=drop)
     ):
         parts = q, k, v, found.index, found.valid, weight
         similarity, temperature = selection.similarity, mixing.temperature
-        return launch.attend_to_neighbors(*parts, similarity=similarity, temperature=temperature)
+        return attention.attend_to_neighbors(*parts, similarity=similarity, temperature=temperature)
     graph = Edges(found.index, *v.shape[:3]) if mixing.backend == "auto" and walks_edges(v) else None
     near = None if bias is None else at_neighbors(bias, found.index, k)
     rho = neighbor_weights(q, k, found, selection, mixing, graph=graph, dropout=drop, dtype=v.dtype, bias=near)

@@ -24,11 +24,16 @@ GPU = torch.cuda.is_available()
 no_gpu = pytest.mark.skipif(GPU, reason="is about machines without a GPU")
 
 
-def run_checks(**variables):
+CHECKS = {"kernel_checks.py": 50, "kernel_graph_checks.py": 15}
+"""Files of tests/support, and how many checks each has at least."""
+
+
+def run_checks(name, **variables):
     command = [sys.executable, "-m", "pytest", "-n0", "-m", "", "--tb=short", "-p", "no:cacheprovider"]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} | variables
     done = subprocess.run(
-        [*command, str(ROOT / "tests" / "support" / "kernel_checks.py")],
+        [*command, str(ROOT / "tests" / "support" / name)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -36,20 +41,22 @@ def run_checks(**variables):
     )
     assert done.returncode == 0, done.stdout[-6000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) >= 35 and "skipped" not in done.stdout
+    assert passed and int(passed[1]) >= CHECKS[name] and "skipped" not in done.stdout
 
 
 @pytest.mark.long
-def test_the_kernels_in_tritons_interpreter():
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_kernels_in_tritons_interpreter(name):
     pytest.importorskip("triton")
     # It is chosen before triton is imported, and would change triton for every other test of a process.
-    run_checks(TRITON_INTERPRET="1")
+    run_checks(name, TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
-def test_the_kernels_on_the_gpu():
-    run_checks()
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_kernels_on_the_gpu(name):
+    run_checks(name)
 
 
 @pytest.mark.slow

@@ -18,8 +18,8 @@ from convnn.ops.functional import neighbor_aggregate
 from convnn.ops.geometry import Geometry
 from convnn.ops.selection import select_neighbors
 from convnn.ops.settings import Mixing, Selection
+from convnn.ops.triton import attention
 from convnn.ops.triton import dispatch as backend
-from convnn.ops.triton import launch
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -181,7 +181,7 @@ def test_attention_and_its_gradients(case, ordered):
     leaves = [t.requires_grad_() for t in (q, k, v, weight) if t is not None]
     heads_first = [t.transpose(1, 2) for t in (q, k, v)]
     options = {"similarity": similarity, "temperature": torch.tensor(0.7) if ordered else 0.7, "ordered": ordered}
-    y = launch.attend_to_neighbors(*heads_first, index, valid, weight, **options)
+    y = attention.attend_to_neighbors(*heads_first, index, valid, weight, **options)
     assert y.dtype == (F32 if weighed else dtype) and y.shape == (batch, heads, queries, c)
     dy = torch.randn(y.shape, device=DEVICE, dtype=y.dtype)
     ours = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
@@ -205,8 +205,8 @@ def test_the_operator_gives_the_same_with_kernels(aggregation, monkeypatch):
     kind = "window" if aggregation == "sum" else "all"
     selection = Selection(k=5, similarity="dot", candidates=kind, num_candidates=1)
     blend, calls, results = 0.0 if aggregation == "sum" else 1.0, [], []
-    attend = launch.attend_to_neighbors
-    monkeypatch.setattr(launch, "attend_to_neighbors", lambda *a, **kw: calls.append(1) or attend(*a, **kw))
+    attend = attention.attend_to_neighbors
+    monkeypatch.setattr(attention, "attend_to_neighbors", lambda *a, **kw: calls.append(1) or attend(*a, **kw))
     for name, dtype in (("torch", torch.float64), ("triton", F32)):
         leaf = x.to(dtype, copy=True).requires_grad_()
         own = None if weight is None else weight.to(DEVICE, dtype)

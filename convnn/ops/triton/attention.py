@@ -10,19 +10,60 @@ Shapes: B batch, H heads, Q queries, N tokens, K neighbours, D channels per head
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
+from convnn.ops.similarity import unit
+from convnn.ops.triton.launch import block_size, on_device
+
 PARTS = 64
 """Copies of the gradient of the weights, so that fewer programs wait for one another, or each has its own."""
 
 
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a GPU the current one, where a kernel is to be launched."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+def attend_to_neighbors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    valid: Tensor | None,
+    weight: Tensor | None,
+    *,
+    similarity: str,
+    temperature: float | Tensor,
+    ordered: bool = False,
+) -> Tensor:
+    """Return ``sum_r softmax_r(s / temperature) w_r v_r`` over the neighbours r of each query, s their similarity.
+
+    Nothing of size (Q, K, D) exists, forward or backward. Softmax and sums are float32. The gradient of k, v and the
+    weights is added up atomically, in no fixed order on a GPU, unless ``ordered`` or torch's deterministic algorithms
+    ask for one; it cannot be differentiated again.
+
+    Args:
+        q: (B, H, Q, D).
+        k: (B, H, N, D).
+        v: (B, H, N, C).
+        index: (B or 1, H or 1, Q, K) int64.
+        valid: False for neighbours that do not count, shaped as ``index``, or None.
+        weight: of each channel and rank, (C, at least K), or None for ones.
+        similarity: ``dot`` or ``cosine``.
+        temperature: divides the similarity; a number, or a tensor () that may change without a new compilation.
+        ordered: sum every gradient in one order, along the inverted neighbour graph.
+
+    Returns:
+        (B, H, Q, C), of the precision of v and the weights.
+    """
+    scale = 1.0 if isinstance(temperature, Tensor) else 1 / temperature
+    if similarity == "cosine":
+        q, k = unit(q.float()), unit(k.float())
+    else:
+        scale /= math.sqrt(q.shape[-1])
+    if weight is not None:
+        weight = weight[:, : index.shape[-1]]
+    divisor = temperature.to(q.device, torch.float32) if isinstance(temperature, Tensor) else None
+    return attend(q, k, v, index, valid, weight, divisor, scale, ordered)[0]
 
 
 @library.custom_op("convnn::attend", mutates_args=())
@@ -98,7 +139,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _backward_atomically(inputs: Inputs, dy: Tensor, scale: float) -> Gradients:
-    q, k, v, index, valid, weight, *_, lse = inputs
+    q, k, v, index, _, weight, _, lse = inputs
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (k, v))
     sizes, _, blocks = _layout(q, k, v, index, weight)
@@ -125,11 +166,11 @@ def _backward_in_order(inputs: Inputs, dy: Tensor, scale: float) -> Gradients:
         attend_tokens_kernel[(b * h * tokens,)](
             q, weight, dy, weighs, score_grads, edges, start, dk, dv, h, count, tokens, d, c, k_,
             *strides[:3], lead[0] * (h if lead[1] else 1), lead[1], strides[-1],
-            BE=_block(4096 // wide, 1, 16), BD=blocks["BD"], BC=blocks["BC"], WEIGHED=weight is not None,
+            BE=block_size(4096 // wide, 1, 16), BD=blocks["BD"], BC=blocks["BC"], WEIGHED=weight is not None,
         )  # fmt: skip
         if weight is None:
             return dq, dk, dv, lse.new_empty(0)
-        rows, step = b * h * count, _block(2048 // blocks["BC"], 1, 32)
+        rows, step = b * h * count, block_size(2048 // blocks["BC"], 1, 32)
         each = -(-rows // (PARTS * step)) * step
         dw = lse.new_empty(-(-rows // each), c, num)
         attend_weight_kernel[(len(dw) * num,)](
@@ -158,7 +199,7 @@ def _launch_backward(
     with on_device(q.device):
         attend_backward_kernel[(_programs(q, blocks),)](
             q, k, v, index, valid, weight, temperature, lse, dy, dq, dk, dv, dw, weighs_of, score_grads,
-            scale, q.shape[1], q.shape[2], k.shape[2], *sizes, parts, *strides, **blocks, BK=_block(sizes[2]),
+            scale, q.shape[1], q.shape[2], k.shape[2], *sizes, parts, *strides, **blocks, BK=block_size(sizes[2]),
             MASKED=valid is not None, WEIGHED=weight is not None, TEMPERED=temperature is not None,
             ORDERED=weighs_of is not None,
         )  # fmt: skip
@@ -213,17 +254,12 @@ def _layout(
     sizes = [q.shape[-1], v.shape[-1], index.shape[-1]]
     strides = [stride for t in (q, k, v, index) for stride in t.stride()[:3]]
     strides.append(0 if weight is None else weight.stride(0))
-    bd, bc = _block(sizes[0]), _block(sizes[1])
-    return sizes, strides, {"BQ": _block(2048 // max(bd, bc), 1, 32), "BD": bd, "BC": bc}
+    bd, bc = block_size(sizes[0]), block_size(sizes[1])
+    return sizes, strides, {"BQ": block_size(2048 // max(bd, bc), 1, 32), "BD": bd, "BC": bc}
 
 
 def _programs(q: Tensor, blocks: dict[str, int]) -> int:
     return -(-q.shape[2] // blocks["BQ"]) * q.shape[0] * q.shape[1]
-
-
-def _block(size: int, low: int = 1, high: int = 1 << 30) -> int:
-    """Return the power of two that holds ``size``, within bounds."""
-    return min(max(1 << (size - 1).bit_length(), low), high)
 
 
 # ---------------------------------------------------------------------------------- what torch has to know of them

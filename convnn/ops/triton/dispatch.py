@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from convnn.errors import ConfigError
@@ -53,10 +54,15 @@ FASTER: tuple[Faster, ...] = ()
 def engaged(backend: str, device: torch.device) -> bool:
     """Return whether a kernel may be used at all.
 
-    Not in a traced graph (torch.compile fuses the plain path itself), on the meta device, or under a dispatch mode such
-    as the FLOP counter, which sees no operations of a kernel.
+    Not in an exported graph, which is loaded where convnn is not installed, on the meta device, or under a dispatch
+    mode such as the FLOP counter, which sees no operations of a kernel.
     """
-    if backend == "torch" or torch.compiler.is_compiling() or device.type == "meta" or is_in_torch_dispatch_mode():
+    if backend == "torch" or device.type == "meta":
+        return False
+    if torch.compiler.is_compiling():  # with modes of its own
+        if torch.compiler.is_exporting():
+            return False
+    elif is_in_torch_dispatch_mode():
         return False
     return backend == "triton" or (bool(FASTER) and device.type == "cuda")
 
@@ -96,6 +102,7 @@ def measured_faster(step: str, device: torch.device, tokens: int, num: int) -> b
     return any(f.step == step and fnmatch.fnmatch(name, f.gpu) and tokens >= f.tokens and num <= f.k for f in FASTER)
 
 
+@torch.compiler.assume_constant_result  # it looks at the installation, which a traced graph cannot
 def missing(device: torch.device) -> str | None:
     """Return what is missing to run kernels on this device and how to get it, or None."""
     if not _installed():
@@ -154,11 +161,18 @@ def attends(
     tensors = [q, k, v] if weight is None else [q, k, v, weight]
     if limit is None and dropout > 0:
         limit = "dropout of the neighbours' weights is not served; set backbone.drop_rate=0"
+    if limit is None and _transformed():  # a custom operator would drop the derivative without a word
+        limit = "forward derivatives and the transforms of torch.func are not served"
     if limit is None and max(q.shape[-1], v.shape[-1]) > MAX_CHANNELS:
         limit = f"more than {MAX_CHANNELS} channels per head are not served"
     return use_kernel(
         mixing.backend, ATTENTION, q.device, limit or _foreign_dtype(*tensors), tokens=k.shape[2], num=num
     )
+
+
+def _transformed() -> bool:
+    """Return whether dual numbers or a transform of ``torch.func`` may be at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _foreign_dtype(*tensors: Tensor) -> str | None:

@@ -1,4 +1,4 @@
-"""Calling the kernels with tensors: sizes, strides and precision.
+"""Calling the kernel of selection with tensors: sizes, strides and precision.
 
 Shapes: B batch, H heads, Q queries, N tokens, M candidates, K neighbours, D channels per head, C channels of values.
 """
@@ -6,19 +6,25 @@ Shapes: B batch, H heads, Q queries, N tokens, M candidates, K neighbours, D cha
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from convnn.ops.geometry import Geometry
 from convnn.ops.neighbors import Neighbors
 from convnn.ops.scores import Search, Terms, prepare, whole_range
-from convnn.ops.similarity import ALIKE, score_terms, unit
-from convnn.ops.triton.attention import attend, on_device
+from convnn.ops.similarity import ALIKE, score_terms
 from convnn.ops.triton.dispatch import interpreted
 
 
-def _block(size: int, low: int = 1, high: int = 1 << 30) -> int:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one, where a kernel is to be launched."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def block_size(size: int, low: int = 1, high: int = 1 << 30) -> int:
     """Return the power of two that holds ``size``, within bounds."""
     return min(max(1 << (size - 1).bit_length(), low), high)
 
@@ -29,37 +35,84 @@ def best_tokens(search: Search) -> Neighbors:
     Scores are float32 sums of products of the inputs in their own precision, in which those products are exact for 16
     bits; norms and means are float32. So the order is that of float32, as in the plain path.
     """
-    from convnn.ops.triton.kernels import topk_kernel
-
-    geometry, selection, candidates = search.geometry, search.selection, search.candidates
-    b, h, count, _ = search.q.shape
+    geometry, selection = search.geometry, search.selection
+    b, h = search.q.shape[:2]
     terms = prepare(search)
     operands = _operands(terms, selection.similarity)
-    device = search.q.device
-    index = torch.empty(b * h, count, selection.k, dtype=torch.int64, device=device)
-    low, high = (terms.floor.new_empty(b * h, count) for _ in range(2)) if search.ranged else (None, None)
-    available = search.k.shape[2] if candidates is None else len(candidates)
-    own_first = int(selection.self_first)
-    channels, (rows, columns) = operands[0].shape[2], geometry.padded_shape
-    share = torch.as_tensor(terms.share, dtype=torch.float32, device=device).flatten().expand(b * h).contiguous()
-    bq, bm = _block(count, 16, 32), _block(available, 16, 64)
-    with on_device(device):
-        topk_kernel[(-(-count // bq) * b * h,)](
-            *operands, search.queries, candidates, share, terms.floor, *_steps(terms, geometry, selection.distance),
-            index, low, high, count, search.k.shape[2], available, channels, selection.k, geometry.prefix,
-            columns, rows, geometry.extent, ALIKE,
-            BQ=bq, BM=bm, BD=_block(channels, 16, 32), BK=_block(selection.k - own_first or 1),
-            COSINE=operands[2] is not None, BIASED=operands[4] is not None, LISTED=candidates is not None,
-            SELF=own_first, RANGED=search.ranged, MIXED=terms.mixed, EUCLIDEAN=selection.distance == "euclidean",
-            WIDEN=operands[0].dtype == torch.bfloat16 and interpreted(),
+    share = terms.share if isinstance(terms.share, Tensor) else terms.floor.new_full((), terms.share)
+    share = share.to(torch.float32).flatten().expand(b * h).contiguous()
+    steps = _steps(terms, geometry, selection.distance)
+    numbers = geometry.prefix, geometry.padded_shape[1], geometry.padded_shape[0], geometry.extent, selection.k
+    flags = selection.self_first, search.ranged, terms.mixed, selection.distance == "euclidean"
+    index, low, high = best_keys(
+        *operands, search.queries, search.candidates, share, terms.floor, *steps, *numbers, *flags
+    )
+    if not search.ranged:
+        return Neighbors(index.unflatten(0, (b, h)))
+    if selection.similarity == "dot":  # the kernel multiplies the features as they are
+        low, high = (t / math.sqrt(operands[0].shape[2]) for t in (low, high))
+    low, high = low[..., None], high[..., None]
+    low, high = whole_range(low, high, operands[0], terms.own, selection.similarity)
+    return Neighbors(index.unflatten(0, (b, h)), None, low.unflatten(0, (b, h)), high.unflatten(0, (b, h)))
+
+
+# A custom operator, which ``torch.compile`` calls as it is, see ``attention``; what is computed around it fuses with
+# the rest of the network.
+@library.custom_op("convnn::best_keys", mutates_args=())
+def best_keys(
+    q: Tensor,
+    k: Tensor,
+    inverse_q: Tensor | None,
+    inverse_k: Tensor | None,
+    bias: Tensor | None,
+    own: Tensor,
+    candidates: Tensor | None,
+    share: Tensor,
+    floor: Tensor,
+    row_steps: Tensor | None,
+    column_steps: Tensor | None,
+    prefix: int,
+    columns: int,
+    rows: int,
+    extent: int,
+    num: int,
+    self_first: bool,
+    ranged: bool,
+    mixed: bool,
+    euclidean: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the ``num`` best of the candidates, (B H, Q, K) int64, and least and largest score, (B H, Q) or empty.
+
+    The arguments are those of ``kernels.topk_kernel``.
+    """
+    from convnn.ops.triton.kernels import topk_kernel
+
+    items, count, channels = q.shape
+    index, low, high = _keys_of(q, floor, num, ranged)
+    available = k.shape[1] if candidates is None else len(candidates)
+    bq, bm = block_size(count, 16, 32), block_size(available, 16, 64)
+    with on_device(q.device):
+        topk_kernel[(-(-count // bq) * items,)](
+            q, k, inverse_q, inverse_k, bias, own, candidates, share, floor, row_steps, column_steps,
+            index, low, high, count, k.shape[1], available, channels, num, prefix, columns, rows, extent, ALIKE,
+            BQ=bq, BM=bm, BD=block_size(channels, 16, 32), BK=block_size(num - self_first or 1),
+            COSINE=inverse_q is not None, BIASED=bias is not None, LISTED=candidates is not None,
+            SELF=int(self_first), RANGED=ranged, MIXED=mixed, EUCLIDEAN=euclidean,
+            WIDEN=q.dtype == torch.bfloat16 and interpreted(),
         )  # fmt: skip
-    if low is not None and high is not None:
-        if selection.similarity == "dot":  # the kernel multiplies the features as they are
-            low, high = (t / math.sqrt(channels) for t in (low, high))
-        low, high = low[..., None], high[..., None]
-        low, high = whole_range(low, high, operands[0], terms.own, selection.similarity)
-        low, high = low.unflatten(0, (b, h)), high.unflatten(0, (b, h))
-    return Neighbors(index.unflatten(0, (b, h)), None, low, high)
+    return index, low, high
+
+
+@best_keys.register_fake
+def _(q: Tensor, k: Tensor, inverse_q: Any, inverse_k: Any, bias: Any, own: Tensor, candidates: Any, share: Tensor,
+      floor: Tensor, row_steps: Any, column_steps: Any, prefix: int, columns: int, rows: int, extent: int, num: int,
+      self_first: bool, ranged: bool, mixed: bool, euclidean: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _keys_of(q, floor, num, ranged)
+
+
+def _keys_of(q: Tensor, floor: Tensor, num: int, ranged: bool) -> tuple[Tensor, Tensor, Tensor]:
+    low, high = (floor.new_empty(q.shape[:2] if ranged else 0) for _ in range(2))
+    return q.new_empty(*q.shape[:2], num, dtype=torch.int64), low, high
 
 
 def _operands(terms: Terms, similarity: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -87,46 +140,3 @@ def _inverse_norm(x: Tensor) -> Tensor:
     """Return 1 / length along the last axis in float32, 0 where ``convnn.ops.similarity.unit`` gives zeros."""
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
     return norm.masked_fill(norm <= 1e-12, torch.inf).reciprocal()
-
-
-def attend_to_neighbors(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    valid: Tensor | None,
-    weight: Tensor | None,
-    *,
-    similarity: str,
-    temperature: float | Tensor,
-    ordered: bool = False,
-) -> Tensor:
-    """Return ``sum_r softmax_r(s / temperature) w_r v_r`` over the neighbours r of each query, s their similarity.
-
-    Nothing of size (Q, K, D) exists, forward or backward. Softmax and sums are float32. The gradient of k, v and the
-    weights is added up atomically, in no fixed order on a GPU, unless ``ordered`` or torch's deterministic algorithms
-    ask for one; it cannot be differentiated again.
-
-    Args:
-        q: (B, H, Q, D).
-        k: (B, H, N, D).
-        v: (B, H, N, C).
-        index: (B or 1, H or 1, Q, K) int64.
-        valid: False for neighbours that do not count, shaped as ``index``, or None.
-        weight: of each channel and rank, (C, at least K), or None for ones.
-        similarity: ``dot`` or ``cosine``.
-        temperature: divides the similarity; a number, or a tensor () that may change without a new compilation.
-        ordered: sum every gradient in one order, along the inverted neighbour graph.
-
-    Returns:
-        (B, H, Q, C), of the precision of v and the weights.
-    """
-    scale = 1.0 if isinstance(temperature, Tensor) else 1 / temperature
-    if similarity == "cosine":
-        q, k = unit(q.float()), unit(k.float())
-    else:
-        scale /= math.sqrt(q.shape[-1])
-    if weight is not None:
-        weight = weight[:, : index.shape[-1]]
-    divisor = temperature.to(q.device, torch.float32) if isinstance(temperature, Tensor) else None
-    return attend(q, k, v, index, valid, weight, divisor, scale, ordered)[0]

@@ -52,7 +52,8 @@ def neighbor_aggregate(
         geometry: where the Q queries and N tokens are.
         selection: which neighbours each query gets.
         mixing: how they are weighed and mixed.
-        blend: 0 selects by position, 1 by features; a tensor (H,) strictly between is learnable.
+        blend: 0 selects by position, 1 by features; a tensor (H,) strictly between is learnable;
+            a tensor () is a number between that may change without a new compilation.
         weight: slot weights, (O, C / groups, at least K) for full ones or (C, at least K) for depthwise ones; None
             for ``aggregation=sum`` and ``max_relative``. The 1x1 of ``separable`` is not applied here.
         groups: of full slot weights.
@@ -178,7 +179,7 @@ def selection_weights(
     selection: Selection,
     found: Neighbors,
     blend: float | Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
     """Return ones that carry a gradient to the selection: a straight-through estimator, (B, H, Q, K).
@@ -195,7 +196,8 @@ def selection_weights(
     queries = geometry.query_index(q.device)
     own = (queries >= geometry.prefix)[:, None]  # prefix queries choose by features whatever the blend
     one = q.new_ones(())
-    blend = blend[:, None, None] if isinstance(blend, Tensor) else blend
+    if isinstance(blend, Tensor):
+        blend = blend[:, None, None] if blend.ndim else blend.to(q.device, q.dtype)
     share = torch.where(own, one * blend, one)  # (1 or H, Q, 1)
     if isinstance(blend, float) and blend in (0, 1):
         features = pair_similarity(q, keys, selection.similarity)

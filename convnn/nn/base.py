@@ -227,7 +227,7 @@ class NeighborLayer(nn.Module):
         """Return ``mixing`` as the operator takes it: the temperature is a tensor where ``blend_value`` says so."""
         if self._temperature_now is None or not _in_graph():
             return self.mixing
-        return replace(self.mixing, temperature=self._temperature_now)
+        return replace(self.mixing, temperature=self._temperature_now)  # type: ignore[arg-type]
 
     def set_spectrum(
         self, *, blend: float | None = None, k: int | None = None, temperature: float | None = None

@@ -271,7 +271,7 @@ class TrainConfig:
     """Memory format of images and convolution weights. On a CPU without AVX-512, torch 2.15 crashes with it in
     1x1 convolutions that have a stride and fewer than 8 channels."""
     compile: bool | str = False
-    """Train through ``torch.compile``: ``true``, or a mode of it that puts the kernels of a GPU's step into CUDA graphs:
+    """Train through ``torch.compile``: ``true``, or a mode of it that puts a GPU step's kernels into CUDA graphs:
     ``reduce-overhead``, or ``max-autotune``, which besides times several kernels for each product, for minutes before
     the first step. Each size of batch then has a graph of its own."""
     sync_batchnorm: str = choice("auto", "true", "false")

@@ -11,6 +11,7 @@ from convnn.config.identity import LENGTH
 from convnn.config.keys import own_operator
 from convnn.config.schema import (
     ATTENTION,
+    COMPILE_MODES,
     CONV,
     KERNEL,
     BackboneConfig,
@@ -253,6 +254,9 @@ def check(config: Config) -> Config:
             f"backbone.patch_size={backbone.patch_size} does not divide the image side {size}; "
             "change it or data.image_size"
         )
+    if not isinstance(train.compile, bool) and train.compile not in COMPILE_MODES:
+        modes = ", ".join(COMPILE_MODES)
+        raise ConfigError(f"train.compile={train.compile} is not one of false, true, {modes}")
     if optim.sched != "constant" and optim.warmup_epochs >= train.epochs:
         raise ConfigError(f"optim.warmup_epochs={optim.warmup_epochs} must be less than train.epochs={train.epochs}")
     for earlier in train.extended_from:

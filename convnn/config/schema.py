@@ -10,6 +10,7 @@ from convnn.ops.settings import Mixing, Selection, choice, later, number
 
 CONV, ATTENTION = "conv", "attention"
 KERNEL = "kernel"
+COMPILE_MODES = ("reduce-overhead", "max-autotune")
 """A number of neighbours: that of the taps in the window of the replaced layer."""
 SMALL_IMAGE = 64
 """Images below this many pixels a side get the small stem, with ``stem=auto``."""
@@ -269,8 +270,10 @@ class TrainConfig:
     channels_last: bool = False
     """Memory format of images and convolution weights. On a CPU without AVX-512, torch 2.15 crashes with it in
     1x1 convolutions that have a stride and fewer than 8 channels."""
-    compile: bool = False
-    """Train through ``torch.compile``."""
+    compile: bool | str = False
+    """Train through ``torch.compile``: ``true``, or a mode of it that puts a GPU step's kernels into CUDA graphs:
+    ``reduce-overhead``, or ``max-autotune``, which besides times several kernels for each product, for minutes before
+    the first step. Each size of batch then has a graph of its own."""
     sync_batchnorm: str = choice("auto", "true", "false")
     """With several processes (docs/several_gpus.md): ``true``: batch normalisation over the joint batch, needs GPUs;
     ``false``: over each process' part, with the first one's running statistics; ``auto``: true on GPUs."""

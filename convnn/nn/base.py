@@ -16,6 +16,7 @@ from convnn.config.schema import OperatorConfig
 from convnn.errors import ConfigError
 from convnn.ops.geometry import Pair
 from convnn.ops.neighborhood import Neighborhood, same_draws
+from convnn.ops.precision import has_float64
 from convnn.ops.settings import Mixing, Selection, check_choice, choices_of, part
 
 
@@ -147,6 +148,12 @@ class NeighborLayer(nn.Module):
     """As it mixes now: the temperature may be another."""
     blend_logit: nn.Parameter | None
     """Of a learned blend, (1,) or (H,): see ``blend_value``."""
+    _by_features: bool | None
+    """Which end of the spectrum the blend stands at, or None between them; a graph depends on this alone."""
+    _blend_now: Tensor | None = None
+    """The blend, () float64, once it has been set: see ``blend_value``."""
+    _temperature_now: Tensor | None = None
+    """The temperature likewise: see ``mixing_value``."""
 
     def _init_spectrum(self, kind: str, heads: int, settings: dict[str, Any]) -> None:
         """Check the settings, and start where they say.
@@ -165,6 +172,7 @@ class NeighborLayer(nn.Module):
         learned = config.learn_blend != "no"
         self.mixing = replace(part(Mixing, config), straight_through=config.straight_through or learned)
         self._blend, self.blend_logit = float(config.blend), None
+        self._by_features = _end(self._blend)
         if learned:
             start = ((torch.tensor(config.blend).clamp(0.01, 0.99) - _EDGE) / (1 - 2 * _EDGE)).logit()
             self.blend_logit = nn.Parameter(start.repeat(heads if config.learn_blend == "head" else 1))
@@ -203,11 +211,23 @@ class NeighborLayer(nn.Module):
     def blend_value(self) -> float | Tensor:
         """Return the blend as the operator takes it: a number, or the learned (1,) or (H,) between 0.001 and 0.999.
 
-        A learned blend stays off the ends, where the selection has one term only and the gradient would vanish.
+        A learned blend stays off the ends, where the selection has one term only and the gradient would vanish. In a
+        compiled graph one that has been set, and lies between the ends, is a tensor (): a number would be part of the
+        graph, so that each new one would take a new compilation.
         """
-        if self.blend_logit is None:
+        if self.blend_logit is not None:
+            return _EDGE + (1 - 2 * _EDGE) * self.blend_logit.sigmoid()
+        if not _in_graph():
             return self._blend
-        return _EDGE + (1 - 2 * _EDGE) * self.blend_logit.sigmoid()
+        if self._by_features is not None:
+            return float(self._by_features)
+        return self._blend if self._blend_now is None else self._blend_now
+
+    def mixing_value(self) -> Mixing:
+        """Return ``mixing`` as the operator takes it: the temperature is a tensor where ``blend_value`` says so."""
+        if self._temperature_now is None or not _in_graph():
+            return self.mixing
+        return replace(self.mixing, temperature=self._temperature_now)  # type: ignore[arg-type]
 
     def set_spectrum(
         self, *, blend: float | None = None, k: int | None = None, temperature: float | None = None
@@ -229,11 +249,21 @@ class NeighborLayer(nn.Module):
                 raise ValueError(f"k={k}: a layer with slots=raster keeps its k={self.k_max}")
         if temperature is not None and not 0 < temperature < math.inf:
             raise ValueError(f"temperature={temperature} must be positive and finite")
-        self._blend = self._blend if blend is None else float(blend)
+        if blend is not None:
+            self._blend, self._by_features = float(blend), _end(float(blend))
+            self._blend_now = self._held(self._blend_now, self._blend)
         if k is not None and k != self.k:
             self.selection = replace(self.selection, k=int(k))
-        if temperature is not None and temperature != self.temperature:
+        if temperature is not None:
             self.mixing = replace(self.mixing, temperature=float(temperature))
+            self._temperature_now = self._held(self._temperature_now, self.temperature)
+
+    def _held(self, held: Tensor | None, value: float) -> Tensor:
+        """Return a tensor with the value on the layer's device, the same one where possible."""
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        if held is not None and held.device == device:
+            return held.fill_(value)
+        return torch.tensor(value, dtype=torch.float64 if has_float64(device) else torch.float32, device=device)
 
     def spectrum(self) -> dict[str, float]:
         """Return where the layer is: blend, k and temperature."""
@@ -258,8 +288,9 @@ class NeighborLayer(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Stand where the layer stood that ``state`` comes from."""
         blend, k, temperature = state.cpu().view(torch.float64).tolist()
-        fixed = self.blend_logit is None and not math.isnan(blend)
-        self.set_spectrum(blend=blend if fixed else None, k=int(k), temperature=temperature)
+        moves = self.blend_logit is None and not math.isnan(blend) and blend != self._blend
+        heats = temperature != self.temperature
+        self.set_spectrum(blend=blend if moves else None, k=int(k), temperature=temperature if heats else None)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # States of before this was kept, and those of plain layers, leave the spectrum as it is.
@@ -296,6 +327,15 @@ class NeighborLayer(nn.Module):
         now = layer_settings(self.settings) | {"temperature": self.temperature}
         parts += [f"{name}={value}" for name, value in now.items() if value != default[name]]
         return ", ".join(parts)
+
+
+def _end(blend: float) -> bool | None:
+    return bool(blend) if blend in (0, 1) else None
+
+
+def _in_graph() -> bool:
+    """Return whether a graph is being compiled that this process will run with other values of the spectrum."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def options(config: OperatorConfig, **defaults: Any) -> dict[str, Any]:

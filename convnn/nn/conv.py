@@ -222,7 +222,7 @@ class ConvNN2d(NeighborLayer):
             v,
             geometry,
             self.selection,
-            replace(self.mixing, aggregation=_OPERATION.get(self.aggregation, self.aggregation)),
+            replace(self.mixing_value(), aggregation=_OPERATION.get(self.aggregation, self.aggregation)),
             blend=self.blend_value(),
             weight=self.weight,
             groups=self.mix_groups,

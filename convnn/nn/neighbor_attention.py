@@ -19,6 +19,7 @@ from convnn.ops.candidates import is_relative
 from convnn.ops.functional import neighbor_aggregate
 from convnn.ops.geometry import Geometry, Pair
 from convnn.ops.neighborhood import Neighborhood, find_neighborhood
+from convnn.ops.scores import at_end
 from convnn.ops.shortcuts import attend, attends_to_all
 
 
@@ -129,7 +130,7 @@ class NeighborAttention(NeighborLayer):
         # Without positions or a grid of candidates a plain sequence of any length will do.
         relative = is_relative(self.selection)
         whole = self.selection.candidates in ("all", "random") and self.border != "zeros" and not relative
-        if self.layout == "grid" and self.blend_logit is None and self.blend == 1 and whole:
+        if self.layout == "grid" and at_end(self.blend_value(), 1) and whole:
             return Geometry(1, num_tokens - self.num_prefix_tokens, prefix=self.num_prefix_tokens)
         return self.geometry(num_tokens, grid)
 
@@ -188,7 +189,7 @@ class NeighborAttention(NeighborLayer):
                 geometry,
                 self.selection,
                 pads=self._pads(),
-                temperature=self.temperature,
+                temperature=self.mixing_value().temperature,
                 dropout=drop,
                 bias=heads.bias,
                 blocked=heads.blocked,
@@ -198,7 +199,7 @@ class NeighborAttention(NeighborLayer):
                 *parts,
                 geometry,
                 self.selection,
-                self.mixing,
+                self.mixing_value(),
                 blend=self.blend_value(),
                 weight=self.slot_weight,
                 dropout=drop,

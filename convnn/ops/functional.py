@@ -24,7 +24,7 @@ from convnn.ops.neighbors import Neighbors
 from convnn.ops.selection import select_neighbors
 from convnn.ops.settings import Mixing, Selection
 from convnn.ops.similarity import blend_scores, deviation, pair_similarity, with_positions
-from convnn.ops.triton import dispatch, launch
+from convnn.ops.triton import attention, dispatch
 
 
 def neighbor_aggregate(
@@ -52,7 +52,8 @@ def neighbor_aggregate(
         geometry: where the Q queries and N tokens are.
         selection: which neighbours each query gets.
         mixing: how they are weighed and mixed.
-        blend: 0 selects by position, 1 by features; a tensor (H,) strictly between is learnable.
+        blend: 0 selects by position, 1 by features; a tensor (H,) strictly between is learnable;
+            a tensor () is a number between that may change without a new compilation.
         weight: slot weights, (O, C / groups, at least K) for full ones or (C, at least K) for depthwise ones; None
             for ``aggregation=sum`` and ``max_relative``. The 1x1 of ``separable`` is not applied here.
         groups: of full slot weights.
@@ -77,16 +78,16 @@ def neighbor_aggregate(
     found = select_neighbors(q, k, geometry, selection, blend=blend, training=training, backend=mixing.backend, **more)
     num, drop = found.index.shape[-1], dropout if training else 0.0
     weight = _used_weight(weight, v.shape[-1], groups, num)
-    attention = mixing.weighting == "softmax" and (weight is None or weight.ndim == 2)
+    attends = mixing.weighting == "softmax" and (weight is None or weight.ndim == 2)
     if (
-        attention
+        attends
         and bias is None
         and blocked is None
         and dispatch.attends(q, k, v, weight, selection, mixing, num=num, dropout=drop)
     ):
         parts = q, k, v, found.index, found.valid, weight
         similarity, temperature = selection.similarity, mixing.temperature
-        return launch.attend_to_neighbors(*parts, similarity=similarity, temperature=temperature)
+        return attention.attend_to_neighbors(*parts, similarity=similarity, temperature=temperature)
     graph = Edges(found.index, *v.shape[:3]) if mixing.backend == "auto" and walks_edges(v) else None
     near = None if bias is None else at_neighbors(bias, found.index, k)
     rho = neighbor_weights(q, k, found, selection, mixing, graph=graph, dropout=drop, dtype=v.dtype, bias=near)
@@ -178,7 +179,7 @@ def selection_weights(
     selection: Selection,
     found: Neighbors,
     blend: float | Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
     """Return ones that carry a gradient to the selection: a straight-through estimator, (B, H, Q, K).
@@ -195,7 +196,8 @@ def selection_weights(
     queries = geometry.query_index(q.device)
     own = (queries >= geometry.prefix)[:, None]  # prefix queries choose by features whatever the blend
     one = q.new_ones(())
-    blend = blend[:, None, None] if isinstance(blend, Tensor) else blend
+    if isinstance(blend, Tensor):
+        blend = blend[:, None, None] if blend.ndim else blend.to(q.device, q.dtype)
     share = torch.where(own, one * blend, one)  # (1 or H, Q, 1)
     if isinstance(blend, float) and blend in (0, 1):
         features = pair_similarity(q, keys, selection.similarity)

@@ -60,7 +60,7 @@ class Search:
     geometry: Geometry
     selection: Selection
     blend: float | Tensor
-    """A number, or (H,)."""
+    """A number, (H,), or in a compiled graph ()."""
     ranged: bool
     """Find what the range of the similarities needs too, see ``convnn.ops.similarity.span``."""
     bias: Tensor | None = None
@@ -78,7 +78,7 @@ class Terms:
     k: Tensor
     """Keys of all tokens, (B H, N, D)."""
     share: float | Tensor
-    """The blend: a number, or (B H, 1, 1)."""
+    """The blend: a number, (B H, 1, 1), or in a compiled graph () in float64."""
     mixed: bool
     """Position is still to be added to the scores of ``q`` and ``k`` (``mix=sum`` between the ends)."""
     floor: Tensor
@@ -94,7 +94,9 @@ def prepare(search: Search) -> Terms:
     q, k = q.flatten(0, 1), k.flatten(0, 1)
     dtype = precise(q[:0]).dtype
     mixed = not (at_end(blend, 0) or at_end(blend, 1))
-    share = blend.to(dtype).expand(h).repeat(b)[:, None, None] if isinstance(blend, Tensor) else blend
+    share = blend.to(q.device) if isinstance(blend, Tensor) else blend
+    if isinstance(share, Tensor) and (share.ndim or runs_at_once()):  # one that stays () is rounded as a number is
+        share = share.to(dtype).expand(h).repeat(b)[:, None, None]
     own, floor = None, q.new_zeros(b * h, len(search.queries), 1, dtype=dtype)
     if search.ranged and selection.similarity == "euclidean":
         floor = ALIKE**2 * precise(q).square().sum(-1, keepdim=True)
@@ -312,7 +314,8 @@ class Scores:
         high = _within(score, outside, -torch.inf).amax(-1, keepdim=True)
         if self.terms.mixed:
             assert isinstance(distance, Tensor)
-            share = self.terms.share[items] if isinstance(self.terms.share, Tensor) else self.terms.share
+            share = self.terms.share
+            share = share[items] if isinstance(share, Tensor) and share.ndim else share
             least, largest = span(low, high, self.terms.floor[items, part])
             # As blend_scores does, in place: the block is the largest thing here.
             score.sub_(least).mul_(share / (largest - least)).sub_((1 - share) * distance)

@@ -14,6 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from convnn.ops import choice
 from convnn.ops.candidates import candidate_tokens, most_candidates
 from convnn.ops.geometry import Geometry
 from convnn.ops.neighbors import Neighbors, join
@@ -51,7 +52,7 @@ def select_neighbors(
         selection: how neighbours are chosen.
         blend: one number, or a tensor (H,) strictly between 0 and 1.
         training: draw random candidates anew.
-        backend: ``auto``, ``torch`` or ``triton``, see ``convnn.ops.triton.dispatch``.
+        backend: ``auto``, ``torch`` or ``triton``, see ``convnn.ops.triton.dispatch``. On CUDA ``auto`` measures.
         bias: added to the similarities with ``selection.bias_selects``, broadcastable to (B, H, Q, N).
         blocked: True for tokens that a query may not choose, broadcastable to (B, H, Q, N). With a bias that chooses,
             or with this, plain torch computes, whatever the backend.
@@ -76,7 +77,8 @@ def select_neighbors(
         best = rank
         fits = (candidates is None or selection.k <= len(candidates)) and bias is None and blocked is None
         if not by_position and fits and dispatch.selects(backend, q, k, selection):
-            best = select.best_tokens
+            # In a graph nothing can be measured, and the kernel needs no scores of all pairs.
+            best = select.best_tokens if backend == "triton" or torch.compiler.is_compiling() else _fastest
         else:
             q, k = precise(q), precise(k)
         found = []
@@ -136,6 +138,17 @@ def rank(search: Search) -> Neighbors:
         low, high = scores.similarity_range(low, high)
     found = (None if t is None else t.unflatten(0, size) for t in (index, valid, low, high))
     return Neighbors(*found)  # type: ignore[arg-type]
+
+
+def _fastest(search: Search) -> Neighbors:
+    """Do what ``rank`` does, by plain torch or the kernel, whichever was measured to be faster."""
+    plain = replace(search, q=precise(search.q), k=precise(search.k))
+    ways = {"torch": partial(rank, plain), "triton": partial(select.best_tokens, search)}
+    selection, (b, h, queries, channels) = search.selection, search.q.shape
+    candidates = search.k.shape[2] if search.candidates is None else len(search.candidates)
+    sizes = choice.sized({"k": selection.k}, items=b * h, queries=queries, candidates=candidates, channels=channels)
+    kind = f"{selection.similarity} {'by features' if at_end(search.blend, 1) else 'blended'}"
+    return ways[choice.fastest(choice.Case("selection", search.q.device, search.q.dtype, sizes, kind), ways)]()
 
 
 Piece = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]

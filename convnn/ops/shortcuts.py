@@ -65,7 +65,7 @@ def attend(
     selection: Selection,
     *,
     pads: bool,
-    temperature: float,
+    temperature: float | Tensor,
     dropout: float,
     bias: Tensor | None = None,
     blocked: Tensor | None = None,
@@ -80,7 +80,10 @@ def attend(
         k, v = k[:, :, candidates], v[:, :, candidates]
         bias, blocked = (None if t is None else t[..., candidates] for t in (bias, blocked))
     outside = out_of_reach(geometry, selection, geometry.query_index(q.device), tokens)
-    scale = 1 / temperature
+    if isinstance(temperature, Tensor):  # the scale of fused attention is a number
+        q, scale = q / temperature.to(q.device), 1.0
+    else:
+        scale = 1 / temperature
     if selection.similarity == "cosine":
         q, k = unit(q), unit(k)
     else:

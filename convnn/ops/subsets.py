@@ -39,8 +39,12 @@ def same_subsets() -> Iterator[None]:
             _drawn.update(drawn)
 
 
-# A custom operator, which torch.compile calls as it is: it cannot trace a generator.
-@library.custom_op("convnn::random_subset", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+# A custom operator, which torch.compile calls as it is: it cannot trace a generator. A CUDA graph would
+# repeat one draw.
+_TAGS = torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe
+
+
+@library.custom_op("convnn::random_subset", mutates_args=(), tags=_TAGS)
 def random_subset(total: int, count: int, device: torch.device) -> Tensor:
     """Return ``count`` of ``range(total)`` drawn at random, sorted: (count,) int64.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from convnn.errors import ConfigError, first_line
 from convnn.ops.subsets import seed_subsets
@@ -114,12 +115,12 @@ def explain_small_batches(batch_size: int) -> Iterator[None]:
         raise ConfigError(f"train.batch_size={batch_size}: batch normalisation needs more than one value") from error
 
 
-def check_compiler(device: torch.device) -> None:
+def check_compiler(device: torch.device, mode: bool | str = True) -> None:
     """Raise ConfigError where ``train.compile`` finds no compiler: of C++ on a CPU, of C for Triton on a GPU."""
-    way = "install it, or set train.compile=false"
+    key, way = _compile_key(mode), "install it, or set train.compile=false"
     if device.type == "cuda":
         if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))):
-            raise ConfigError(f"train.compile=true needs a C compiler such as gcc; {way}")
+            raise ConfigError(f"{key} needs a C compiler such as gcc; {way}")
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
@@ -127,11 +128,35 @@ def check_compiler(device: torch.device) -> None:
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
-        raise ConfigError(f"train.compile=true needs a C++ compiler such as g++; {way}") from error
+        raise ConfigError(f"{key} needs a C++ compiler such as g++; {way}") from error
+
+
+GRAPHS = 64
+"""Graphs of one model at most: one for each k of a schedule, each end of the blend, each size of batch."""
+
+
+def compiled(model: Callable[[Tensor], Tensor], mode: bool | str) -> Callable[[Tensor], Tensor]:
+    """Return the model as ``train.compile`` says.
+
+    With a named mode the shapes of each graph are fixed, as CUDA graphs need them: a smaller last batch has its own.
+    What such a graph returns is overwritten by the next step.
+    """
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, GRAPHS)
+    if isinstance(mode, bool):
+        return torch.compile(model) if mode else model
+    graph = torch.compile(model, mode=mode, dynamic=False)
+
+    def step(images: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return graph(images)
+
+    return step
 
 
 @contextmanager
-def explain_compilation() -> Iterator[None]:
+def explain_compilation(mode: bool | str = True) -> Iterator[None]:
     """Turn a failure of ``torch.compile`` into a ConfigError that names the key."""
     from torch._dynamo.exc import TorchDynamoException
 
@@ -139,8 +164,12 @@ def explain_compilation() -> Iterator[None]:
         yield
     except TorchDynamoException as error:
         raise ConfigError(
-            f"train.compile=true: the model cannot be compiled here ({first_line(error)}); set train.compile=false"
+            f"{_compile_key(mode)}: the model cannot be compiled here ({first_line(error)}); set train.compile=false"
         ) from error
+
+
+def _compile_key(mode: bool | str) -> str:
+    return f"train.compile={str(mode).lower()}"
 
 
 def set_determinism(mode: str) -> None:

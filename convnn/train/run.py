@@ -68,7 +68,8 @@ def run(config: Config) -> Result:
 
 def _run_in(folder: RunFolder, config: Config) -> Result:
     set_determinism(config.train.deterministic)
-    explained = explain_compilation() if config.train.compile else nullcontext()  # loads what only a compiler needs
+    mode = config.train.compile
+    explained = explain_compilation(mode) if mode else nullcontext()  # loads what only a compiler needs
     with (
         StopSignals(_say_that_it_stops, leaving=True) as signals,
         explain_out_of_memory(config.train.batch_size),

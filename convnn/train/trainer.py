@@ -38,7 +38,7 @@ from convnn.runs.data_record import DataRecord
 from convnn.runs.folder import RunFolder
 from convnn.runs.metrics import describe_row
 from convnn.runtime import distributed
-from convnn.runtime.device import check_compiler, make_autocast, pick_device, seed_step
+from convnn.runtime.device import check_compiler, compiled, make_autocast, pick_device, seed_step
 from convnn.train.divergence import DivergenceCheck
 from convnn.train.evaluate import Meter, evaluate
 from convnn.train.kept import TestOutputs
@@ -73,14 +73,14 @@ class Trainer:
         self.world = distributed.world()
         dataset = distributed.one_per_machine_first(lambda: load_dataset(config.data))
         if config.train.compile:
-            distributed.fail_together(lambda: check_compiler(self.device))
+            distributed.fail_together(lambda: check_compiler(self.device, config.train.compile))
         distributed.fail_together(lambda: self._build(dataset))
         self.forward: Callable[[Tensor], Tensor] = self.model
         if self.world.size > 1:
             idle = parameters_without_gradient(self.model, config.schedule, dataset.train.shape[0], self.image_size)
             self.forward = distributed.data_parallel(self.model, self.device, bool(idle))
         if config.train.compile:
-            self.forward = torch.compile(self.forward)
+            self.forward = compiled(self.forward, config.train.compile)
 
     def _build(self, dataset: Dataset) -> None:
         config, train = self.config, self.config.train
@@ -318,10 +318,10 @@ class Trainer:
         if self.mixup is not None:
             images, targets = self.mixup(images, labels)
         self.divergence.before_forward()
+        self.optimizer.zero_grad(set_to_none=True)  # gradients that a CUDA graph made are gone with its next step
         with self.autocast():
             output = self.forward(images)
             loss = self.criterion(output.float(), targets)
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if not self.divergence.may_step(loss, self.state):
             return

@@ -62,6 +62,55 @@ def test_the_default_compiler_agrees(preset):
     assert torch.allclose(torch.compile(layer, fullgraph=True)(x), layer(x), atol=1e-5)
 
 
+MOVING = {
+    "conv": lambda: (ConvNN2d(3, 4, 5), torch.randn(2, 3, 4, 5)),
+    "concatenated": lambda: (ConvNN2d(3, 4, 5, mix="concat", weighting="softmax"), torch.randn(2, 3, 4, 5)),
+    "straight through": lambda: (ConvNN2d(3, 4, 5, straight_through=True), torch.randn(2, 3, 4, 5)),
+    "attention": lambda: (ConvNNAttention(8, 2, 5, num_prefix_tokens=1, grid_size=(4, 4)), torch.randn(2, 17, 8)),
+    "fused attention": lambda: (ConvNNAttention(8, 2, 17, aggregation="sum", self_first=False), torch.randn(2, 17, 8)),
+}
+
+
+@pytest.mark.parametrize("case", MOVING)
+@pytest.mark.long
+def test_a_moving_blend_and_temperature_take_one_graph_between_the_ends(case):
+    torch.manual_seed(0)
+    layer, x = MOVING[case]()
+    layer.num_prefix_tokens, layer.grid_size = 1, (4, 4)
+    graphs = []
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=lambda graph, _: graphs.append(1) or graph)
+    counts = []
+    for blend in (0.0, 0.1, 0.25, 0.5, 0.77, 0.9, 1.0, 0.3):
+        layer.set_spectrum(blend=blend, temperature=0.5 + blend)
+        results = []
+        for function in (layer, compiled):
+            leaf = x.clone().requires_grad_()
+            y = function(leaf)
+            results.append((y, *torch.autograd.grad(y.square().sum(), [leaf, *layer.parameters()])))
+        for a, b in zip(*results, strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+        counts.append(len(graphs))
+    if case == "fused attention":  # whose settings are one function along the whole spectrum
+        assert counts[-1] <= 3 and len(set(counts[1:6])) == 1
+    else:
+        assert counts == [1, 2, 2, 2, 2, 2, 3, 3]
+
+
+def test_a_blend_that_moves_is_no_part_of_the_state_and_follows_the_layer():
+    layer = ConvNN2d(3, 4, 5)
+    names = set(layer.state_dict()), [name for name, _ in layer.named_buffers()]
+    layer.set_spectrum(blend=0.3, temperature=2.0)
+    assert names == (set(layer.state_dict()), [name for name, _ in layer.named_buffers()])
+    twin = copy.deepcopy(layer)
+    twin.set_spectrum(blend=0.6)
+    assert layer.blend == 0.3 and layer._blend_now == 0.3 and twin._blend_now == 0.6
+    held = layer._blend_now
+    layer.double().half()
+    layer.set_spectrum(blend=0.7)
+    assert layer._blend_now is held and held.dtype == torch.float64 and held == 0.7
+
+
 @pytest.mark.parametrize("preset, name", [("hybrid", "resnet18"), ("spectrum", "resnet18"), ("kvt", "vit")])
 @pytest.mark.long
 def test_swapped_models_export(preset, name):

@@ -18,8 +18,8 @@ from convnn.ops.functional import neighbor_aggregate
 from convnn.ops.geometry import Geometry
 from convnn.ops.selection import select_neighbors
 from convnn.ops.settings import Mixing, Selection
+from convnn.ops.triton import attention
 from convnn.ops.triton import dispatch as backend
-from convnn.ops.triton import launch
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -163,8 +163,9 @@ def reference(q, k, v, index, valid, weight, similarity, temperature):
     return torch.stack(rows).view(*q.shape[:3], -1)
 
 
+@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("case", ATTENTION)
-def test_attention_and_its_gradients(case):
+def test_attention_and_its_gradients(case, ordered):
     dtype, heads, queries, n, d, c, num, weighed, masked, similarity, shared = ATTENTION[case]
     torch.manual_seed(0)
     batch = 2 if heads < 3 else 1
@@ -179,7 +180,8 @@ def test_attention_and_its_gradients(case):
         valid[..., 1:, 0] = True
     leaves = [t.requires_grad_() for t in (q, k, v, weight) if t is not None]
     heads_first = [t.transpose(1, 2) for t in (q, k, v)]
-    y = launch.attend_to_neighbors(*heads_first, index, valid, weight, similarity=similarity, temperature=0.7)
+    options = {"similarity": similarity, "temperature": torch.tensor(0.7) if ordered else 0.7, "ordered": ordered}
+    y = attention.attend_to_neighbors(*heads_first, index, valid, weight, **options)
     assert y.dtype == (F32 if weighed else dtype) and y.shape == (batch, heads, queries, c)
     dy = torch.randn(y.shape, device=DEVICE, dtype=y.dtype)
     ours = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
@@ -203,8 +205,8 @@ def test_the_operator_gives_the_same_with_kernels(aggregation, monkeypatch):
     kind = "window" if aggregation == "sum" else "all"
     selection = Selection(k=5, similarity="dot", candidates=kind, num_candidates=1)
     blend, calls, results = 0.0 if aggregation == "sum" else 1.0, [], []
-    attend = launch.attend_to_neighbors
-    monkeypatch.setattr(launch, "attend_to_neighbors", lambda *a, **kw: calls.append(1) or attend(*a, **kw))
+    attend = attention.attend_to_neighbors
+    monkeypatch.setattr(attention, "attend_to_neighbors", lambda *a, **kw: calls.append(1) or attend(*a, **kw))
     for name, dtype in (("torch", torch.float64), ("triton", F32)):
         leaf = x.to(dtype, copy=True).requires_grad_()
         own = None if weight is None else weight.to(DEVICE, dtype)
@@ -254,10 +256,3 @@ def test_what_is_not_served_is_refused():
         with pytest.raises(ConfigError, match=rf"operator\.backend=triton: .*{message}.*; or set operator\.backend"):
             call()
     aggregate(x, dropout=0.1)  # not while evaluating
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with pytest.raises(ConfigError, match=r"set train\.deterministic=false"):
-            aggregate(x.clone().requires_grad_())
-        aggregate(x)  # forward is deterministic
-    finally:
-        torch.use_deterministic_algorithms(False)

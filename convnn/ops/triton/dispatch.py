@@ -1,4 +1,4 @@
-"""Plain torch or Triton: which one computes a step.
+"""Plain torch or Triton: what can compute a step. Which is faster is for ``convnn.ops.choice`` to measure.
 
 Triton is imported when a kernel runs, so that everything works without it. There is no kernel for selection by
 position alone, nor for other aggregations than the softmax-weighted sum: those are plain with every backend.
@@ -8,14 +8,13 @@ Shapes: B batch, H heads, Q queries, N tokens, M candidates, K neighbours, D cha
 
 from __future__ import annotations
 
-import fnmatch
 import importlib.util
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from convnn.errors import ConfigError
@@ -24,63 +23,42 @@ from convnn.ops.triton.limits import MAX_CHANNELS, attention_limit, selection_li
 if TYPE_CHECKING:
     from convnn.ops.settings import Mixing, Selection
 
-SELECTION, ATTENTION = "selection", "attention"
-"""The two steps that have kernels."""
-
 _TRITON = "operator.backend=triton: {}; or set operator.backend=auto"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Faster:
-    """A measurement in which the kernel of a step beat plain torch, eager and compiled."""
-
-    gpu: str
-    """Glob over ``torch.cuda.get_device_name()``."""
-    step: str
-    """``selection`` or ``attention``."""
-    tokens: int
-    """From so many tokens on."""
-    k: int
-    """Up to so many neighbours."""
-
-
-FASTER: tuple[Faster, ...] = ()
-"""Where ``backend=auto`` takes the kernels. Nothing has been measured on a GPU yet, so it takes them nowhere;
-``scripts/benchmark.py groups=backend*`` on a CUDA machine measures what belongs here."""
 
 
 def engaged(backend: str, device: torch.device) -> bool:
     """Return whether a kernel may be used at all.
 
-    Not in a traced graph (torch.compile fuses the plain path itself), on the meta device, or under a dispatch mode such
-    as the FLOP counter, which sees no operations of a kernel.
+    Not in an exported graph, which is loaded where convnn is not installed, on the meta device, or under a dispatch
+    mode such as the FLOP counter, which sees no operations of a kernel. With ``auto`` on CUDA only, and not under
+    torch's deterministic algorithms, where what computes may not depend on a measurement.
     """
-    if backend == "torch" or torch.compiler.is_compiling() or device.type == "meta" or is_in_torch_dispatch_mode():
+    if backend == "torch" or device.type == "meta":
         return False
-    return backend == "triton" or (bool(FASTER) and device.type == "cuda")
+    if torch.compiler.is_compiling():  # with modes of its own
+        if torch.compiler.is_exporting():
+            return False
+    elif is_in_torch_dispatch_mode():
+        return False
+    return backend == "triton" or (device.type == "cuda" and not torch.are_deterministic_algorithms_enabled())
 
 
-def use_kernel(backend: str, step: str, device: torch.device, limit: str | None, *, tokens: int, num: int) -> bool:
-    """Return whether the kernel of a step computes it, for a backend that is ``engaged``.
+def use_kernel(backend: str, device: torch.device, limit: str | None) -> bool:
+    """Return whether the kernel of a step can compute it, for a backend that is ``engaged``.
 
     Args:
         backend: ``auto`` or ``triton``.
-        step: ``selection`` or ``attention``.
         device: of the tensors.
         limit: why the kernel does not serve the case, or None.
-        tokens: N.
-        num: K.
 
     Raises:
         ConfigError: if ``backend=triton`` and it cannot.
     """
     lack = limit or missing(device)
-    if backend == "auto":
-        return lack is None and measured_faster(step, device, tokens, num)
-    if lack is not None:
+    if lack is not None and backend == "triton":
         raise ConfigError(_TRITON.format(lack.replace("{p}", "operator")))
-    return True
+    return lack is None
 
 
 def require(backend: str, device: torch.device) -> None:
@@ -90,12 +68,7 @@ def require(backend: str, device: torch.device) -> None:
         raise ConfigError(_TRITON.format(lack))
 
 
-def measured_faster(step: str, device: torch.device, tokens: int, num: int) -> bool:
-    """Return whether ``FASTER`` has a measurement that covers the case."""
-    name = torch.cuda.get_device_name(device)
-    return any(f.step == step and fnmatch.fnmatch(name, f.gpu) and tokens >= f.tokens and num <= f.k for f in FASTER)
-
-
+@torch.compiler.assume_constant_result  # it looks at the installation, which a traced graph cannot
 def missing(device: torch.device) -> str | None:
     """Return what is missing to run kernels on this device and how to get it, or None."""
     if not _installed():
@@ -118,11 +91,11 @@ def interpreted() -> bool:
 
 
 def selects(backend: str, q: Tensor, k: Tensor, selection: Selection) -> bool:
-    """Return whether the kernel selects by features of (B, H, Q, D) and (B, H, N, D); see ``use_kernel``."""
+    """Return whether the kernel can select by features of (B, H, Q, D) and (B, H, N, D); see ``use_kernel``."""
     if not engaged(backend, q.device):
         return False
     limit = selection_limit(selection) or _foreign_dtype(q, k)
-    return use_kernel(backend, SELECTION, q.device, limit, tokens=k.shape[2], num=selection.k)
+    return use_kernel(backend, q.device, limit)
 
 
 def attends(
@@ -136,7 +109,7 @@ def attends(
     num: int,
     dropout: float = 0.0,
 ) -> bool:
-    """Return whether the kernel attends to ``num`` neighbours of each query; see ``use_kernel``.
+    """Return whether the kernel can attend to ``num`` neighbours of each query; see ``use_kernel``.
 
     Args:
         q: (B, H, Q, D).
@@ -154,14 +127,16 @@ def attends(
     tensors = [q, k, v] if weight is None else [q, k, v, weight]
     if limit is None and dropout > 0:
         limit = "dropout of the neighbours' weights is not served; set backbone.drop_rate=0"
+    if limit is None and _transformed():  # a custom operator would drop the derivative without a word
+        limit = "forward derivatives and the transforms of torch.func are not served"
     if limit is None and max(q.shape[-1], v.shape[-1]) > MAX_CHANNELS:
         limit = f"more than {MAX_CHANNELS} channels per head are not served"
-    trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if limit is None and trained and torch.are_deterministic_algorithms_enabled():
-        limit = "its gradient is summed in no fixed order; set train.deterministic=false"
-    return use_kernel(
-        mixing.backend, ATTENTION, q.device, limit or _foreign_dtype(*tensors), tokens=k.shape[2], num=num
-    )
+    return use_kernel(mixing.backend, q.device, limit or _foreign_dtype(*tensors))
+
+
+def _transformed() -> bool:
+    """Return whether dual numbers or a transform of ``torch.func`` may be at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _foreign_dtype(*tensors: Tensor) -> str | None:

@@ -161,9 +161,10 @@ def topk_kernel(
 
 @triton.jit
 def attend_kernel(
-    q, k, v, index, valid, weight, y, lse, scale, H, Q, D, C, K,
+    q, k, v, index, valid, weight, temperature, y, lse, scale, H, Q, D, C, K,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, i_b, i_h, i_n, weight_c,
-    BQ: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, MASKED: tl.constexpr, WEIGHED: tl.constexpr,
+    BQ: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr,
+    MASKED: tl.constexpr, WEIGHED: tl.constexpr, TEMPERED: tl.constexpr,
 ):  # fmt: skip
     """Write ``y = sum_r softmax_r(scale q . k_r) w_r v_r`` over the neighbours r of each query, and the log of its sum.
 
@@ -174,6 +175,7 @@ def attend_kernel(
         index: neighbours, (batch, H, Q, K) int64.
         valid: zero for those that do not count, laid out as ``index``, if MASKED.
         weight: of each channel and rank, (C, K), if WEIGHED; ``weight_c`` is the stride of a channel.
+        temperature: divides ``scale``, () float32, if TEMPERED.
         y: output, (batch * H, Q, C) contiguous.
         lse: output, (batch * H, Q) float32.
     """
@@ -185,6 +187,8 @@ def attend_kernel(
     row_ok = row < Q
     d, c = tl.arange(0, BD), tl.arange(0, BC)
     d_ok, c_ok = row_ok[:, None] & (d < D)[None, :], row_ok[:, None] & (c < C)[None, :]
+    if TEMPERED:
+        scale = scale / tl.load(temperature)
     query = tl.load(q + batch * q_b + head * q_h + row[:, None] * q_n + d[None, :], mask=d_ok, other=0.0)
     query = query.to(tl.float32)
     keys, values = k + batch * k_b + head * k_h + d[None, :], v + batch * v_b + head * v_h + c[None, :]
@@ -218,22 +222,26 @@ def attend_kernel(
 
 @triton.jit
 def attend_backward_kernel(
-    q, k, v, index, valid, weight, lse, dy, dq, dk, dv, dw, scale, H, Q, N, D, C, K, parts,
+    q, k, v, index, valid, weight, temperature, lse, dy, dq, dk, dv, dw, weighs_of, score_grads,
+    scale, H, Q, N, D, C, K, parts,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, i_b, i_h, i_n, weight_c,
     BQ: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
-    MASKED: tl.constexpr, WEIGHED: tl.constexpr,
+    MASKED: tl.constexpr, WEIGHED: tl.constexpr, TEMPERED: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of ``attend_kernel``.
 
-    The gradient of q is gathered; those of k, v and the weights are added atomically in float32, so that their last
-    digits depend on the order in which programs finish.
+    The gradient of q is gathered. Those of k, v and the weights are added atomically in float32, so that their last
+    digits depend on the order in which programs finish; or, if ORDERED, left to ``attend_tokens_kernel`` and
+    ``attend_weight_kernel``, which get what they need of each edge from here.
 
     Args:
         dy: (batch * H, Q, C) contiguous.
-        dq: output, (batch * H, Q, D) float32.
-        dk: zeros to add to, (batch * H, N, D) float32.
-        dv: zeros to add to, (batch * H, N, C) float32.
-        dw: zeros to add to, (parts, C, K) float32, if WEIGHED; its sum over the parts is the gradient.
+        dq: output, (batch * H, Q, D).
+        dk: zeros to add to, (batch * H, N, D) float32, unless ORDERED.
+        dv: zeros to add to, (batch * H, N, C) float32, unless ORDERED.
+        dw: zeros to add to, (parts, C, K) float32, if WEIGHED and not ORDERED; its sum over the parts is the gradient.
+        weighs_of: output if ORDERED, (batch * H, Q, K) float32: what each neighbour weighs.
+        score_grads: output if ORDERED, (batch * H, Q, K) float32: the gradient of each product of query and key.
     """
     blocks = tl.cdiv(Q, BQ)
     program = tl.program_id(0)
@@ -243,12 +251,15 @@ def attend_backward_kernel(
     row_ok = row < Q
     d, c, slot = tl.arange(0, BD), tl.arange(0, BC), tl.arange(0, BK)
     d_ok, c_ok = row_ok[:, None] & (d < D)[None, :], row_ok[:, None] & (c < C)[None, :]
+    if TEMPERED:
+        scale = scale / tl.load(temperature)
     query = tl.load(q + batch * q_b + head * q_h + row[:, None] * q_n + d[None, :], mask=d_ok, other=0.0)
     query = query.to(tl.float32)
     grad = tl.load(dy + (item * Q + row)[:, None] * C + c[None, :], mask=c_ok, other=0.0).to(tl.float32)
     log_sum = tl.load(lse + item * Q + row, mask=row_ok, other=0.0)
     keys, values = k + batch * k_b + head * k_h + d[None, :], v + batch * v_b + head * v_h + c[None, :]
-    key_grads, value_grads = dk + item * N * D + d[None, :], dv + item * N * C + c[None, :]
+    if not ORDERED:
+        key_grads, value_grads = dk + item * N * D + d[None, :], dv + item * N * C + c[None, :]
     first = batch * i_b + head * i_h + row * i_n
     p = tl.zeros((BQ, BK), tl.float32)
     dp = tl.zeros((BQ, BK), tl.float32)
@@ -261,11 +272,15 @@ def attend_backward_kernel(
         value = tl.load(values + token[:, None] * v_n, mask=c_ok, other=0.0).to(tl.float32)
         passed = grad
         if WEIGHED:
-            part = tl.sum(weighs[:, None] * value * grad, axis=0)
-            where = dw + ((program % parts).to(tl.int64) * C + c) * K + r
-            tl.atomic_add(where, part, mask=c < C, sem="relaxed")
+            if not ORDERED:
+                part = tl.sum(weighs[:, None] * value * grad, axis=0)
+                where = dw + ((program % parts).to(tl.int64) * C + c) * K + r
+                tl.atomic_add(where, part, mask=c < C, sem="relaxed")
             passed = grad * tl.load(weight + c * weight_c + r, mask=c < C, other=0.0).to(tl.float32)[None, :]
-        tl.atomic_add(value_grads + token[:, None] * C, weighs[:, None] * passed, mask=c_ok, sem="relaxed")
+        if ORDERED:
+            tl.store(weighs_of + (item * Q + row) * K + r, weighs, mask=row_ok)
+        else:
+            tl.atomic_add(value_grads + token[:, None] * C, weighs[:, None] * passed, mask=c_ok, sem="relaxed")
         here = (slot == r)[None, :]
         p = tl.where(here, weighs[:, None], p)
         dp = tl.where(here, tl.sum(passed * value, axis=1)[:, None], dp)
@@ -278,5 +293,79 @@ def attend_backward_kernel(
         key = tl.load(keys + token[:, None] * k_n, mask=d_ok, other=0.0).to(tl.float32)
         own = tl.sum(tl.where((slot == r)[None, :], ds, 0.0), axis=1)
         query_grad += own[:, None] * key
-        tl.atomic_add(key_grads + token[:, None] * D, own[:, None] * query, mask=d_ok, sem="relaxed")
-    tl.store(dq + (item * Q + row)[:, None] * D + d[None, :], query_grad, mask=d_ok)
+        if ORDERED:
+            tl.store(score_grads + (item * Q + row) * K + r, own, mask=row_ok)
+        else:
+            tl.atomic_add(key_grads + token[:, None] * D, own[:, None] * query, mask=d_ok, sem="relaxed")
+    tl.store(dq + (item * Q + row)[:, None] * D + d[None, :], query_grad.to(dq.dtype.element_ty), mask=d_ok)
+
+
+@triton.jit
+def attend_tokens_kernel(
+    q, weight, dy, weighs_of, score_grads, edges, start, dk, dv, H, Q, N, D, C, K,
+    q_b, q_h, q_n, lead_b, lead_h, weight_c,
+    BE: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, WEIGHED: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients of k and v: each token sums over the queries that took it, in one order, by itself.
+
+    Args:
+        weighs_of: see ``attend_backward_kernel``.
+        score_grads: likewise.
+        edges: number of each edge, ``(lead * Q + query) * K + rank``, sorted by token, int64; ``lead`` is batch item
+            times ``lead_b`` and head times ``lead_h``, which are 0 where all have the same neighbours.
+        start: where the edges of each token begin, (leads * N + 1,) int64.
+        dk: output, (batch * H, N, D).
+        dv: output, (batch * H, N, C).
+        BE: edges at once.
+    """
+    program = tl.program_id(0)
+    item, token = (program // N).to(tl.int64), (program % N).to(tl.int64)
+    batch, head = item // H, item % H
+    lead = batch * lead_b + head * lead_h
+    d, c, slot = tl.arange(0, BD), tl.arange(0, BC), tl.arange(0, BE)
+    first, end = tl.load(start + lead * N + token), tl.load(start + lead * N + token + 1)
+    key_grad = tl.zeros((BE, BD), tl.float32)
+    value_grad = tl.zeros((BE, BC), tl.float32)
+    for place in range(first, end, BE):
+        ok = place + slot < end
+        edge = tl.load(edges + place + slot, mask=ok, other=0) - lead * Q * K
+        row, rank = edge // K, edge % K
+        d_ok, c_ok = ok[:, None] & (d < D)[None, :], ok[:, None] & (c < C)[None, :]
+        query = tl.load(q + batch * q_b + head * q_h + row[:, None] * q_n + d[None, :], mask=d_ok, other=0.0)
+        grad = tl.load(dy + (item * Q + row)[:, None] * C + c[None, :], mask=c_ok, other=0.0).to(tl.float32)
+        if WEIGHED:
+            grad *= tl.load(weight + c[None, :] * weight_c + rank[:, None], mask=c_ok, other=0.0).to(tl.float32)
+        number = item * Q * K + edge
+        key_grad += tl.load(score_grads + number, mask=ok, other=0.0)[:, None] * query.to(tl.float32)
+        value_grad += tl.load(weighs_of + number, mask=ok, other=0.0)[:, None] * grad
+    out = item * N + token
+    tl.store(dk + out * D + d, tl.sum(key_grad, axis=0).to(dk.dtype.element_ty), mask=d < D)
+    tl.store(dv + out * C + c, tl.sum(value_grad, axis=0).to(dv.dtype.element_ty), mask=c < C)
+
+
+@triton.jit
+def attend_weight_kernel(
+    v, index, dy, weighs_of, dw, H, Q, C, K, rows, each, v_b, v_h, v_n, i_b, i_h, i_n,
+    BQ: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of the weights in parts: that of one rank over ``each`` queries, of batch * H * Q = ``rows``.
+
+    Args:
+        weighs_of: see ``attend_backward_kernel``.
+        dw: output, (parts, C, K) float32; its sum over the parts is the gradient.
+    """
+    part, rank = tl.program_id(0) // K, tl.program_id(0) % K
+    c = tl.arange(0, BC)
+    sums = tl.zeros((BQ, BC), tl.float32)
+    for step in range(0, each, BQ):
+        place = part.to(tl.int64) * each + step + tl.arange(0, BQ)
+        ok = place < rows
+        item, row = place // Q, place % Q
+        batch, head = item // H, item % H
+        c_ok = ok[:, None] & (c < C)[None, :]
+        token = tl.load(index + batch * i_b + head * i_h + row * i_n + rank, mask=ok, other=0)
+        values = v + batch * v_b + head * v_h + token * v_n
+        value = tl.load(values[:, None] + c[None, :], mask=c_ok, other=0.0).to(tl.float32)
+        grad = tl.load(dy + place[:, None] * C + c[None, :], mask=c_ok, other=0.0).to(tl.float32)
+        sums += tl.load(weighs_of + place * K + rank, mask=ok, other=0.0)[:, None] * value * grad
+    tl.store(dw + (part.to(tl.int64) * C + c) * K + rank, tl.sum(sums, axis=0), mask=c < C)

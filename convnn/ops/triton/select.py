@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
+from convnn.ops import choice
 from convnn.ops.geometry import Geometry
 from convnn.ops.neighbors import Neighbors
 from convnn.ops.scores import Search, Terms, prepare, whole_range
@@ -49,61 +50,128 @@ CHANNELS = {2: 128, 4: 32}
 """Channels multiplied at once, at most, by the bytes of a number."""
 
 
-def best_tokens(search: Search, tiles: Tiles | None = TILES[0]) -> Neighbors:
-    """Return what ``convnn.ops.selection.rank`` returns for a blend above 0, from kernels.
+MERGE, FASTEST = -1, -2
+"""In place of a number of ``TILES``: the kernel that keeps the best as it goes; what was measured to be fastest."""
+
+WAYS = {number: f"triton {tiles}" for number, tiles in enumerate(TILES)} | {MERGE: "triton merge"}
+"""What each is called; the first is taken where nothing is measured."""
+
+
+def best_tokens(search: Search, way: int = FASTEST) -> Neighbors:
+    """Return what ``convnn.ops.selection.rank`` returns for a blend above 0, from a kernel.
 
     Scores are float32 sums of products of the inputs in their own precision, in which those products are exact for 16
     bits; norms and means are float32. So the order is that of float32, as in the plain path.
 
     Args:
         search: queries and where they look.
-        tiles: of the kernel that bounds, filters and sorts; None: the one that keeps the best as it goes, alone.
+        way: one of ``WAYS``, or ``FASTEST``.
     """
-    geometry, selection, candidates = search.geometry, search.selection, search.candidates
-    b, h, count, _ = search.q.shape
+    geometry, selection = search.geometry, search.selection
+    b, h = search.q.shape[:2]
     terms = prepare(search)
-    operands = _operands(terms, selection.similarity)
-    device = search.q.device
-    index = torch.empty(b * h, count, selection.k, dtype=torch.int64, device=device)
-    low, high = (terms.floor.new_empty(b * h, count) for _ in range(2)) if search.ranged else (None, None)
+    q, k, bias = _operands(terms, selection.similarity)
     share = None
     if terms.mixed:
-        share = (
-            terms.share.float().flatten()
-            if isinstance(terms.share, Tensor)
-            else terms.floor.new_full((b * h,), terms.share)
-        )
+        share = terms.share if isinstance(terms.share, Tensor) else terms.floor.new_full((), terms.share)
+        share = share.to(torch.float32).flatten().expand(b * h).contiguous()
     floor = terms.floor if search.ranged else None
-    common = search.queries, candidates, share, floor, *_steps(terms, geometry, selection.distance), index, low, high
+    steps = _steps(terms, geometry, selection.distance)
+    numbers = geometry.prefix, geometry.padded_shape[1], geometry.padded_shape[0], geometry.extent, selection.k
+    flags = selection.similarity == "cosine", selection.self_first, selection.distance == "euclidean"
+    index, low, high = best_keys(
+        q, k, bias, search.queries, search.candidates, share, floor, *steps, *numbers, *flags, way
+    )
+    if not search.ranged:
+        return Neighbors(index.unflatten(0, (b, h)))
+    if selection.similarity == "dot":  # the kernel multiplies the features as they are
+        low, high = (t / math.sqrt(q.shape[2]) for t in (low, high))
+    low, high = low[..., None], high[..., None]
+    low, high = whole_range(low, high, q, terms.own, selection.similarity)
+    return Neighbors(index.unflatten(0, (b, h)), None, low.unflatten(0, (b, h)), high.unflatten(0, (b, h)))
+
+
+# A custom operator, which ``torch.compile`` calls as it is, see ``attention``; what is computed around it fuses with
+# the rest of the network.
+@library.custom_op("convnn::best_keys", mutates_args=())
+def best_keys(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    own: Tensor,
+    candidates: Tensor | None,
+    share: Tensor | None,
+    floor: Tensor | None,
+    row_steps: Tensor | None,
+    column_steps: Tensor | None,
+    prefix: int,
+    columns: int,
+    rows: int,
+    extent: int,
+    num: int,
+    cosine: bool,
+    self_first: bool,
+    euclidean: bool,
+    way: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the ``num`` best of the candidates, (B H, Q, K) int64, and least and largest score, (B H, Q) or empty.
+
+    The arguments are those of ``kernels.topk_kernel``; position is mixed in with a ``share``, the range is looked for
+    with a ``floor``.
+    """
+    if way == FASTEST:
+        rest = bias, own, candidates, share, floor, row_steps, column_steps, prefix, columns, rows, extent, num, cosine
+        way = _fastest(q, k, *rest, self_first, euclidean)
+    index, low, high = _keys_of(q, floor, num)
+    common = own, candidates, share, floor, row_steps, column_steps, index, low, high
+    numbers = prefix, columns, rows, extent, ALIKE
     flags = {
-        "COSINE": selection.similarity == "cosine",
-        "BIASED": operands[2] is not None,
+        "COSINE": cosine,
+        "BIASED": bias is not None,
         "LISTED": candidates is not None,
-        "SELF": int(selection.self_first),
-        "RANGED": search.ranged,
-        "MIXED": terms.mixed,
-        "EUCLIDEAN": selection.distance == "euclidean",
-        "WIDEN": operands[0].dtype == torch.bfloat16 and interpreted(),
+        "SELF": int(self_first),
+        "RANGED": floor is not None,
+        "MIXED": share is not None,
+        "EUCLIDEAN": euclidean,
+        "WIDEN": q.dtype == torch.bfloat16 and interpreted(),
     }
-    numbers = geometry.prefix, geometry.padded_shape[1], geometry.padded_shape[0], geometry.extent, ALIKE
-    with on_device(device):
-        if tiles is None:
-            _merged(operands, common, selection.k, numbers, flags)
+    with on_device(q.device):
+        if way == MERGE:
+            _merge(q, k, bias, common, num, numbers, flags)
         else:
-            _filtered(operands, common, selection.k, numbers, flags, tiles)
-    if low is not None and high is not None:
-        if selection.similarity == "dot":  # the kernel multiplies the features as they are
-            low, high = (t / math.sqrt(operands[0].shape[2]) for t in (low, high))
-        low, high = low[..., None], high[..., None]
-        low, high = whole_range(low, high, operands[0], terms.own, selection.similarity)
-        low, high = low.unflatten(0, (b, h)), high.unflatten(0, (b, h))
-    return Neighbors(index.unflatten(0, (b, h)), None, low, high)
+            _filter(q, k, bias, common, num, numbers, flags, TILES[way])
+    return index, low, high
 
 
-def _filtered(
-    operands: tuple[Tensor, Tensor, Tensor | None],
+def _fastest(q: Tensor, k: Tensor, *rest: Any) -> int:
+    """Return the fastest of ``WAYS`` for the arguments of ``best_keys``, as measured on them or before."""
+    candidates, share, num = rest[2], rest[3], rest[10]
+    available = k.shape[1] if candidates is None else len(candidates)
+    sizes = choice.sized({"k": num}, items=len(q), queries=q.shape[1], candidates=available, channels=q.shape[2])
+    kind = "by features" if share is None else "blended"
+    numbers = {name: number for number, name in WAYS.items()}
+    ways = {name: partial(best_keys, q, k, *rest, number) for name, number in numbers.items()}
+    return numbers[choice.fastest(choice.Case("selection kernel", q.device, q.dtype, sizes, kind), ways)]
+
+
+@best_keys.register_fake
+def _(q: Tensor, k: Tensor, bias: Any, own: Tensor, candidates: Any, share: Any, floor: Any, row_steps: Any,
+      column_steps: Any, prefix: int, columns: int, rows: int, extent: int, num: int, cosine: bool, self_first: bool,
+      euclidean: bool, way: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _keys_of(q, floor, num)
+
+
+def _keys_of(q: Tensor, floor: Tensor | None, num: int) -> tuple[Tensor, Tensor, Tensor]:
+    low, high = (q.new_empty(0 if floor is None else q.shape[:2], dtype=torch.float32) for _ in range(2))
+    return q.new_empty(*q.shape[:2], num, dtype=torch.int64), low, high
+
+
+def _filter(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
     common: tuple[Any, ...],
-    k: int,
+    num: int,
     numbers: tuple[Any, ...],
     flags: dict[str, Any],
     tiles: Tiles,
@@ -111,46 +179,44 @@ def _filtered(
     """Run the kernel that bounds, filters and sorts."""
     from convnn.ops.triton.select_kernel import select_kernel
 
-    queries, keys, bias = operands
-    items, count, channels = queries.shape
-    candidates = common[1]
-    if candidates is not None:
-        keys, bias = (None if t is None else t[:, candidates].contiguous() for t in (keys, bias))
-    inverse = _inverse_norm(keys) if flags["COSINE"] else None
-    available = keys.shape[1]
+    items, count, channels = q.shape
+    if common[1] is not None:
+        k, bias = k[:, common[1]].contiguous(), None if bias is None else bias[..., common[1]].contiguous()
+    inverse = _inverse_norm(k) if flags["COSINE"] else None
+    available = k.shape[1]
     bq, bm = block_size(count, 16, tiles.queries), block_size(available, 16, tiles.candidates)
-    bd, room = block_size(channels, 16, CHANNELS[queries.element_size()]), block_size(3 * k, *ROOM)
+    bd, room = block_size(channels, 16, CHANNELS[q.element_size()]), block_size(3 * num, *ROOM)
     blocks = -(-count // bq) * items
-    programs = min(blocks, tiles.programs * _multiprocessors(queries.device))
-    held = queries.new_empty(programs, bq, room, dtype=torch.int64)
-    counts = queries.new_empty(programs, bq, dtype=torch.int32)
+    programs = min(blocks, tiles.programs * _multiprocessors(q.device))
+    held = q.new_empty(programs, bq, room, dtype=torch.int64)
+    counts = q.new_empty(programs, bq, dtype=torch.int32)
     select_kernel[(programs,)](
-        queries, keys, inverse, bias, *common, held, counts, count, available, channels, k, blocks, *numbers,
-        BQ=bq, BM=bm, BD=bd, NB=min(bm, block_size(4 * k, 32)), ONE=channels <= bd, LIST=room,
+        q, k, inverse, bias, *common, held, counts, count, available, channels, num, blocks, *numbers,
+        BQ=bq, BM=bm, BD=bd, NB=min(bm, block_size(4 * num, 32)), ONE=channels <= bd, LIST=room,
         EVEN=available % bm == 0, PTX=torch.version.cuda is not None and not interpreted(), **flags,
         num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
 
 
-def _merged(
-    operands: tuple[Tensor, Tensor, Tensor | None],
+def _merge(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
     common: tuple[Any, ...],
-    k: int,
+    num: int,
     numbers: tuple[Any, ...],
     flags: dict[str, Any],
 ) -> None:
     """Run the kernel that keeps the best as it goes."""
     from convnn.ops.triton.kernels import topk_kernel
 
-    queries, keys, bias = operands
-    items, count, channels = queries.shape
-    candidates = common[1]
-    available = keys.shape[1] if candidates is None else len(candidates)
-    inverses = (_inverse_norm(x) if flags["COSINE"] else None for x in (queries, keys))
+    items, count, channels = q.shape
+    available = k.shape[1] if common[1] is None else len(common[1])
+    inverses = (_inverse_norm(x) if flags["COSINE"] else None for x in (q, k))
     bq, bm = block_size(count, 16, 32), block_size(available, 16, 64)
     topk_kernel[(-(-count // bq) * items,)](
-        queries, keys, *inverses, bias, *common, count, keys.shape[1], available, channels, k, *numbers,
-        BQ=bq, BM=bm, BD=block_size(channels, 16, 32), BK=block_size(k - flags["SELF"] or 1), **flags,
+        q, k, *inverses, bias, *common, count, k.shape[1], available, channels, num, *numbers,
+        BQ=bq, BM=bm, BD=block_size(channels, 16, 32), BK=block_size(num - flags["SELF"] or 1), **flags,
     )  # fmt: skip
 
 
@@ -164,7 +230,6 @@ def _operands(terms: Terms, similarity: str) -> tuple[Tensor, Tensor, Tensor | N
     q, k, bias = terms.q, terms.k, None
     if similarity == "euclidean":
         q, k, bias = score_terms(q.float(), k.float(), similarity)
-        bias = bias.squeeze(-2)
     dtype = torch.promote_types(q.dtype, k.dtype)
     return q.to(dtype).contiguous(), k.to(dtype).contiguous(), bias
 

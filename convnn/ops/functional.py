@@ -11,9 +11,9 @@ from torch import Tensor
 
 from convnn.ops.aggregation import (
     gather_tokens,
+    max_of_neighbors,
     mix,
     mix_candidates,
-    mix_max_relative,
     neighbor_similarity,
     walks_edges,
     with_own_scores,
@@ -87,16 +87,16 @@ def neighbor_aggregate(
         parts = q, k, v, found.index, found.valid, weight
         similarity, temperature = selection.similarity, mixing.temperature
         return launch.attend_to_neighbors(*parts, similarity=similarity, temperature=temperature)
-    graph = Edges(found.index, *v.shape[:3]) if mixing.backend == "auto" and walks_edges(v) else None
+    graph = Edges.of(found.index, *v.shape[:3]) if walks_edges(v) else None
     near = None if bias is None else at_neighbors(bias, found.index, k)
     rho = neighbor_weights(q, k, found, selection, mixing, graph=graph, dropout=drop, dtype=v.dtype, bias=near)
     if mixing.straight_through:
         chosen_by = near if selection.bias_selects else None
-        own = selection_weights(q, k, geometry, selection, found, blend, mixing.temperature, chosen_by)
+        own = selection_weights(q, k, geometry, selection, found, blend, mixing.temperature, chosen_by, graph)
         rho = own if rho is None else rho * own
     if mixing.aggregation == "max_relative":
-        x = gather_tokens(v, found.index) * (1 if rho is None else rho[..., None])
-        return mix_max_relative(x, v[:, :, geometry.query_index(v.device)], found.valid)
+        mine = v[:, :, geometry.query_index(v.device)]
+        return max_of_neighbors(v, found.index, rho, mine, found.valid, graph)
     if graph is not None and weight is not None and groups == 1 and multiplies_first(found, selection, weight):
         first = geometry.query_index(v.device) if selection.self_first else None
         return mix_candidates(v, found.index, rho, weight, found.candidates, first)
@@ -180,6 +180,7 @@ def selection_weights(
     blend: float | Tensor,
     temperature: float,
     bias: Tensor | None = None,
+    graph: Edges | None = None,
 ) -> Tensor:
     """Return ones that carry a gradient to the selection: a straight-through estimator, (B, H, Q, K).
 
@@ -191,18 +192,18 @@ def selection_weights(
     Prefix tokens have no position: as queries they are scored by features, as neighbours at no distance (with
     ``mix=concat`` at the map's centre). A ``bias`` that bore on the choice, (B, H, Q, K), gets its gradient too.
     """
-    keys = gather_tokens(k, found.index)
     queries = geometry.query_index(q.device)
     own = (queries >= geometry.prefix)[:, None]  # prefix queries choose by features whatever the blend
     one = q.new_ones(())
     blend = blend[:, None, None] if isinstance(blend, Tensor) else blend
     share = torch.where(own, one * blend, one)  # (1 or H, Q, 1)
     if isinstance(blend, float) and blend in (0, 1):
-        features = pair_similarity(q, keys, selection.similarity)
+        features = neighbor_similarity(q, k, found.index, selection.similarity, graph)
         score = share * (features if bias is None else features + bias)
     elif selection.mix == "concat":
         positions, scale = geometry.positions(q.device), deviation(k).detach()
         here = with_positions(q, positions[queries], share, scale)
+        keys = gather_tokens(k, found.index)
         there = with_positions(keys, positions[found.index], share[..., None], scale[..., None])
         score = pair_similarity(here, there, selection.similarity)
         score = score if bias is None else score + bias
@@ -210,7 +211,7 @@ def selection_weights(
         assert found.low is not None and found.high is not None
         distance = geometry.distance(queries[:, None], found.index, selection.distance).to(q.dtype) / geometry.extent
         distance = torch.where(own & (found.index >= geometry.prefix), distance, 0)
-        features = pair_similarity(q, keys, selection.similarity)
+        features = neighbor_similarity(q, k, found.index, selection.similarity, graph)
         features = features if bias is None else features + bias
         score = blend_scores(features, distance, share, found.low.to(q.dtype), found.high.to(q.dtype))
     score = score / temperature

@@ -26,9 +26,9 @@ from convnn.ops import native
 
 BLOCK = 1 << 19
 """Gathered elements held at once on a CPU: 2 MiB in float32, which stay in a core's cache."""
-CHUNK_BYTES = 1 << 28
-"""Bytes of gathered neighbours held at once elsewhere. A backward pass holds two such chunks, the neighbours and their
-gradient."""
+CHUNK_BYTES = 1 << 27
+"""Bytes of gathered neighbours held at once elsewhere. A backward pass holds up to three such chunks: the neighbours,
+their gradient, and where the neighbours' weights get one too the product of both."""
 
 _in_order: ContextVar[bool] = ContextVar("in_order", default=True)
 _transposed = WeakTensorKeyDictionary()

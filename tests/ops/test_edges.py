@@ -250,7 +250,7 @@ ADDS_BY_CHANCE = {
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
 def test_gradients_are_summed_in_order(options, monkeypatch):
-    """No sum of a backward pass is one of atomic additions on a GPU, and repeated gradients are equal to the last bit."""
+    """No sum of a backward pass is one of atomic additions on a GPU, and repeated gradients are bitwise equal."""
     torch.manual_seed(0)
     layer, x = ConvNN2d(4, 4, 5, 1, 1, **options), torch.randn(2, 4, 5, 6)
     with aggregation.in_blocks(), Seen() as seen:

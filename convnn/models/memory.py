@@ -29,6 +29,8 @@ from convnn.text import size
 
 _NUMBER = 4
 """Bytes of a float32."""
+_IMAGES = 127
+"""Counted at a time. It is prime, so that what grows with the batch is known from what does not, copies of weights."""
 _RANKED = 24
 """Bytes that a score takes while it is ranked: itself, its key of 64 bits, and steps on the way to that."""
 _CHUNKS = 3
@@ -91,22 +93,20 @@ def training_memory(
     return Memory(batch, kept, kept_plain, max(working))
 
 
-def kept_for_backward(model: nn.Module, images: Tensor) -> int:
-    """Return the bytes that autograd keeps of a forward pass, each storage once, parameters and buffers left out."""
+def kept_for_backward(model: nn.Module, images: Tensor) -> list[int]:
+    """Return the bytes of each storage that autograd keeps of a forward pass, parameters and buffers left out."""
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-    alive = []
+    kept = {}
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        alive.append(storage)  # its number is not given to another while it is
         if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
+            kept[storage._cdata] = storage  # alive, so that its number is not given to another
         return x
 
     with saved_tensors_hooks(pack, lambda x: x), _FusedAttention():
         model(images)
-    return sum(kept.values())
+    return [storage.nbytes() for storage in kept.values()]
 
 
 class _Attention(torch.autograd.Function):
@@ -132,10 +132,10 @@ class _FusedAttention(TorchFunctionMode):
 
 
 def _kept(model: nn.Module, image: tuple[int, int, int], batch: int) -> int:
-    """Return what is kept of a batch, from batches of two and three: a share for each image, and one for weights."""
+    """Return the bytes that are kept of a batch."""
     with torch.enable_grad(), same_draws(torch.device("cpu")):
-        two, three = (kept_for_backward(model, torch.empty(n, *image, device="meta")) for n in (2, 3))
-    return two + (three - two) * (batch - 2)
+        found = kept_for_backward(model, torch.empty(_IMAGES, *image, device="meta"))
+    return sum(count if count % _IMAGES else count // _IMAGES * batch for count in found)
 
 
 def _working(work: Aggregated, batch: int) -> int:

@@ -36,6 +36,11 @@ def spanned(selection: Selection) -> int:
     return 1 + (selection.k - 1) * selection.rank_step
 
 
+def lacking(selection: Selection, tokens: int, blocked: Tensor | None) -> bool:
+    """Return whether queries can have fewer than k neighbours among so many candidates."""
+    return is_relative(selection) or spanned(selection) > tokens or blocked is not None
+
+
 def at_end(blend: float | Tensor, end: int) -> bool:
     """Return whether a blend stands at an end of the spectrum; a learned one (a tensor) never does."""
     return isinstance(blend, float) and blend == end
@@ -181,8 +186,7 @@ class Scores:
     @property
     def short(self) -> bool:
         """Queries can have fewer than k neighbours: the last slots hold fillers that do not count."""
-        few = spanned(self.selection) > len(self.tokens)
-        return is_relative(self.selection) or few or self.blocked is not None
+        return lacking(self.selection, len(self.tokens), self.blocked)
 
     def _serves(self) -> bool:
         plain = self.selection.self_again is None and self.selection.score_step is None

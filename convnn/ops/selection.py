@@ -13,11 +13,12 @@ from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from convnn.ops.candidates import candidate_tokens, most_candidates
 from convnn.ops.geometry import Geometry
 from convnn.ops.neighbors import Neighbors, join
-from convnn.ops.scores import Block, Scores, Search, at_end, precise, spanned
+from convnn.ops.scores import Block, Scores, Search, at_end, lacking, precise, spanned
 from convnn.ops.settings import Selection
 from convnn.ops.slots import in_slots
 from convnn.ops.threads import run_blocks
@@ -74,8 +75,11 @@ def select_neighbors(
     blocked = _spread(blocked, *size)
     with torch.no_grad(), plain:
         best = rank
+        unknown = q.device.type == "meta" and not is_in_torch_dispatch_mode()
         fits = (candidates is None or selection.k <= len(candidates)) and bias is None and blocked is None
-        if not by_position and fits and dispatch.selects(backend, q, k, selection):
+        if unknown:
+            best = without_data
+        elif not by_position and fits and dispatch.selects(backend, q, k, selection):
             best = launch.best_tokens
         else:
             q, k = precise(q), precise(k)
@@ -136,6 +140,22 @@ def rank(search: Search) -> Neighbors:
         low, high = scores.similarity_range(low, high)
     found = (None if t is None else t.unflatten(0, size) for t in (index, valid, low, high))
     return Neighbors(*found)  # type: ignore[arg-type]
+
+
+def without_data(search: Search) -> Neighbors:
+    """Return what ``rank`` returns, without its values: on the meta device nothing can be ranked.
+
+    Where operations are counted ``rank`` itself runs.
+    """
+    q, selection, blocked = search.q, search.selection, search.blocked
+    tokens = search.k.shape[2] if search.candidates is None else len(search.candidates)
+    size = 1, 1, q.shape[2], 1
+    if blocked is not None or not at_end(search.blend, 0):
+        size = (*q.shape[:3], 1)
+    index = q.new_empty(*size[:3], selection.k, dtype=torch.int64)
+    valid = torch.empty_like(index, dtype=torch.bool) if lacking(selection, tokens, blocked) else None
+    low, high = (precise(q).new_empty(size) if search.ranged else None for _ in "lh")
+    return Neighbors(index, valid, low, high)
 
 
 Piece = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]

@@ -54,7 +54,7 @@ def results(layer, x):
     x = x.clone().requires_grad_()
     torch.manual_seed(1)
     y = layer(x)
-    (y * torch.linspace(0, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
+    (y * torch.linspace(0, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)).sum().backward()
     return [y.detach(), x.grad, *(p.grad for p in layer.parameters())]
 
 
@@ -198,7 +198,8 @@ def test_topk_with_and_without_ties(compiled, monkeypatch):
             assert torch.equal(stable_topk(score, k), want[..., :k])
 
 
-def test_no_block_of_neighbours_is_held(monkeypatch):
+@pytest.mark.parametrize("path", ["cache", "chunks"])
+def test_no_block_of_neighbours_is_held(path, monkeypatch):
     """Forward and backward pass allocate nothing of the size of the gathered neighbours."""
 
     class Largest(TorchDispatchMode):
@@ -211,16 +212,19 @@ def test_no_block_of_neighbours_is_held(monkeypatch):
                     Largest.elements = max(Largest.elements, t.untyped_storage().nbytes() // t.element_size())
             return out
 
-    monkeypatch.setattr(edges, "BLOCK", 1 << 12)
     monkeypatch.setattr("convnn.ops.scores.CHUNK_SCORES", {"cpu": 1 << 12})
+    monkeypatch.setitem(PATHS, "cache", {"BLOCK": 1 << 12})
+    monkeypatch.setitem(PATHS, "chunks", {"CHUNK_BYTES": 1 << 14})
     tokens, width, k = 400, 32, 16
     for layer, x in (
         (ConvNN2d(width, width, k, padding=0), torch.randn(1, width, 20, 20)),
+        (ConvNN2d(width, width, k, padding=0, aggregation="edge"), torch.randn(1, width, 20, 20)),
+        (ConvNN2d(width, width, k, padding=0, weighting="score", similarity="euclidean"), torch.randn(1, 32, 20, 20)),
         (ConvNNAttention(width, 1, k), torch.randn(1, tokens, width)),
         (ConvNNAttention(width, 1, k, aggregation="sum"), torch.randn(1, tokens, width)),
     ):
         Largest.elements = 0
-        with Largest():
+        with walking(path, monkeypatch), Largest():
             layer(x.requires_grad_()).sum().backward()
         assert tokens * width <= Largest.elements <= 3 * tokens * width < tokens * width * k
 
@@ -267,20 +271,53 @@ def bitwise_equal(layer, x, times):
     """Compare the gradients of a layer, computed again and again, to the last bit."""
     torch.use_deterministic_algorithms(True)
     try:
-        layer.zero_grad()
-        first = results(layer, x)
-        for _ in range(times - 1):
-            layer.zero_grad()
-            for a, b in zip(results(layer, x), first, strict=True):
-                assert torch.equal(a, b)
+        x = x.requires_grad_()
+        y, parts = layer(x), [x, *layer.parameters()]
+        weights = torch.linspace(0, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
+        first = None
+        for _ in range(times):
+            own = torch.autograd.grad(y, parts, weights, retain_graph=True)
+            first = own if first is None else first
+            assert all(map(torch.equal, own, first))
     finally:
         torch.use_deterministic_algorithms(False)
 
 
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@on_gpu
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_layers_on_the_gpu(options, monkeypatch):
+    """Values and all gradients are those of the gathered block, in chunks, at once and unordered; in float64."""
+    torch.manual_seed(0)
+    layer, x = ConvNN2d(4, 4, 5, 1, 1, **options).to("cuda").double(), torch.randn(2, 4, 5, 6).double().cuda()
+    with aggregation.in_blocks():
+        plain = results(layer, x)
+    for path in ("chunks", "at once", "unordered"):
+        layer.zero_grad()
+        with walking(path, monkeypatch):
+            own = results(layer, x)
+        for a, b in zip(own, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"aggregation": "conv"},
+        {"aggregation": "conv", "weighting": "softmax", "similarity": "euclidean", "groups": 2},
+        {"aggregation": "conv", "candidates": "random", "num_candidates": 12, "weighting": "softmax"},
+        {"aggregation": "depthwise", "weighting": "softmax", "straight_through": True},
+        {"aggregation": "sum", "weighting": "score"},
+        {"aggregation": "edge"},
+    ],
+    ids=lambda o: "-".join(str(v) for v in o.values()),
+)
 def test_a_thousand_gradients_on_the_gpu(options, dtype, monkeypatch):
     """They are equal to the last bit, with torch's deterministic algorithms demanded: nothing refuses."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -36,7 +36,7 @@ from convnn.ops.geometry import Geometry
 from convnn.ops.selection import select_neighbors
 from convnn.ops.settings import Mixing, Selection
 from convnn.ops.topk import stable_topk
-from convnn.ops.triton.dispatch import ATTENTION, SELECTION, missing
+from convnn.ops.triton.dispatch import missing
 
 Step = Callable[[], object]
 
@@ -266,7 +266,7 @@ _BACKENDS = {"torch": "torch", "torch compiled": "torch", "triton": "triton"}
 def backend_cases(quick: bool, device: torch.device) -> list[Case]:
     """Return both steps that have Triton kernels, and whole layers, with each backend; none off CUDA.
 
-    What the kernels win here belongs into ``dispatch.FASTER``. The attention step selects by position, once for
+    The attention step selects by position, once for
     the whole batch, with every backend.
     """
     if device.type != "cuda" or missing(device) is not None:
@@ -275,7 +275,7 @@ def backend_cases(quick: bool, device: torch.device) -> list[Case]:
     batch, sides = (4, (14,)) if quick else (32, (14, 32, 56))
     for side, k, dtype in itertools.product(sides, (9, 25), (torch.float32, torch.bfloat16)):
         n, precision = side * side, str(dtype).removeprefix("torch.")
-        for step in (SELECTION, ATTENTION):
+        for step in ("selection", "attention"):
             group, size = f"backend {step} N={n} k={k} {precision}", (batch, side, k, dtype)
             cases += [Case(group, name, n, k, _step_of(step, name, *size)) for name in _BACKENDS]
     for heads in (1, 3):
@@ -306,9 +306,9 @@ def _step_of(step: str, name: str, batch: int, side: int, k: int, dtype: torch.d
         def attend() -> Tensor:
             return neighbor_aggregate(q, key, v, geometry, by_features, mixing, blend=0.0, weight=weight, training=True)
 
-        run = select if step == SELECTION else attend
+        run = select if step == "selection" else attend
         run = torch.compile(run) if name.endswith("compiled") else run
-        if step == SELECTION:
+        if step == "selection":
             return run
         leaves = [t.requires_grad_() for t in (q, key, v)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from convnn.config.schema import ScheduleConfig
 from convnn.errors import ConfigError, first_line
 from convnn.models.flops import Cost, count_operations, on_meta
 from convnn.models.inspect import evaluating
+from convnn.models.memory import training_memory
 from convnn.models.schedule import apply_schedule
 from convnn.models.swap import SwapReport, neighbor_layers
 from convnn.ops.neighborhood import same_draws
@@ -103,6 +105,20 @@ def count_cost(model: nn.Module, channels: int, image_size: int, report: SwapRep
     except Exception as error:  # a layer that the forward pass leaves out, an operation that needs data
         log.warning("GFLOPs unknown: %s", first_line(error))
         return None, report
+
+
+def count_memory(model: nn.Module, channels: int, image_size: int, report: SwapReport, batch: int) -> SwapReport:
+    """Return the report with the memory of a training step of ``batch`` images (see ``convnn.models.memory``).
+
+    Without replaced layers, or where it cannot be counted, which is no reason not to train, the report stays as it was.
+    """
+    plain = {row.name: row.plain for row in report.rows}
+    try:
+        image = channels, image_size, image_size
+        return replace(report, memory=training_memory(model, plain, image, batch)) if plain else report
+    except Exception as error:  # an operation that needs data
+        log.info("memory unknown: %s", first_line(error))
+        return report
 
 
 def dear_swap(gflops: float | None, report: SwapReport) -> str | None:

@@ -120,23 +120,49 @@ def _noted(note: Callable[..., None], name: str, _: nn.Module, args: Any, given:
     note(name, args, given)
 
 
-def elementwise_operations(layer: ConvNN2d | NeighborAttention, x: Tensor) -> int:
-    """Return the elementwise operations of a layer's aggregation, which the FLOP counter does not see."""
+@dataclass(frozen=True)
+class Aggregated:
+    """What a layer aggregates of one image."""
+
+    queries: int
+    """Of all heads and windows."""
+    candidates: int
+    """Tokens that a query is compared with, at most."""
+    neighbors: int
+    """Of a query."""
+    channels: int
+    """Of a neighbour."""
+
+
+def aggregated(layer: ConvNN2d | NeighborAttention, x: Tensor) -> Aggregated | None:
+    """Return what a layer aggregates of an image, after a call with ``x``; None: a convolution or attention does it."""
     if isinstance(layer, ConvNN2d):
         sides = x.shape[-2:] if x.ndim == 4 else (1, x.shape[-1])
         height, width = (side // layer.shuffle for side in sides)
         geometry = layer.geometry(height, width)
         if layer.fast and layer.weight is not None and layer.is_convolution(geometry, layer.k):
-            return 0
+            return None
         channels, heads = x.shape[1] * layer.shuffle**2 + 2 * layer.coordinates, 1
-        single = layer.weight is None or layer.mix_groups == channels == layer.weight.shape[0]
-        sums = {"depthwise": 2, "separable": 2, "conv": 2}.get(layer.aggregation, 1) if single else 0
     else:
         windows, geometry = layer.last_call(x)
         if layer.is_fused(geometry):
-            return 0
+            return None
         channels, heads = layer.head_dim, layer.num_heads * windows
+    selection, tokens = layer.selection, geometry.num_tokens
+    chosen = {"random": selection.num_candidates, "grid": selection.num_candidates**2}.get(selection.candidates, tokens)
+    neighbors = min(layer.k, most_candidates(geometry, selection, None)[1])
+    return Aggregated(heads * len(geometry.query_index()), min(tokens, chosen + geometry.prefix), neighbors, channels)
+
+
+def elementwise_operations(layer: ConvNN2d | NeighborAttention, x: Tensor) -> int:
+    """Return the elementwise operations of a layer's aggregation, which the FLOP counter does not see."""
+    work = aggregated(layer, x)
+    if work is None:
+        return 0
+    if isinstance(layer, ConvNN2d):
+        single = layer.weight is None or layer.mix_groups == work.channels == layer.weight.shape[0]
+        sums = {"depthwise": 2, "separable": 2, "conv": 2}.get(layer.aggregation, 1) if single else 0
+    else:
         sums = {"depthwise": 2, "separable": 2, "sum": 1}.get(layer.aggregation, 0)
-    neighbors = min(layer.k, most_candidates(geometry, layer.selection, None)[1])
     weights = int(layer.mixing.weighting != "ones")
-    return (weights + sums) * heads * len(geometry.query_index()) * neighbors * channels
+    return (weights + sums) * work.queries * work.neighbors * work.channels

@@ -19,6 +19,7 @@ from convnn.config.targets import resolve_target
 from convnn.errors import ConfigError
 from convnn.models.flops import Cost, count_operations, on_meta
 from convnn.models.kept import check_called, check_replaceable, like
+from convnn.models.memory import Memory
 from convnn.models.sites import FOR_ATTENTION, find_sites, is_operator, refused_sites, select_sites, some, told
 from convnn.models.tokens import forget_token_grids, site_of
 from convnn.nn.adapters.layer import AdaptedAttention
@@ -57,6 +58,8 @@ class SwapReport:
     rows: tuple[Replacement, ...]
     left: dict[str, str] = field(default_factory=dict)
     """Attention that the rules mean, but that cannot be replaced: class and reason by name."""
+    memory: Memory | None = None
+    """Of a training step; None: not counted."""
 
     def with_costs(self, cost: Cost) -> SwapReport:
         """Return the report with operations of each layer, from a count of the model that watched all of them."""
@@ -64,7 +67,7 @@ class SwapReport:
         for row in self.rows:
             before = count_operations(row.plain, cost.calls[row.name]).total
             rows.append(replace(row, flops_before=before, flops_after=cost.layers[row.name]))
-        return SwapReport(tuple(rows), self.left)
+        return replace(self, rows=tuple(rows))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -85,7 +88,8 @@ class SwapReport:
         first, *lines = aligned(header, cells, right_from=3).split("\n")
         rule = "-" * len(first)
         left = [f"left as they are: {told(self.left)}"] if self.left else []
-        return "\n".join([first, rule, *lines[:-1], rule, lines[-1], *self._dropped(), *left]) + "\n"
+        memory = [] if self.memory is None else [str(self.memory)]
+        return "\n".join([first, rule, *lines[:-1], rule, lines[-1], *self._dropped(), *left, *memory]) + "\n"
 
     def _dropped(self) -> list[str]:
         """Return a line for each thing that layers had and their replacements lack."""

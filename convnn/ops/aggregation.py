@@ -9,12 +9,15 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import reduce
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
-from convnn.ops import edges
+from convnn.ops import edge_functions
 from convnn.ops.edges import Edges
+from convnn.ops.precision import as_given, autocast_dtype
 from convnn.ops.similarity import pair_similarity, unit
 from convnn.ops.topk import runs_at_once
 
@@ -32,14 +35,22 @@ def in_blocks() -> Iterator[None]:
 
 
 def walks_edges(x: Tensor) -> bool:
-    """Return whether ``ops.edges`` can aggregate: in eager mode on a CPU, in float32 or float64.
+    """Return whether ``ops.edges`` can aggregate: in eager mode on a CPU, on CUDA, and without data (``meta``).
 
     Compiled and traced graphs and the transforms of ``torch.func`` accept no ``autograd.Function`` that is given a
-    Python object such as the graph.
+    Python object such as the graph, and none here has a rule for derivatives in forward mode.
     """
-    if not runs_at_once() or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+    if not runs_at_once() or _blocks_only.get() or torch.autograd.forward_ad._current_level >= 0:
         return False
-    return not (torch.is_autocast_enabled("cpu") or _blocks_only.get())
+    return x.device.type in ("cpu", "cuda", "meta") and x.is_floating_point()
+
+
+def _precision(*tensors: Tensor | None) -> torch.dtype:
+    """Return what sums along edges are computed in: autocast's precision where that is on, else the highest given."""
+    given = [t for t in tensors if t is not None]
+    dtype = reduce(torch.promote_types, [t.dtype for t in given])
+    lowered = autocast_dtype(given[0])
+    return dtype if lowered is None or dtype == torch.float64 else lowered
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -55,13 +66,18 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 def neighbor_similarity(q: Tensor, k: Tensor, index: Tensor, kind: str, graph: Edges | None) -> Tensor:
     """Return the similarity of each query to its neighbours: (B, H, Q, D), (B, H, N, D) -> (B, H, Q, K).
 
-    Dot products are computed along the edges of ``graph``, if there is one; ``euclidean`` always gathers the
-    neighbours, since it needs their differences from the query.
+    It is computed along the edges of ``graph``, if there is one.
     """
-    if graph is None or kind == "euclidean":
+    if graph is None:
         return pair_similarity(q, gather_tokens(k, index), kind)
-    q, k = (unit(q), unit(k)) if kind == "cosine" else (q / math.sqrt(q.shape[-1]), k)
-    return edges.Dot.apply(_table(q), _table(k), graph).view(*q.shape[:3], index.shape[-1])
+    if kind == "euclidean":
+        dtype = torch.promote_types(q.dtype, k.dtype)
+        score = _walk(edge_functions.Distance, dtype, _table(q), _table(k), graph=graph)
+        score = score.to(dtype) if autocast_dtype(q) is None else score
+    else:
+        q, k = (unit(q), unit(k)) if kind == "cosine" else (q / math.sqrt(q.shape[-1]), k)
+        score = _walk(edge_functions.Dot, _precision(q, k), _table(q), _table(k), graph=graph)
+    return score.view(*q.shape[:3], index.shape[-1])
 
 
 def with_own_scores(score: Tensor, index: Tensor, again: float | None, first: float | None) -> Tensor:
@@ -96,21 +112,20 @@ def mix(
         graph: the neighbours as edges, or None: gather them.
     """
     full = weight is not None and weight.ndim == 3
-    if graph is None or (full and groups > 1):
+    if graph is None:
         x = gather_tokens(v, index)
         if rho is not None:
             x = x * rho[..., None]
         if weight is None:
             return x.sum(dim=-2)
         return mix_conv(x, weight, groups) if full else (x * weight.t()).sum(dim=-2)
-    if rho is not None:
-        rho = rho.expand(*v.shape[:2], -1, -1).reshape(-1, rho.shape[-1])
+    dtype, table, weights = _precision(v, rho, weight), _table(v), _of_edges(rho, v)
     if weight is None:
-        y = edges.Sum.apply(_table(v), rho, graph)
+        y = _walk(edge_functions.Sum, dtype, table, weights, graph=graph)
     elif full:
-        y = edges.Conv.apply(_table(v), rho, weight.permute(2, 1, 0).flatten(0, 1), graph)
+        y = _walk(edge_functions.Conv, dtype, table, weights, _in_groups(weight, groups), graph=graph)
     else:
-        y = edges.Depthwise.apply(_table(v), rho, weight.t().contiguous(), graph)
+        y = _walk(edge_functions.Depthwise, dtype, table, weights, weight.t().contiguous(), graph=graph)
     return y.view(*v.shape[:2], index.shape[2], y.shape[-1])
 
 
@@ -138,14 +153,56 @@ def mix_candidates(
     place = torch.zeros(n, dtype=torch.int64, device=v.device)
     place[candidates] = torch.arange(len(candidates), device=v.device) * slots
     rows = place[index[..., first:]] + torch.arange(slots, device=v.device)
-    products = v[:, :, candidates] @ weight[..., first:].permute(1, 2, 0).reshape(c, -1)  # (B, H, M, K O)
-    graph = Edges(rows, b, h, len(candidates) * slots)
-    weights = None if rho is None else rho[..., first:].expand(b, h, -1, -1).reshape(-1, slots)
-    y = edges.Sum.apply(products.reshape(-1, len(weight)), weights, graph).view(b, h, index.shape[2], len(weight))
+    graph = Edges.of(rows, b, h, len(candidates) * slots)
+    weights = None if rho is None else _of_edges(rho[..., first:], v)
+    wide = weight[..., first:].permute(1, 2, 0).reshape(c, -1)
+    y = _walk(
+        edge_functions.ConvFirst, _precision(v, rho, weight), _table(v[:, :, candidates]), weights, wide, graph=graph
+    ).view(b, h, index.shape[2], len(weight))
     if own is None:
         return y
     mine = v[:, :, own] @ weight[..., 0].t()
     return y + (mine if rho is None else mine * rho[..., :1])
+
+
+def max_of_neighbors(
+    v: Tensor, index: Tensor, rho: Tensor | None, own: Tensor, valid: Tensor | None, graph: Edges | None
+) -> Tensor:
+    """Return the largest difference to the query's own token, per channel: (B, H, N, D) -> (B, H, Q, D).
+
+    Args:
+        v: values.
+        index: neighbours, (B or 1, H or 1, Q, K).
+        rho: weights of the neighbours, or None: ones.
+        own: the queries' tokens, (B, H, Q, D).
+        valid: which neighbours count, as ``index``, or None: all.
+        graph: the neighbours as edges, or None: gather them.
+    """
+    if graph is None:
+        return mix_max_relative(gather_tokens(v, index) * (1 if rho is None else rho[..., None]), own, valid)
+    dtype = torch.promote_types(v.dtype, v.dtype if rho is None else rho.dtype)
+    table, weights, counts = _table(v).to(dtype), _of_edges(rho, v), _of_edges(valid, v)
+    weights = None if weights is None else weights.to(dtype)
+    with as_given(table):
+        y = edge_functions.Largest.apply(table, weights, counts, graph)
+    return y.view(own.shape) - own
+
+
+def _walk(function: type[Function], dtype: torch.dtype, *tensors: Tensor | None, graph: Edges) -> Tensor:
+    """Apply a function of ``edge_functions`` in this precision."""
+    given = [None if t is None else t.to(dtype) for t in tensors]
+    with as_given(graph.rows):
+        return function.apply(*given, graph)
+
+
+def _of_edges(x: Tensor | None, v: Tensor) -> Tensor | None:
+    """Return a number for each edge: (B or 1, H or 1, Q, K) -> (E, K)."""
+    return None if x is None else x.expand(*v.shape[:2], -1, -1).reshape(-1, x.shape[-1])
+
+
+def _in_groups(weight: Tensor, groups: int) -> Tensor:
+    """Return weights as ``edge_functions.Conv`` has them: (O, C / groups, K) -> (groups, K C / groups, O / groups)."""
+    return weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1).flatten(1, 2)
 
 
 def _table(x: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -173,6 +172,6 @@ def _store(device: torch.device) -> None:
         merged = _read(path) | worked
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
             json.dump(merged, file, indent=1)
-        os.replace(file.name, path)
+        Path(file.name).replace(path)
     except OSError as error:  # a home that cannot be written costs the next process its measurements
         log.debug("%s cannot be written: %s", path, error)

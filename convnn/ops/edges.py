@@ -1,52 +1,84 @@
-"""Neighbour aggregation without the gathered block: sums, products and convolutions over the edges of a graph.
+"""The graph of neighbours: edges from queries to tokens, and sums along them that hold no block of gathered neighbours.
 
-The neighbours of all queries, gathered, are K times as large as the tokens, and on a CPU moving them costs more than
-the arithmetic. Neighbours are instead the edges of a sparse graph from queries to tokens: weighted sums are
-``F.embedding_bag``, dot products ``torch.sparse.sampled_addmm``, and what needs the gathered neighbours (weights per
-slot) gathers a few queries' at a time. The backward pass sums over the transposed graph: for each token, the queries
-that chose it. For second derivatives (``create_graph``) the neighbours are gathered after all, see ``differentiated``.
+The neighbours of all queries, gathered, are K times as large as the tokens: on a CPU moving them costs more than the
+arithmetic, on a GPU they are what fills the memory. Neighbours are instead the edges of a sparse graph from queries to
+tokens. Weighted sums are ``F.embedding_bag``. What needs the neighbours themselves gathers those of a few queries at a
+time, as many as stay in a core's cache or within ``CHUNK_BYTES``. Sums for the tokens, which a backward pass needs, go
+over the transposed graph: for each token, the queries that chose it, always in the same order.
 
-Shapes: B batch, H heads, Q queries, N tokens, K neighbours, E = B H Q queries and T = B H N tokens in all, D or C
-channels, O output channels.
+Shapes: N tokens of an item (an image and head), K neighbours, E queries and T tokens of all items, D or C channels.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from functools import cached_property, lru_cache, wraps
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from convnn.ops import native
 
 BLOCK = 1 << 19
-"""Gathered elements held at once: 2 MiB in float32, which stay in a core's cache."""
+"""Gathered elements held at once on a CPU: 2 MiB in float32, which stay in a core's cache."""
+CHUNK_BYTES = 1 << 27
+"""Bytes of gathered neighbours held at once elsewhere. A backward pass holds up to three such chunks: the neighbours,
+their gradient, and where the neighbours' weights get one too the product of both."""
+
+_in_order: ContextVar[bool] = ContextVar("in_order", default=True)
+_transposed = WeakTensorKeyDictionary()
+"""The transposed graph of ``rows``, for as long as these exist: two steps of one layer share it."""
+
+
+@contextmanager
+def summed_in_order(always: bool) -> Iterator[None]:
+    """Choose how layers called inside sum gradients for tokens, on a GPU and in half precision.
+
+    Args:
+        always: over the transposed graph, in the same order each time; else with ``index_add_``, whose order on a GPU
+            is that of chance, except under torch's deterministic algorithms.
+    """
+    token = _in_order.set(always)
+    try:
+        yield
+    finally:
+        _in_order.reset(token)
+
+
+def in_cache(x: Tensor) -> bool:
+    """Return whether neighbours are gathered in parts for a core's cache: on a CPU, in float32 or float64."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 class Edges:
     """Which tokens each query takes, as rows of a table of all tokens (T, D)."""
 
-    def __init__(self, index: Tensor, batch: int, heads: int, num_tokens: int) -> None:
-        """Take token indices (B or 1, H or 1, Q, K)."""
+    def __init__(self, rows: Tensor, num_tokens: int, items: int, ordered: bool = True) -> None:
+        """Take the rows of the table, (E, K).
+
+        Args:
+            rows: int32 or int64; a query's tokens are those of its item.
+            num_tokens: T.
+            items: images times heads; each has E / items queries and T / items tokens, in order.
+            ordered: see ``summed_in_order``.
+        """
+        self.rows, self.num_tokens, self.items, self.ordered = rows, num_tokens, items, ordered
+
+    @classmethod
+    def of(cls, index: Tensor, batch: int, heads: int, num_tokens: int) -> Edges:
+        """Return the graph of token indices (B or 1, H or 1, Q, K) among N tokens of each of B times H items."""
         b, h, q, k = batch, heads, *index.shape[2:]
-        self.num_tokens = b * h * num_tokens
-        small = max(self.num_tokens, b * h * q * k) < 2**31  # int32 halves what is read of the indices
+        tokens = b * h * num_tokens
+        small = max(tokens, b * h * q * k) < 2**31  # int32 halves what is kept and read of the indices
         # Row of token n of batch item b and head h: (b * H + h) * N + n.
         start = torch.arange(b * h, device=index.device).mul_(num_tokens).view(b, h, 1, 1)
-        self.rows = (index + start).to(torch.int32 if small else torch.int64).view(-1, k)
-        """Rows of the neighbours, (E, K)."""
-
-    @cached_property
-    def _by_token(self) -> tuple[Tensor, Tensor]:
-        """The transposed graph: edges, as flat indices of ``rows``, sorted by token, and where each token's begin."""
-        tokens, order = self.rows.flatten().sort(stable=True)
-        every = torch.arange(self.num_tokens, device=tokens.device, dtype=tokens.dtype)
-        start = torch.searchsorted(tokens, every, out_int32=tokens.dtype == torch.int32)
-        return order.to(tokens.dtype), start
+        rows = (index + start).to(torch.int32 if small else torch.int64).view(-1, k)
+        return cls(rows, tokens, b * h, _in_order.get())
 
     def gather_sum(self, table: Tensor, weights: Tensor | None) -> Tensor:
         """Return each query's sum of ``weights`` (E, K) times its tokens: (T, D) -> (E, D)."""
@@ -54,7 +86,7 @@ class Edges:
 
     def scatter_sum(self, values: Tensor, weights: Tensor | None) -> Tensor:
         """Return each token's sum of ``weights`` (E, K) times the queries that take it: (E, D) -> (T, D)."""
-        edges, start = self._by_token
+        edges, start = self._by_token()
         # Edge number e K + r is slot r of query e.
         queries = edges.div(self.rows.shape[1], rounding_mode="floor")
         weights = None if weights is None else weights.flatten()[edges]
@@ -63,6 +95,11 @@ class Edges:
     def dot(self, queries: Tensor, table: Tensor) -> Tensor:
         """Return the products of each query with its tokens: (E, D), (T, D) -> (E, K)."""
         e, k = self.rows.shape
+        if not in_cache(table):
+            out = queries.new_empty(e, k)
+            for part in self.parts(table, k * table.shape[1]):
+                torch.bmm(self.taken(table, part), queries[part, :, None], out=out[part, :, None])
+            return out
         _accept_sparse()
         # A sparse matrix (E, T) with K entries in every row; sampled_addmm computes queries @ table.T at these alone.
         start = torch.arange(e + 1, device=queries.device, dtype=self.rows.dtype) * k
@@ -70,11 +107,104 @@ class Edges:
         graph = torch.sparse_csr_tensor(start, self.rows.flatten(), empty, (e, len(table)), check_invariants=False)
         return torch.sparse.sampled_addmm(graph, queries, table.t()).values().view(e, k)
 
-    def parts(self, width: int) -> Iterator[slice]:
-        """Yield slices of the queries; gathered, at ``width`` elements a query, a slice stays within ``BLOCK``."""
-        step = max(1, BLOCK // max(width, 1))
+    def parts(self, table: Tensor, width: int) -> Iterator[slice]:
+        """Yield slices of the queries whose gathered neighbours may be held at once: whole items where these fit.
+
+        Args:
+            table: the tokens.
+            width: elements that a query gathers.
+        """
+        limit = BLOCK if in_cache(table) else CHUNK_BYTES // table.element_size()
+        step, own = max(1, limit // max(width, 1)), self._queries
+        step -= step % own if step > own else 0
         for first in range(0, len(self.rows), step):
-            yield slice(first, first + step)
+            yield slice(first, min(first + step, len(self.rows)))
+
+    def by_items(self, table: Tensor, width: int) -> Iterator[tuple[slice, slice, Edges]]:
+        """Yield queries, tokens and graph of as many whole items, at least one, as may be held at once.
+
+        Args:
+            table: the tokens, whose bytes count.
+            width: elements to be held for a token.
+        """
+        own, tokens = self._queries, self.num_tokens // max(1, self.items)
+        step = max(1, CHUNK_BYTES // max(1, tokens * width * table.element_size()))
+        if step >= self.items:
+            yield slice(0, len(self.rows)), slice(0, self.num_tokens), self
+            return
+        for first in range(0, self.items, step):
+            last = min(first + step, self.items)
+            queries, place = slice(first * own, last * own), slice(first * tokens, last * tokens)
+            rows = self.rows[queries] - place.start
+            yield queries, place, Edges(rows, place.stop - place.start, last - first, self.ordered)
+
+    def taken(self, table: Tensor, part: slice) -> Tensor:
+        """Return the neighbours of some queries, gathered: (T, C) -> (part, K, C)."""
+        rows = self.rows[part]
+        return table.index_select(0, rows.flatten()).view(*rows.shape, table.shape[1])
+
+    def add_to_tokens(self, total: Tensor, part: slice, values: Tensor, weights: Tensor | None) -> None:
+        """Add what the edges of some queries bring to their tokens, in place.
+
+        Args:
+            total: of the tokens, (T, C).
+            part: of the queries, from ``parts``.
+            values: of their edges, (part, K, C); may be overwritten.
+            weights: of all edges, (E, K), or None.
+        """
+        values, factors = values.flatten(0, 1), None if weights is None else weights[part].flatten()
+        if self.ordered and not in_cache(total):
+            tokens, whole = self._tokens_of(part)
+            edges, start = self._by_token_within(part, tokens, whole)
+            factors = None if factors is None else factors[edges]
+            sums = F.embedding_bag(edges, values, start, mode="sum", per_sample_weights=factors)
+            if whole:
+                total[tokens] = sums
+            else:
+                total[tokens] += sums
+            return
+        values = values if factors is None else values.mul_(factors[:, None])
+        native.add_rows(total, self.rows[part].flatten(), values.to(total.dtype))
+
+    def zeros_for_tokens(self, table: Tensor) -> Tensor:
+        """Return what ``add_to_tokens`` starts from; unordered sums of half precision are float32."""
+        half = table.element_size() < 4 and not self.ordered
+        return torch.zeros_like(table, dtype=torch.float32 if half else table.dtype)
+
+    @property
+    def _queries(self) -> int:
+        """Of an item."""
+        return max(1, len(self.rows) // max(1, self.items))
+
+    def _tokens_of(self, part: slice) -> tuple[slice, bool]:
+        """Return the tokens of the items of some queries, and whether these are all queries of the items."""
+        own, tokens = self._queries, self.num_tokens // max(1, self.items)
+        first, last = part.start // own, -(-part.stop // own)
+        return slice(first * tokens, last * tokens), (part.start, part.stop) == (first * own, last * own)
+
+    def _by_token(self) -> tuple[Tensor, Tensor]:
+        """The transposed graph: edges, as flat indices of ``rows``, sorted by token, and where each token's begin."""
+        found = _transposed.get(self.rows)
+        if found is None:
+            found = _transposed[self.rows] = _sorted_by_token(self.rows.flatten(), self.num_tokens)
+        return found
+
+    def _by_token_within(self, part: slice, tokens: slice, whole: bool) -> tuple[Tensor, Tensor]:
+        """Return the transposed graph of some queries, the first of their edges and of ``tokens`` being number 0."""
+        if not whole:
+            return _sorted_by_token(self.rows[part].flatten() - tokens.start, tokens.stop - tokens.start)
+        edges, start = self._by_token()
+        k = self.rows.shape[1]
+        if part.stop - part.start == len(self.rows):
+            return edges, start
+        return edges[part.start * k : part.stop * k] - part.start * k, start[tokens] - part.start * k
+
+
+def _sorted_by_token(rows: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    tokens, order = rows.sort(stable=True)
+    every = torch.arange(num_tokens, device=tokens.device, dtype=tokens.dtype)
+    start = torch.searchsorted(tokens, every, out_int32=tokens.dtype == torch.int32)
+    return order.to(tokens.dtype), start
 
 
 @lru_cache(maxsize=1)
@@ -83,160 +213,3 @@ def _accept_sparse() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
-
-
-Backward = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
-
-
-def differentiated(plain: Callable[..., Tensor]) -> Callable[[Backward], Backward]:
-    """Make the backward pass of a ``Function`` differentiable: ``create_graph`` differentiates ``plain`` instead.
-
-    The fast backward passes below work in place and call kernels whose own derivatives are wrong or missing, so
-    autograd must not record them. Without ``create_graph`` gradients are off in a backward pass, nothing records it,
-    and the fast one runs. With ``create_graph`` they are on: then the forward pass is computed once more in plain
-    operations, and torch differentiates that, as often as it is asked to.
-
-    Args:
-        plain: the forward pass in torch's own operations, of the saved tensors and the edges.
-    """
-
-    def decorate(backward: Backward) -> Backward:
-        @wraps(backward)
-        def chosen(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            if not torch.is_grad_enabled():
-                return backward(ctx, grad)
-            shape = ctx.edges.num_tokens, grad.shape[1]
-            # ``Sum`` saves its table only if the weights need a gradient. If not, the output is linear in the table, so
-            # that no gradient depends on the table's values, and zeros will do.
-            saved = [grad.new_zeros(shape, requires_grad=True) if need and x is None else x
-                     for x, need in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)]  # fmt: skip
-            # Views, since one input may have been computed from another (weights from the table): the gradient asked
-            # for is that of each input alone, and a view is where it stops.
-            inputs = [None if x is None else x.view_as(x) for x in saved]
-            wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need and x is not None]
-            found = iter(torch.autograd.grad(plain(*inputs, ctx.edges), wanted, grad, create_graph=True))
-            return tuple(next(found) if need else None for need in ctx.needs_input_grad)
-
-        return chosen
-
-    return decorate
-
-
-def _gathered(table: Tensor, weights: Tensor | None, edges: Edges) -> Tensor:
-    """Return each query's weighed tokens: (T, D) -> (E, K, D)."""
-    taken = table.index_select(0, edges.rows.flatten()).view(*edges.rows.shape, -1)
-    return taken if weights is None else taken * weights[..., None]
-
-
-class Dot(torch.autograd.Function):
-    """Products of queries (E, D) with their tokens (T, D): (E, K)."""
-
-    @staticmethod
-    def forward(ctx: Any, queries: Tensor, table: Tensor, edges: Edges) -> Tensor:  # noqa: D102
-        ctx.save_for_backward(queries, table)
-        ctx.edges = edges
-        return edges.dot(queries, table)
-
-    @staticmethod
-    @differentiated(lambda queries, table, edges: (_gathered(table, None, edges) * queries[:, None]).sum(-1))
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        (queries, table), edges = ctx.saved_tensors, ctx.edges
-        grad = grad.contiguous()
-        for_queries = edges.gather_sum(table, grad) if ctx.needs_input_grad[0] else None
-        for_table = edges.scatter_sum(queries, grad) if ctx.needs_input_grad[1] else None
-        return for_queries, for_table, None
-
-
-class Sum(torch.autograd.Function):
-    """Weighted sums of each query's tokens: table (T, D), weights (E, K) or None -> (E, D)."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, weights: Tensor | None, edges: Edges) -> Tensor:  # noqa: D102
-        ctx.save_for_backward(table if ctx.needs_input_grad[1] else None, weights)
-        ctx.edges = edges
-        return edges.gather_sum(table, weights)
-
-    @staticmethod
-    @differentiated(lambda table, weights, edges: _gathered(table, weights, edges).sum(1))
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        (table, weights), edges = ctx.saved_tensors, ctx.edges
-        grad = grad.contiguous()
-        for_table = edges.scatter_sum(grad, weights) if ctx.needs_input_grad[0] else None
-        for_weights = edges.dot(grad, table) if ctx.needs_input_grad[1] else None
-        return for_table, for_weights, None
-
-
-class Depthwise(torch.autograd.Function):
-    """Sums with a weight per slot and channel: table (T, D), weights (E, K) or None, slots (K, D) -> (E, D)."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, weights: Tensor | None, slots: Tensor, edges: Edges) -> Tensor:  # noqa: D102
-        ctx.save_for_backward(table, weights, slots)
-        ctx.edges = edges
-        out = table.new_zeros(len(edges.rows), table.shape[1])
-        for part in edges.parts(table.shape[1]):
-            own = out[part]
-            for slot, rows in enumerate(edges.rows[part].t()):
-                taken = table.index_select(0, rows)
-                if weights is not None:
-                    taken *= weights[part, slot, None]
-                own.addcmul_(taken, slots[slot])
-        return out
-
-    @staticmethod
-    @differentiated(lambda table, weights, slots, edges: (_gathered(table, weights, edges) * slots).sum(1))
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        (table, weights, slots), edges = ctx.saved_tensors, ctx.edges
-        for_table, for_slots = torch.zeros_like(table), torch.zeros_like(slots)
-        for_weights = None if weights is None else torch.empty_like(weights)
-        for part in edges.parts(table.shape[1]):
-            own = grad[part]
-            for slot, rows in enumerate(edges.rows[part].t()):
-                product = table.index_select(0, rows).mul_(own)
-                back = own * slots[slot]
-                if weights is None or for_weights is None:
-                    for_slots[slot] += product.sum(0)
-                else:
-                    weight = weights[part, slot]
-                    for_slots[slot] += weight @ product
-                    for_weights[part, slot] = product @ slots[slot]
-                    back *= weight[:, None]
-                native.add_rows(for_table, rows, back)
-        return for_table, for_weights, for_slots, None
-
-
-class Conv(torch.autograd.Function):
-    """Full weights per slot: table (T, C), weights (E, K) or None, slots (K C, O) -> (E, O)."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, weights: Tensor | None, slots: Tensor, edges: Edges) -> Tensor:  # noqa: D102
-        ctx.save_for_backward(table, weights, slots)
-        ctx.edges = edges
-        out = table.new_empty(len(edges.rows), slots.shape[1])
-        for part in edges.parts(len(slots)):
-            taken = _weighted(table.index_select(0, edges.rows[part].flatten()), weights, part)
-            torch.mm(taken.view(-1, len(slots)), slots, out=out[part])
-        return out
-
-    @staticmethod
-    @differentiated(lambda table, weights, slots, edges: _gathered(table, weights, edges).flatten(1) @ slots)
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        (table, weights, slots), edges = ctx.saved_tensors, ctx.edges
-        grad = grad.contiguous()
-        for_table, for_slots = torch.zeros_like(table), torch.zeros_like(slots)
-        for_weights = None if weights is None else torch.empty_like(weights)
-        for part in edges.parts(len(slots)):
-            rows, own = edges.rows[part].flatten(), grad[part]
-            taken = table.index_select(0, rows)
-            back = (own @ slots.t()).view(len(rows), -1)
-            # Before ``_weighted``, which multiplies ``taken`` and ``back`` in place.
-            if for_weights is not None:
-                for_weights[part] = (back * taken).sum(-1).view(len(own), -1)
-            for_slots.addmm_(_weighted(taken, weights, part).view(len(own), -1).t(), own)
-            native.add_rows(for_table, rows, _weighted(back, weights, part))
-        return for_table, for_weights, for_slots, None
-
-
-def _weighted(taken: Tensor, weights: Tensor | None, part: slice) -> Tensor:
-    """Multiply gathered rows (E K, C) in place by the weights of their edges."""
-    return taken if weights is None else taken.mul_(weights[part].reshape(-1, 1))

@@ -5,15 +5,20 @@ Shapes: B batch, H heads, Q queries, N tokens, K neighbours, D channels per head
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convnn.ops import choice
 from convnn.ops.aggregation import (
     gather_tokens,
+    max_of_neighbors,
     mix,
     mix_candidates,
-    mix_max_relative,
     neighbor_similarity,
     walks_edges,
     with_own_scores,
@@ -78,26 +83,78 @@ def neighbor_aggregate(
     found = select_neighbors(q, k, geometry, selection, blend=blend, training=training, backend=mixing.backend, **more)
     num, drop = found.index.shape[-1], dropout if training else 0.0
     weight = _used_weight(weight, v.shape[-1], groups, num)
-    attends = mixing.weighting == "softmax" and (weight is None or weight.ndim == 2)
-    if (
-        attends
-        and bias is None
-        and blocked is None
-        and dispatch.attends(q, k, v, weight, selection, mixing, num=num, dropout=drop)
-    ):
-        parts = q, k, v, found.index, found.valid, weight
-        similarity, temperature = selection.similarity, mixing.temperature
-        return attention.attend_to_neighbors(*parts, similarity=similarity, temperature=temperature)
-    graph = Edges(found.index, *v.shape[:3]) if mixing.backend == "auto" and walks_edges(v) else None
+    more = {"groups": groups, "dropout": drop, "bias": bias}
+    plain = partial(aggregate_plainly, found, geometry, selection, mixing, blend=blend, **more)
+    attends = (
+        mixing.weighting == "softmax" and (weight is None or weight.ndim == 2) and bias is None and blocked is None
+    )
+    if not attends or not dispatch.attends(q, k, v, weight, selection, mixing, num=num, dropout=drop):
+        return plain(q, k, v, weight)
+    how = {"similarity": selection.similarity, "temperature": mixing.temperature}
+    kernel = partial(_attend, found, **how)
+    if torch.compiler.is_compiling():  # where nothing can be measured
+        return kernel(q, k, v, weight)
+    ways = {"torch": plain, "triton": kernel, "triton in order": partial(kernel, ordered=True)}
+    if mixing.backend == "triton":
+        del ways["torch"]
+    return ways[_fastest(ways, q, k, v, weight, num)](q, k, v, weight)
+
+
+Way = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Aggregates q, k, v with slot weights."""
+
+
+def _fastest(ways: dict[str, Way], q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, num: int) -> str:
+    """Return the fastest of several ways of attention to ``num`` neighbours, with its gradient where one is taken."""
+    b, h, queries, channels = q.shape
+    given = q, k, v, weight
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+
+    def once(way: Way) -> None:
+        own = [None if t is None else t.detach().requires_grad_(t.requires_grad and trained) for t in given]
+        y = way(*own)  # type: ignore[arg-type]
+        if trained:
+            torch.autograd.grad(y, [t for t in own if t is not None and t.requires_grad], torch.ones_like(y))
+
+    sizes = choice.sized({"k": num}, items=b * h, queries=queries, tokens=k.shape[2], channels=channels + v.shape[-1])
+    kind = " ".join(("training" if trained else "inference", "sum" if weight is None else "depthwise"))
+    case = choice.Case("attention", v.device, v.dtype, sizes, kind)
+    return choice.fastest(case, {name: partial(once, way) for name, way in ways.items()})
+
+
+def _attend(
+    found: Neighbors, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, *, ordered: bool = False, **how: Any
+) -> Tensor:
+    parts = q, k, v, found.index, found.valid, weight
+    return attention.attend_to_neighbors(*parts, ordered=ordered, **how)
+
+
+def aggregate_plainly(
+    found: Neighbors,
+    geometry: Geometry,
+    selection: Selection,
+    mixing: Mixing,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    *,
+    blend: float | Tensor,
+    groups: int,
+    dropout: float,
+    bias: Tensor | None,
+) -> Tensor:
+    """Return what ``neighbor_aggregate`` does once the neighbours are found, by torch's own operations."""
+    graph = Edges.of(found.index, *v.shape[:3]) if walks_edges(v) else None
     near = None if bias is None else at_neighbors(bias, found.index, k)
-    rho = neighbor_weights(q, k, found, selection, mixing, graph=graph, dropout=drop, dtype=v.dtype, bias=near)
+    rho = neighbor_weights(q, k, found, selection, mixing, graph=graph, dropout=dropout, dtype=v.dtype, bias=near)
     if mixing.straight_through:
         chosen_by = near if selection.bias_selects else None
-        own = selection_weights(q, k, geometry, selection, found, blend, mixing.temperature, chosen_by)
+        own = selection_weights(q, k, geometry, selection, found, blend, mixing.temperature, chosen_by, graph)
         rho = own if rho is None else rho * own
     if mixing.aggregation == "max_relative":
-        x = gather_tokens(v, found.index) * (1 if rho is None else rho[..., None])
-        return mix_max_relative(x, v[:, :, geometry.query_index(v.device)], found.valid)
+        mine = v[:, :, geometry.query_index(v.device)]
+        return max_of_neighbors(v, found.index, rho, mine, found.valid, graph)
     if graph is not None and weight is not None and groups == 1 and multiplies_first(found, selection, weight):
         first = geometry.query_index(v.device) if selection.self_first else None
         return mix_candidates(v, found.index, rho, weight, found.candidates, first)
@@ -181,6 +238,7 @@ def selection_weights(
     blend: float | Tensor,
     temperature: float | Tensor,
     bias: Tensor | None = None,
+    graph: Edges | None = None,
 ) -> Tensor:
     """Return ones that carry a gradient to the selection: a straight-through estimator, (B, H, Q, K).
 
@@ -192,7 +250,6 @@ def selection_weights(
     Prefix tokens have no position: as queries they are scored by features, as neighbours at no distance (with
     ``mix=concat`` at the map's centre). A ``bias`` that bore on the choice, (B, H, Q, K), gets its gradient too.
     """
-    keys = gather_tokens(k, found.index)
     queries = geometry.query_index(q.device)
     own = (queries >= geometry.prefix)[:, None]  # prefix queries choose by features whatever the blend
     one = q.new_ones(())
@@ -200,11 +257,12 @@ def selection_weights(
         blend = blend[:, None, None] if blend.ndim else blend.to(q.device, q.dtype)
     share = torch.where(own, one * blend, one)  # (1 or H, Q, 1)
     if isinstance(blend, float) and blend in (0, 1):
-        features = pair_similarity(q, keys, selection.similarity)
+        features = neighbor_similarity(q, k, found.index, selection.similarity, graph)
         score = share * (features if bias is None else features + bias)
     elif selection.mix == "concat":
         positions, scale = geometry.positions(q.device), deviation(k).detach()
         here = with_positions(q, positions[queries], share, scale)
+        keys = gather_tokens(k, found.index)
         there = with_positions(keys, positions[found.index], share[..., None], scale[..., None])
         score = pair_similarity(here, there, selection.similarity)
         score = score if bias is None else score + bias
@@ -212,7 +270,7 @@ def selection_weights(
         assert found.low is not None and found.high is not None
         distance = geometry.distance(queries[:, None], found.index, selection.distance).to(q.dtype) / geometry.extent
         distance = torch.where(own & (found.index >= geometry.prefix), distance, 0)
-        features = pair_similarity(q, keys, selection.similarity)
+        features = neighbor_similarity(q, k, found.index, selection.similarity, graph)
         features = features if bias is None else features + bias
         score = blend_scores(features, distance, share, found.low.to(q.dtype), found.high.to(q.dtype))
     score = score / temperature

@@ -1,4 +1,4 @@
-"""Products in true float32, whatever the process allows elsewhere; and which devices know float64.
+"""Products in true float32, whatever the process allows elsewhere; what autocast does; which devices know float64.
 
 ``torch.set_float32_matmul_precision`` and its relatives let a GPU multiply float32 with the 10 bits of TF32, and a CPU
 with bfloat16. For the weights of a network that is a fair trade; the ranking of neighbours it changes: of CIFAR-10
@@ -23,6 +23,22 @@ _WITHOUT_FLOAT64 = {"mps"}
 def has_float64(device: torch.device | str | None) -> bool:
     """Return whether a device (None: torch's default one) computes in float64; Apple's GPUs do not."""
     return device is None or torch.device(device).type not in _WITHOUT_FLOAT64
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the precision that autocast lowers products on a tensor's device to; None: it is off."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) else None
+
+
+@contextmanager
+def as_given(x: Tensor) -> Iterator[None]:
+    """Compute in the precision of what is given inside, whatever autocast is on around, on the device of ``x``."""
+    if autocast_dtype(x) is None:
+        yield
+        return
+    with torch.autocast(x.device.type, enabled=False):
+        yield
 
 
 @contextmanager

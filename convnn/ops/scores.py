@@ -25,14 +25,20 @@ from convnn.ops.threads import unobserved
 from convnn.ops.topk import runs_at_once
 
 # Scores held at once; more go through in chunks. On a CPU a chunk should stay in the cache (measured: 4 times faster
-# than all at once for 4096 x 1156 scores), on a GPU it should only bound memory (64 Mi scores: 256 MiB in float32).
+# than all at once for 4096 x 1156 scores), on a GPU it should only bound memory (16 Mi scores: 64
+# MiB in float32, and the keys that they are ranked by).
 CHUNK_SCORES = {"cpu": 1 << 19}
-CHUNK_SCORES_ELSEWHERE = 1 << 26
+CHUNK_SCORES_ELSEWHERE = 1 << 24
 
 
 def spanned(selection: Selection) -> int:
     """Return how many of a query's candidates, best first, its neighbours span."""
     return 1 + (selection.k - 1) * selection.rank_step
+
+
+def lacking(selection: Selection, tokens: int, blocked: Tensor | None) -> bool:
+    """Return whether queries can have fewer than k neighbours among so many candidates."""
+    return is_relative(selection) or spanned(selection) > tokens or blocked is not None
 
 
 def at_end(blend: float | Tensor, end: int) -> bool:
@@ -182,8 +188,7 @@ class Scores:
     @property
     def short(self) -> bool:
         """Queries can have fewer than k neighbours: the last slots hold fillers that do not count."""
-        few = spanned(self.selection) > len(self.tokens)
-        return is_relative(self.selection) or few or self.blocked is not None
+        return lacking(self.selection, len(self.tokens), self.blocked)
 
     def _serves(self) -> bool:
         plain = self.selection.self_again is None and self.selection.score_step is None

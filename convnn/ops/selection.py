@@ -13,12 +13,13 @@ from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from convnn.ops import choice
 from convnn.ops.candidates import candidate_tokens, most_candidates
 from convnn.ops.geometry import Geometry
 from convnn.ops.neighbors import Neighbors, join
-from convnn.ops.scores import Block, Scores, Search, at_end, precise, spanned
+from convnn.ops.scores import Block, Scores, Search, at_end, lacking, precise, spanned
 from convnn.ops.settings import Selection
 from convnn.ops.slots import in_slots
 from convnn.ops.threads import run_blocks
@@ -75,8 +76,11 @@ def select_neighbors(
     blocked = _spread(blocked, *size)
     with torch.no_grad(), plain:
         best = rank
+        unknown = q.device.type == "meta" and not is_in_torch_dispatch_mode()
         fits = (candidates is None or selection.k <= len(candidates)) and bias is None and blocked is None
-        if not by_position and fits and dispatch.selects(backend, q, k, selection):
+        if unknown:
+            best = without_data
+        elif not by_position and fits and dispatch.selects(backend, q, k, selection):
             # In a graph nothing can be measured, and the kernel needs no scores of all pairs.
             best = select.best_tokens if backend == "triton" or torch.compiler.is_compiling() else _fastest
         else:
@@ -149,6 +153,22 @@ def _fastest(search: Search) -> Neighbors:
     sizes = choice.sized({"k": selection.k}, items=b * h, queries=queries, candidates=candidates, channels=channels)
     kind = f"{selection.similarity} {'by features' if at_end(search.blend, 1) else 'blended'}"
     return ways[choice.fastest(choice.Case("selection", search.q.device, search.q.dtype, sizes, kind), ways)]()
+
+
+def without_data(search: Search) -> Neighbors:
+    """Return what ``rank`` returns, without its values: on the meta device nothing can be ranked.
+
+    Where operations are counted ``rank`` itself runs.
+    """
+    q, selection, blocked = search.q, search.selection, search.blocked
+    tokens = search.k.shape[2] if search.candidates is None else len(search.candidates)
+    size = 1, 1, q.shape[2], 1
+    if blocked is not None or not at_end(search.blend, 0):
+        size = (*q.shape[:3], 1)
+    index = q.new_empty(*size[:3], selection.k, dtype=torch.int64)
+    valid = torch.empty_like(index, dtype=torch.bool) if lacking(selection, tokens, blocked) else None
+    low, high = (precise(q).new_empty(size) if search.ranged else None for _ in "lh")
+    return Neighbors(index, valid, low, high)
 
 
 Piece = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]

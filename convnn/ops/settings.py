@@ -123,8 +123,9 @@ class Mixing:
     """Let a gradient reach the selection: forward as ever, backward as if each neighbour were weighed by the softmax
     of its selection score. Always on where the blend is learned."""
     backend: str = choice("auto", "torch", "triton")
-    """What computes: ``torch``: plain operations; ``triton``: its kernels on CUDA, or an error; ``auto``: edges on a
-    CPU (``ops.edges``), on CUDA the kernels where a measurement is known in which they were faster (none yet)."""
+    """What computes: ``torch``: its own operations, along edges (``ops.edges``); ``triton``: its kernels on CUDA, or an
+    error; ``auto``: on CUDA the kernels where a measurement is known in which they were faster (none yet), else
+    ``torch``."""
 
 
 T = TypeVar("T")

@@ -28,7 +28,7 @@ from convnn.data.splits import AnySplit, Dataset
 from convnn.data.stream import make_batches
 from convnn.errors import CheckpointError, ConfigError, DivergedError, StoppedError, WeightsError
 from convnn.models.build import build_model, kept_weights
-from convnn.models.cost import check_output, count_cost, parameters_without_gradient
+from convnn.models.cost import check_output, count_cost, count_memory, parameters_without_gradient
 from convnn.models.freezing import freeze
 from convnn.models.schedule import apply_schedule, describe_schedule
 from convnn.models.swap import SwapReport, count_parameters, neighbor_layers
@@ -151,7 +151,9 @@ class Trainer:
             apply_schedule(self.model, self.config.schedule, now)
             check_output(self.model, channels, self.image_size, self.num_classes)
             if now:
-                self.gflops, self.report = count_cost(self.model, channels, self.image_size, self.report)
+                what = self.model, channels, self.image_size
+                self.gflops, self.report = count_cost(*what, self.report)
+                self.report = count_memory(*what, self.report, self.config.train.batch_size // self.world.size)
 
     def _batches(self, split: AnySplit, train: bool) -> Batches:
         c = self.config

@@ -18,7 +18,7 @@ from convnn.ops.functional import neighbor_aggregate
 from convnn.ops.geometry import Geometry
 from convnn.ops.selection import select_neighbors
 from convnn.ops.settings import Mixing, Selection
-from convnn.ops.triton import attention
+from convnn.ops.triton import attention, select
 from convnn.ops.triton import dispatch as backend
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -32,7 +32,8 @@ def whole_numbers(*shape, dtype=F32, high=2):
 
 def picked(q, k, geometry, selection, num, blend):
     """Return what the loop reference chooses: (B, H, Q, K)."""
-    candidates = candidate_tokens(geometry, selection, pads=selection.pad_candidates or blend != 1, training=False)
+    pads = selection.pad_candidates or blend != 1
+    candidates = candidate_tokens(geometry, selection, pads=pads, training=False, device=DEVICE)  # which draws its own
     rows, cols = geometry.padded_shape
     where = [None] * geometry.prefix + [(r, c) for r in range(rows) for c in range(cols)]
     queries = geometry.query_index().tolist()
@@ -93,8 +94,9 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("way", [0, select.MERGE], ids=["filter", "merge"])
 @pytest.mark.parametrize("case", CASES)
-def test_selection(case):
+def test_selection(case, way, monkeypatch):
     geometry, options, num, blend, heads, channels, dtype = CASES[case]
     torch.manual_seed(0)
     exact = blend == 1 and options.get("similarity", "cosine") != "cosine"
@@ -107,12 +109,48 @@ def test_selection(case):
         q = k[:, :, geometry.query_index()]
     share = torch.tensor(blend, device=DEVICE) if isinstance(blend, list) else blend
     selection = Selection(k=num, **({"num_candidates": 20} | options))
+    monkeypatch.setattr(select, "_fastest", lambda *operands: way)
     found = select_neighbors(q, k, geometry, selection, blend=share, backend="triton")
     assert torch.equal(found.index.cpu(), picked(q.cpu().double(), k.cpu().double(), geometry, selection, num, blend))
     if blend != 1 and selection.mix == "sum":
         plain = select_neighbors(q, k, geometry, selection, blend=share, backend="torch")
         for ours, theirs in ((found.low, plain.low), (found.high, plain.high)):
             assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+RISING = torch.arange(600.0)
+CROWDS = {
+    "rising": RISING,  # of each block many reach the bound of those before
+    "falling": -RISING,
+    "all equal": torch.ones(600),
+    "equal above": (RISING % 50 == 3).float(),
+    "steps": RISING // 100,
+    "zeros of both signs": torch.tensor([0.0, -0.0]).repeat(300),
+}
+
+
+@pytest.mark.parametrize("way", [*range(len(select.TILES)), select.MERGE])
+@pytest.mark.parametrize("name", CROWDS)
+def test_selection_among_many_that_are_as_good(name, way, monkeypatch):
+    if DEVICE == "cpu" and way > 0:
+        pytest.skip("the tiles differ in speed only")
+    monkeypatch.setattr(select, "_fastest", lambda *operands: way)
+    x = torch.stack([CROWDS[name], torch.ones(600)], dim=-1)[None, None].to(DEVICE)
+    for k, self_first in ((1, False), (4, False), (9, True), (64, False)):
+        selection = Selection(k=k, similarity="dot", self_first=self_first)
+        arguments = torch.ones_like(x), x, Geometry(20, 30), selection
+        ours, plain = (select_neighbors(*arguments, backend=name).index for name in ("triton", "torch"))
+        assert torch.equal(ours, plain), k
+
+
+@pytest.mark.parametrize("way", [0, select.MERGE])
+def test_what_is_no_number_chooses_some_token(way, monkeypatch):
+    monkeypatch.setattr(select, "_fastest", lambda *operands: way)
+    x = torch.randn(1, 1, 30, 3, device=DEVICE)
+    x[0, 0, 4], x[0, 0, 7, 1] = torch.nan, torch.inf
+    selection = Selection(k=5, similarity="dot", self_first=False)
+    index = select_neighbors(x, x, Geometry(5, 6), selection, backend="triton").index
+    assert (index >= 0).all() and (index < 30).all()
 
 
 def test_alike_candidates_are_chosen_by_position():

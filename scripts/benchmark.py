@@ -1,7 +1,7 @@
 """Time operators and training steps side by side: naive references, the limits, and ours.
 
 usage: uv run scripts/benchmark.py [quick=true] [device=auto|cpu|cuda|mps] [out=DIR] [threads=N] [compile=true]
-                                   [groups=GLOB,...] [repeats=N] [seconds=S]
+                                   [groups=GLOB,...] [repeats=N] [seconds=S] [batch=N] [amp=true] [backends=NAME,...]
 
 {options}
 
@@ -43,6 +43,12 @@ class Options:
     """Rounds of a group at most."""
     seconds: float = 30.0
     """No new round of a group begins after so many seconds."""
+    batch: int | None = None
+    """Images per call of the groups conv* and attention*; null: 4 if quick, else 16."""
+    amp: bool = False
+    """These groups under autocast to bfloat16, as training on CUDA is."""
+    backends: str = "auto"
+    """Of our layers in these groups, with commas between: auto, torch, triton (operator.backend)."""
 
 
 def main(argv: list[str]) -> None:
@@ -58,7 +64,9 @@ def main(argv: list[str]) -> None:
     device = pick_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
-    cases = [*operator_cases(options.quick, options.compile), *scaling_cases(options.quick)]
+    backends = options.backends.split(",")
+    cases = operator_cases(options.quick, options.compile, options.batch, backends, options.amp)
+    cases += scaling_cases(options.quick)
     cases += training_cases(options.quick) + backend_cases(options.quick, device)
     cases += input_cases(options.quick) + input_share_cases(options.quick)
     patterns = options.groups.split(",")
@@ -80,11 +88,14 @@ def main(argv: list[str]) -> None:
 
 def run_all(cases: list, device: object, options: Options, facts: dict) -> list[dict]:
     """Measure group by group, print as it goes, and return the rows of the CSV file."""
-    from benchmark_cases import measure, peak_memory
+    from benchmark_cases import measure
 
     # Memory first: what timing leaves free in this process, a fork of it would fill before it grows.
-    peak_of = {id(c): None if c.group == "input" else peak_memory(c, device) for c in cases}  # type: ignore[arg-type]
+    peak_of, too_large = _peaks(cases, device)
     rows = []
+    for case in too_large:
+        print(f"left out: {case.name} ({case.group}) needs more memory than there is")
+    cases = [c for c in cases if id(c) in peak_of]
     for group in dict.fromkeys(c.group for c in cases):
         own = [c for c in cases if c.group == group]
         scaling = group in ("tokens", "neighbours")
@@ -120,6 +131,22 @@ def run_all(cases: list, device: object, options: Options, facts: dict) -> list[
                 }
             )
     return rows
+
+
+def _peaks(cases: list, device: Any) -> tuple[dict[int, int | None], list]:
+    """Return the peak memory of each case by its id, and the cases that a GPU has no room for."""
+    import torch
+    from benchmark_cases import peak_memory
+
+    peak_of: dict[int, int | None] = {}
+    too_large = []
+    for case in cases:
+        try:
+            peak_of[id(case)] = None if case.group == "input" else peak_memory(case, device)
+        except torch.OutOfMemoryError:
+            too_large.append(case)
+            torch.cuda.empty_cache()
+    return peak_of, too_large
 
 
 def draw(rows: list[dict], title: str) -> Any:

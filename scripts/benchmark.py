@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from convnn.cli.program import run_program, script_options
-from convnn.errors import ConfigError
+from convnn.errors import ConfigError, first_line
 
 
 @dataclass
@@ -74,32 +74,27 @@ def main(argv: list[str]) -> None:
     if not cases:
         raise ConfigError(f"groups={options.groups} matches no group; see --help")
     facts = environment()
-    rows = run_all(cases, device, options, facts)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "benchmark.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = run_all(cases, device, options, facts, out / "benchmark.csv")
     title = f"{facts['gpu'] or facts['processor']}, torch {torch.__version__}"
     draw(rows, title).savefig(out / "benchmark.png", dpi=110)
     print(f"written: {out / 'benchmark.csv'}, {out / 'benchmark.png'}")
 
 
-def run_all(cases: list, device: object, options: Options, facts: dict) -> list[dict]:
-    """Measure group by group, print as it goes, and return the rows of the CSV file."""
+def run_all(cases: list, device: Any, options: Options, facts: dict, table: Path) -> list[dict]:
+    """Measure group by group, print and write the CSV file as it goes, and return its rows."""
     from benchmark_cases import measure
 
     # Memory first: what timing leaves free in this process, a fork of it would fill before it grows.
-    peak_of, too_large = _peaks(cases, device)
-    rows = []
-    for case in too_large:
-        print(f"left out: {case.name} ({case.group}) needs more memory than there is")
-    cases = [c for c in cases if id(c) in peak_of]
+    peaks = _peaks(cases, device) if device.type != "cuda" else {}
+    rows: list[dict] = []
     for group in dict.fromkeys(c.group for c in cases):
         own = [c for c in cases if c.group == group]
+        peak_of = peaks or _peaks(own, device)
+        own = [c for c in own if id(c) in peak_of]
         scaling = group in ("tokens", "neighbours")
-        timings = measure(own, device, 5 if options.quick else options.repeats, 3 if options.quick else options.seconds)  # type: ignore[arg-type]
+        timings = measure(own, device, 5 if options.quick else options.repeats, 3 if options.quick else options.seconds)
         print(f"\n{group}")
         for timing in timings:
             peak = peak_of[id(timing.case)]
@@ -130,23 +125,26 @@ def run_all(cases: list, device: object, options: Options, facts: dict) -> list[
                     "quick": options.quick,
                 }
             )
+        with table.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
     return rows
 
 
-def _peaks(cases: list, device: Any) -> tuple[dict[int, int | None], list]:
-    """Return the peak memory of each case by its id, and the cases that a GPU has no room for."""
-    import torch
+def _peaks(cases: list, device: Any) -> dict[int, int | None]:
+    """Return the peak memory of each case by its id; one that cannot be had on a GPU is left out, and that is said."""
     from benchmark_cases import peak_memory
 
-    peak_of: dict[int, int | None] = {}
-    too_large = []
+    found: dict[int, int | None] = {}
     for case in cases:
         try:
-            peak_of[id(case)] = None if case.group == "input" else peak_memory(case, device)
-        except torch.OutOfMemoryError:
-            too_large.append(case)
-            torch.cuda.empty_cache()
-    return peak_of, too_large
+            found[id(case)] = None if case.group == "input" else peak_memory(case, device)
+        except Exception as error:  # no room, no kernel for these settings, one that does not compile
+            if device.type != "cuda":
+                raise
+            print(f"left out: {case.group}, {case.name}: {type(error).__name__}: {first_line(error)}", flush=True)
+    return found
 
 
 def draw(rows: list[dict], title: str) -> Any:

@@ -184,11 +184,12 @@ class Check:
         if len(done) == len(units):
             print(f"{stage.name}: done before: {line['verdict']}, {line['says']}")
             return
-        begin, failed = time.monotonic(), []
+        begin, failed, begun = time.monotonic(), [], False
         for unit in units:
             left = limit - (time.monotonic() - begin)
             if unit.name in done or left < unit.least:
                 continue
+            begun = True
             ended, rows = self._run(stage, unit, left)
             self._keep_rows(stage, unit, rows)
             if ended is True:
@@ -197,7 +198,7 @@ class Check:
                 failed.append(unit.name)
             taken = time.monotonic() - begin
             self._sum_up(stage, units, done, failed, float(line.get("seconds") or 0) + taken)
-        if time.monotonic() - begin < 0.5 and not line:  # not one unit was begun
+        if not (done or failed or begun):
             self._write_line(stage, "left", f"{limit:.0f} s are too few", done, 0.0)
         line = self.lines()[stage.name]
         print(

@@ -147,14 +147,13 @@ def _layer_units(context: Context) -> list[Unit]:
     backends = "backends=auto" if context.device == "cpu" else "backends=torch,triton,auto"
     if context.tiny:
         return [_benchmark(context, "attention", "attention 1 heads forward", backends)]
-    wide = ("batch=64", "amp=true", backends)
+    wide = ("batch=256", "amp=true", backends)
     return [
-        _benchmark(context, "attention", "attention*", *wide),
-        _benchmark(context, "convolution, activations", "conv*activations", *wide),
-        _benchmark(context, "convolution, noise", "conv forward,conv forward+backward", *wide),
+        _benchmark(context, "training's shapes", "attention*,conv*activations", *wide),
+        _benchmark(context, "naive", "conv forward,conv forward+backward", "batch=64", "amp=true", backends),
         _benchmark(context, "first layer", "conv*images", *wide),
         _benchmark(context, "kernels", "backend*"),
-        _benchmark(context, "float32", "conv*activations,attention*", "batch=64", backends),
+        _benchmark(context, "float32", "conv*activations,attention*", "batch=256", backends),
         _benchmark(context, "scaling", "tokens,neighbours"),
     ]
 
@@ -189,7 +188,7 @@ LITTLE_VIT = ("backbone=vit_tiny", "swap=all_attention", "operator=convnn_attent
 def _timed(context: Context, case: str, arms: dict[str, Sequence[str]], block: int, least: float) -> Unit:
     """Return a unit that times the steps of arms beside each other."""
     own = {name: context.arm(*words) for name, words in arms.items()}
-    rounds = 2 if context.tiny else 15
+    rounds = 2 if context.tiny else 10
 
     def commands(folder: Path, seconds: float) -> list[list[str]]:
         plan = {"kind": "steps", "case": case, "arms": own, "block": block, "rounds": rounds, "seconds": seconds - 12}
@@ -208,7 +207,7 @@ def _ratio_units(context: Context) -> list[Unit]:
     if context.tiny:
         return [_timed(context, "ResNet", _by_backend([*LITTLE_RESNET, *_LITTLE_NOISE], context), 1, 0)]
     return [
-        _timed(context, "VGG-11 hybrid", _by_backend([*VGG, *_NOISE], context), 10, 25),
+        _timed(context, "VGG-11 hybrid", _by_backend([*VGG, *_NOISE], context), 5, 25),
         _timed(context, "ViT-Tiny/224", _by_backend([*VIT, *_NOISE], context), 5, 25),
     ]
 

@@ -11,6 +11,8 @@ import signal
 import statistics
 import sys
 import time
+import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +56,27 @@ class Arm:
         self.trainer = Trainer(config, RunFolder(folder, resume=False, writes=False))
         self._counted(lambda: self.trainer.time_steps(1))
         self.first = time.perf_counter() - begin
+        self.waits = self._waits()
         self.peak = torch.cuda.max_memory_allocated() - before if self.device.type == "cuda" else None
 
     def round(self) -> None:
         """Time a block of steps; the run moves on by a step, so that schedules move."""
         self.trainer.state.step = min(self.trainer.state.step + 1, self.trainer.total_steps - 1)
         self._counted(lambda: self.seconds.append(self.trainer.time_steps(1, self.block)))
+
+    def _waits(self) -> int | None:
+        """Return how often the host waits for the GPU in a training step."""
+        if self.device.type != "cuda":
+            return None
+        counts = []
+        for block in (1, 3):  # the clock waits twice, whatever the block
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                self.trainer.time_steps(1, block)
+                torch.cuda.set_sync_debug_mode("default")
+            counts.append(sum("synchroniz" in str(w.message) for w in caught))
+        return (counts[1] - counts[0]) // 4
 
     def _counted(self, call: Any) -> None:
         before = compiled_so_far()
@@ -81,8 +98,8 @@ class Arm:
             "steps_per_epoch": self.trainer.steps_per_epoch,
             "peak_mib": None if self.peak is None else round(self.peak / 2**20, 1),
             "first_seconds": round(self.first, 1),
+            "waits_per_step": self.waits,
             **self.counts,
-            "note": "",
         }
 
 
@@ -97,14 +114,20 @@ def time_arms(plan: Row, folder: Path) -> list[Row]:
             if arms and time.monotonic() > deadline:
                 raise ConfigError("no time was left")
             arms[name] = Arm(compose_config(overrides), folder / "run", plan["block"])
-        except (ConfigError, RuntimeError, torch.OutOfMemoryError) as error:
-            notes[name] = first_line(error)
+        except Exception as error:  # whatever fails is what is to be found out
+            notes[name] = f"{type(error).__name__}: {first_line(error)}"
+            traceback.print_exc()
             torch.compiler.reset()
-        write(folder, _rows_of(arms, notes, plan))  # of an arm that ends the process, the ones before it are kept
     done = 0
     while arms and done < plan["rounds"] and (done < 2 or time.monotonic() < deadline):
-        for arm in arms.values():
-            arm.round()
+        for name, arm in arms.items():
+            try:
+                if name not in notes:
+                    arm.round()
+            except Exception as error:
+                notes[name] = f"{type(error).__name__}: {first_line(error)}"
+                traceback.print_exc()
+        write(folder, _rows_of(arms, notes, plan))
         done += 1
     return _rows_of(arms, notes, plan)
 
@@ -113,8 +136,8 @@ def _rows_of(arms: dict[str, Arm], notes: dict[str, str], plan: Row) -> list[Row
     measured = {name: arm.row() for name, arm in arms.items() if arm.seconds}
     rows = []
     reference = next(iter(measured.values()), None)
-    for name in (*arms, *notes):
-        row: Row = {"case": plan["case"], "arm": name, "note": notes.get(name, "not timed")} | measured.get(name, {})
+    for name in dict.fromkeys((*arms, *notes)):
+        row: Row = {"case": plan["case"], "arm": name, **measured.get(name, {}), "note": notes.get(name, "")}
         if reference and name in measured:
             row["ratio"] = round(row["step_ms"] / reference["step_ms"], 4)
             if row["peak_mib"] and reference["peak_mib"]:
@@ -124,27 +147,36 @@ def _rows_of(arms: dict[str, Arm], notes: dict[str, str], plan: Row) -> list[Row
 
 
 def begin_resume(plan: Row, folder: Path) -> list[Row]:
-    """Train each case to its end, and once more only into its second half; the row is written by ``end_resume``."""
+    """Train each case to its end, and once more only into its second half; rows are of those that cannot be trained."""
+    rows = []
     for name, overrides in plan["arms"].items():
-        run(compose_config([*overrides, f"run.dir={folder / name / 'whole'}"]))
-        config = compose_config([*overrides, f"run.dir={folder / name / 'stopped'}"])
-        set_determinism(config.train.deterministic)
-        opened = open_run_folder(config)
-        trainer = Trainer(config, opened)
-        last = trainer.total_steps // 2 + 1
+        try:
+            _train_whole_and_half(overrides, folder / name)
+        except Exception as error:
+            traceback.print_exc()
+            rows.append({"case": name, "note": f"{type(error).__name__}: {first_line(error)}"})
+    return rows
 
-        def stop(trainer: Trainer = trainer, last: int = last) -> int | None:
-            return signal.SIGTERM if trainer.state.step >= last else None
 
-        run_trainer(trainer, stop)
-        opened.close()
-    return []
+def _train_whole_and_half(overrides: list[str], folder: Path) -> None:
+    run(compose_config([*overrides, f"run.dir={folder / 'whole'}"]))
+    config = compose_config([*overrides, f"run.dir={folder / 'stopped'}"])
+    set_determinism(config.train.deterministic)
+    opened = open_run_folder(config)
+    trainer = Trainer(config, opened)
+    last = trainer.total_steps // 2 + 1
+    run_trainer(trainer, lambda: signal.SIGTERM if trainer.state.step >= last else None)
+    opened.close()
 
 
 def end_resume(plan: Row, folder: Path) -> list[Row]:
     """Go on with the stopped runs, in this new process, and compare all they leave with the whole runs, bit by bit."""
-    rows = []
+    path = folder / "rows.json"
+    rows: list[Row] = json.loads(path.read_text()) if path.is_file() else []
+    failed = [row["case"] for row in rows]
     for name, overrides in plan["arms"].items():
+        if name in failed:
+            continue
         places = [folder / name / part for part in ("whole", "stopped")]
         steps = load_checkpoint(places[1] / "checkpoints" / "last.pt")["step"]
         run(compose_config([*overrides, f"run.dir={places[1]}", "run.if_exists=resume"]))
@@ -163,6 +195,7 @@ def end_resume(plan: Row, folder: Path) -> list[Row]:
                 "unequal": len(unequal),
                 "largest_difference": far,
                 "equal_metrics": rows_of[0] == rows_of[1],
+                "note": "",
             }
         )
     return rows

@@ -228,7 +228,7 @@ class Check:
 
     def _sum_up(self, stage: Stage, units: Sequence[Unit], done: list[str], failed: list[str], seconds: float) -> None:
         kept = [row for row in read_csv(self._table(stage)) if self._ours(row)]
-        verdict, says = stage.judge(kept) if kept else ("fail", "nothing was measured")
+        verdict, says = stage.judge(kept) if kept else ("fail" if done else "cut off", "nothing was measured")
         left = [unit.name for unit in units if unit.name not in (*done, *failed)]
         if failed:
             verdict, says = "fail", f"{says}; failed: {', '.join(failed)}"

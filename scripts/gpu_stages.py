@@ -357,6 +357,6 @@ STAGES = (
     Stage("input", "the share of the input in a step", 1.5, _input_units, verdicts.judge_input),
     Stage("compile", "train.compile with and without kernels", 4, _compile_units, verdicts.judge_compile),
     Stage("nccl", "NCCL with one process, and two where there are two GPUs", 1.5, _group_units, verdicts.judge_groups),
-    Stage("fast", "experiment=cifar10_fast", 4, _fast_units, verdicts.judge_fast),
+    Stage("fast", "experiment=cifar10_fast", 8, _fast_units, verdicts.judge_fast),
     Stage("rows", "rows of the paper's tables", 6, _row_units, verdicts.judge_rows),
 )

@@ -94,8 +94,8 @@ def _steps(folder: Path, **plan: Any) -> list[str]:
 
 def _test_units(context: Context) -> list[Unit]:
     pytest = [sys.executable, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider"]
-    workers = f"-n{1 if context.tiny else min(4, os.cpu_count() or 1)}"
-    checks = "tests/support/kernel_checks.py"
+    workers = f"-n{0 if context.tiny else min(4, os.cpu_count() or 1)}"
+    checks = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/support").glob("kernel*_checks.py"))
     marked = sorted(
         str(path.relative_to(ROOT))
         for path in (ROOT / "tests").rglob("test_*.py")
@@ -103,18 +103,19 @@ def _test_units(context: Context) -> list[Unit]:
     )
     # It starts the checks once more, in a process of its own.
     again = "--deselect=tests/ops/test_kernels.py::test_the_kernels_on_the_gpu"
-    interpreted = {"TRITON_INTERPRET": "1"} if context.device == "cpu" else {}
+    environment = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # which deterministic algorithms need on CUDA
+    if context.device == "cpu":
+        environment["TRITON_INTERPRET"] = "1"
     few = ["-k", "itself"] if context.tiny else []
     plans: dict[str, list[str]] = {
-        "kernels": [workers, "-m", "", checks, *few],
+        "kernels": [workers, "-m", "", *checks, *few],
         "marked gpu": [workers, "-m", "gpu", again, *marked],
         "backends": [workers, "-m", "not long and not slow and not network", again, "tests/ops/test_kernels.py", *few],
     }
     if context.tiny:
-        del plans["backends"]
+        plans = {"kernels": plans["kernels"]}
 
     def unit(name: str, words: list[str]) -> Unit:
-        environment = interpreted if name == "kernels" else {}
         return Unit(name, lambda *_: [[*pytest, *words]], verdicts.read_tests, 10, (0, 1, 5), environment)
 
     return [unit(name, words) for name, words in plans.items()]

@@ -78,6 +78,10 @@ def main(argv: list[str]) -> int:
     chosen = [s for s in STAGES if any(fnmatch.fnmatchcase(s.name, glob) for glob in options.stages.split(","))]
     if not chosen:
         raise ConfigError(f"stages={options.stages} matches none of {', '.join(s.name for s in STAGES)}")
+    if options.device != "cuda" and not options.tiny:
+        raise ConfigError(f"device={options.device}: without a GPU the stages run with tiny=true alone")
+    if options.data and not Path(options.data).exists():
+        raise ConfigError(f"data={options.data}: there is no such file or folder")
     deadline = time.monotonic() + 60 * options.minutes
     check = Check(Path(options.out), Path(options.work).resolve(), _facts(options))
     data = _data(options, check.work)
@@ -139,8 +143,6 @@ def _data(options: Options, work: Path) -> tuple[str, ...] | None:
     if options.data is None:
         return None
     place = Path(options.data)
-    if not place.exists():
-        raise ConfigError(f"data={place}: there is no such file or folder")
     if place.is_file():
         folder = work / "images"
         known = place.name == "cifar-10-python.tar.gz"

@@ -10,6 +10,7 @@ import pytest
 from gpu_check import KEY, Check
 from gpu_stages import ROWS, STAGES, Context, Stage, Unit
 from helpers import write_image_folder
+from programs import assert_refused
 
 from convnn.paper.compare import select_rows
 from convnn.paper.published import load_table
@@ -113,6 +114,12 @@ def test_what_has_no_data_or_no_time_is_left(check):
     assert only(check())["verdict"] == "left" and "data=PATH" in only(check())["says"]
     check().carry_out(stage(unit("x", "", least=100)), CPU, 60)
     assert only(check())["verdict"] == "left" and "too few" in only(check())["says"]
+
+
+def test_what_cannot_work_is_refused(call):
+    words = {"device=cpu": "tiny=true", "stages=some": "matches none of tests, layers", "data=none": "no such file"}
+    for word, hint in words.items():
+        assert_refused(call, "scripts/gpu_check.py", [word], hint)
 
 
 def test_the_rows_are_in_the_tables():

@@ -5,6 +5,7 @@ usage: python scripts/gpu_steps.py FOLDER [KIND]     reads FOLDER/plan.json, wri
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from torch._dynamo.utils import counters, get_compilation_metrics
 
 from convnn.config.compose import compose_config
 from convnn.config.schema import Config
-from convnn.errors import ConfigError, first_line
+from convnn.errors import first_line
 from convnn.runs.checkpoint import load_checkpoint
 from convnn.runs.folder import RunFolder, open_run_folder
 from convnn.runs.metrics import read_metrics
@@ -45,7 +46,8 @@ class Arm:
 
     def __init__(self, config: Config, folder: Path, block: int) -> None:
         """Build it, and take the first steps, in which kernels are chosen and compiled."""
-        self.device, self.block, self.seconds = pick_device(config.device), block, []  # type: ignore[var-annotated]
+        self.device, self.block = pick_device(config.device), block
+        self.seconds: list[float] = []
         self.counts: dict[str, int] = {}
         before = 0
         if self.device.type == "cuda":
@@ -106,46 +108,39 @@ class Arm:
 
 
 def time_arms(plan: Row, folder: Path) -> list[Row]:
-    """Time blocks of training steps of all arms in turns; ratios are to the first. One that cannot be had says why."""
-    deadline = time.monotonic() + plan["seconds"]
-    arms: dict[str, Arm] = {}
-    notes: dict[str, str] = {}
+    """Time blocks of training steps of each arm; ratios are to the first. One that cannot be had says why.
+
+    One after another, each in an empty memory and with an empty cache of torch.compile.
+    """
+    begin, names = time.monotonic(), list(plan["arms"])
+    rows: list[Row] = []
     set_determinism("false")
-    for name, overrides in plan["arms"].items():
-        try:
-            if arms and time.monotonic() > deadline:
-                raise ConfigError("no time was left")
-            arms[name] = Arm(compose_config(overrides), folder / "run", plan["block"])
-        except Exception as error:  # whatever fails is what is to be found out
-            notes[name] = f"{type(error).__name__}: {first_line(error)}"
-            traceback.print_exc()
-            torch.compiler.reset()
-    done = 0
-    while arms and done < plan["rounds"] and (done < 2 or time.monotonic() < deadline):
-        for name, arm in arms.items():
-            try:
-                if name not in notes:
-                    arm.round()
-            except Exception as error:
-                notes[name] = f"{type(error).__name__}: {first_line(error)}"
-                traceback.print_exc()
-        write(folder, _rows_of(arms, notes, plan))
-        done += 1
-    return _rows_of(arms, notes, plan)
-
-
-def _rows_of(arms: dict[str, Arm], notes: dict[str, str], plan: Row) -> list[Row]:
-    measured = {name: arm.row() for name, arm in arms.items() if arm.seconds}
-    rows = []
-    reference = next(iter(measured.values()), None)
-    for name in dict.fromkeys((*arms, *notes)):
-        row: Row = {"case": plan["case"], "arm": name, **measured.get(name, {}), "note": notes.get(name, "")}
-        if reference and name in measured:
-            row["ratio"] = round(row["step_ms"] / reference["step_ms"], 4)
-            if row["peak_mib"] and reference["peak_mib"]:
-                row["peak_ratio"] = round(row["peak_mib"] / reference["peak_mib"], 4)
-        rows.append(row)
+    for number, name in enumerate(names):
+        until = begin + plan["seconds"] * (number + 1) / len(names)
+        rows.append({"case": plan["case"], "arm": name} | _time_arm(plan, plan["arms"][name], folder, until))
+        reference = next((row for row in rows if "step_ms" in row), {})
+        if "step_ms" in rows[-1]:
+            rows[-1]["ratio"] = round(rows[-1]["step_ms"] / reference["step_ms"], 4)
+            if rows[-1]["peak_mib"]:
+                rows[-1]["peak_ratio"] = round(rows[-1]["peak_mib"] / reference["peak_mib"], 4)
+        write(folder, rows)  # of an arm that ends the process, or takes too long, the ones before it are kept
+        torch.compiler.reset()
+        gc.collect()
     return rows
+
+
+def _time_arm(plan: Row, overrides: list[str], folder: Path, until: float) -> Row:
+    arm, note = None, ""
+    try:
+        arm = Arm(compose_config(overrides), folder / "run", plan["block"])
+        for done in range(plan["rounds"]):
+            if done > 1 and time.monotonic() > until:
+                break
+            arm.round()
+    except Exception as error:  # whatever fails is what is to be found out
+        note = f"{type(error).__name__}: {first_line(error)}"
+        traceback.print_exc()
+    return (arm.row() if arm is not None and arm.seconds else {}) | {"note": note}
 
 
 def begin_resume(plan: Row, folder: Path) -> list[Row]:

@@ -1,7 +1,7 @@
 """Time operators and training steps side by side: naive references, the limits, and ours.
 
 usage: uv run scripts/benchmark.py [quick=true] [device=auto|cpu|cuda|mps] [out=DIR] [threads=N] [compile=true]
-                                   [groups=GLOB,...] [repeats=N] [seconds=S]
+                                   [groups=GLOB,...] [repeats=N] [seconds=S] [batch=N] [amp=true] [backends=NAME,...]
 
 {options}
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from convnn.cli.program import run_program, script_options
-from convnn.errors import ConfigError
+from convnn.errors import ConfigError, first_line
 
 
 @dataclass
@@ -43,6 +43,12 @@ class Options:
     """Rounds of a group at most."""
     seconds: float = 30.0
     """No new round of a group begins after so many seconds."""
+    batch: int | None = None
+    """Images per call of the groups conv* and attention*; null: 4 if quick, else 16."""
+    amp: bool = False
+    """These groups under autocast to bfloat16, as training on CUDA is."""
+    backends: str = "auto"
+    """Of our layers in these groups, with commas between: auto, torch, triton (operator.backend)."""
 
 
 def main(argv: list[str]) -> None:
@@ -58,7 +64,9 @@ def main(argv: list[str]) -> None:
     device = pick_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
-    cases = [*operator_cases(options.quick, options.compile), *scaling_cases(options.quick)]
+    backends = options.backends.split(",")
+    cases = operator_cases(options.quick, options.compile, options.batch, backends, options.amp)
+    cases += scaling_cases(options.quick)
     cases += training_cases(options.quick) + backend_cases(options.quick, device)
     cases += input_cases(options.quick) + input_share_cases(options.quick)
     patterns = options.groups.split(",")
@@ -66,29 +74,27 @@ def main(argv: list[str]) -> None:
     if not cases:
         raise ConfigError(f"groups={options.groups} matches no group; see --help")
     facts = environment()
-    rows = run_all(cases, device, options, facts)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "benchmark.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = run_all(cases, device, options, facts, out / "benchmark.csv")
     title = f"{facts['gpu'] or facts['processor']}, torch {torch.__version__}"
     draw(rows, title).savefig(out / "benchmark.png", dpi=110)
     print(f"written: {out / 'benchmark.csv'}, {out / 'benchmark.png'}")
 
 
-def run_all(cases: list, device: object, options: Options, facts: dict) -> list[dict]:
-    """Measure group by group, print as it goes, and return the rows of the CSV file."""
-    from benchmark_cases import measure, peak_memory
+def run_all(cases: list, device: Any, options: Options, facts: dict, table: Path) -> list[dict]:
+    """Measure group by group, print and write the CSV file as it goes, and return its rows."""
+    from benchmark_cases import measure
 
     # Memory first: what timing leaves free in this process, a fork of it would fill before it grows.
-    peak_of = {id(c): None if c.group == "input" else peak_memory(c, device) for c in cases}  # type: ignore[arg-type]
-    rows = []
+    peaks = _peaks(cases, device) if device.type != "cuda" else {}
+    rows: list[dict] = []
     for group in dict.fromkeys(c.group for c in cases):
         own = [c for c in cases if c.group == group]
+        peak_of = peaks or _peaks(own, device)
+        own = [c for c in own if id(c) in peak_of]
         scaling = group in ("tokens", "neighbours")
-        timings = measure(own, device, 5 if options.quick else options.repeats, 3 if options.quick else options.seconds)  # type: ignore[arg-type]
+        timings = measure(own, device, 5 if options.quick else options.repeats, 3 if options.quick else options.seconds)
         print(f"\n{group}")
         for timing in timings:
             peak = peak_of[id(timing.case)]
@@ -119,7 +125,26 @@ def run_all(cases: list, device: object, options: Options, facts: dict) -> list[
                     "quick": options.quick,
                 }
             )
+        with table.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
     return rows
+
+
+def _peaks(cases: list, device: Any) -> dict[int, int | None]:
+    """Return the peak memory of each case by its id; one that cannot be had on a GPU is left out, and that is said."""
+    from benchmark_cases import peak_memory
+
+    found: dict[int, int | None] = {}
+    for case in cases:
+        try:
+            found[id(case)] = None if case.group == "input" else peak_memory(case, device)
+        except Exception as error:  # no room, no kernel for these settings, one that does not compile
+            if device.type != "cuda":
+                raise
+            print(f"left out: {case.group}, {case.name}: {type(error).__name__}: {first_line(error)}", flush=True)
+    return found
 
 
 def draw(rows: list[dict], title: str) -> Any:

@@ -118,9 +118,13 @@ class NaiveConvNNAttention(nn.Module):
 
 
 def layer_step(
-    make: Callable[[], nn.Module], shape: Sequence[int], backward: bool = True, inputs: Callable[..., Tensor] = noise
+    make: Callable[[], nn.Module],
+    shape: Sequence[int],
+    backward: bool = True,
+    inputs: Callable[..., Tensor] = noise,
+    amp: bool = False,
 ) -> Callable[..., Step]:
-    """Return the builder of a layer's forward, or forward and backward, pass on ``inputs(*shape)``."""
+    """Return the builder of a layer's pass on ``inputs(*shape)``, forward or both ways; ``amp``: in bfloat16."""
 
     def build(device: torch.device) -> Step:
         torch.manual_seed(0)
@@ -128,13 +132,12 @@ def layer_step(
         x = inputs(*shape).to(device).requires_grad_(backward)
 
         def step() -> None:
-            if not backward:
-                with torch.no_grad():
-                    layer(x)
-                return
-            layer.zero_grad(set_to_none=True)
-            x.grad = None
-            layer(x).sum().backward()
+            with torch.set_grad_enabled(backward), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                y = layer(x)
+            if backward:
+                layer.zero_grad(set_to_none=True)
+                x.grad = None
+                y.sum().backward()
 
         return step
 
@@ -165,49 +168,55 @@ def train_once(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tenso
     optimizer.step()
 
 
-def operator_cases(quick: bool, compiled: bool) -> list[Case]:
-    """Return the operators beside a naive reference and the limits, ``F.conv2d`` and fused attention."""
-    batch, side, dim = (4, 16, 192) if quick else (16, 32, 192)
+def operator_cases(
+    quick: bool, compiled: bool, images: int | None = None, backends: Sequence[str] = ("auto",), amp: bool = False
+) -> list[Case]:
+    """Return the operators beside a naive reference and the limits, ``F.conv2d`` and fused attention.
+
+    ``images``: per call; None: 4 if quick, else 16. ``backends``: of our layers; of several, each case names its own.
+    """
+    side, dim = (16, 192) if quick else (32, 192)
+    batch = images or (4 if quick else 16)
     shape, n = (batch, 64, side, side), (side + 2) ** 2
     conv: dict[str, Callable[[], nn.Module]] = {
         "F.conv2d": lambda: nn.Conv2d(64, 128, 3, padding=1),
         "naive": lambda: NaiveConvNN2d(64, 128, 9),
         "ConvNN2d blend 0": lambda: ConvNN2d(64, 128, 9, blend=0.0),
-        "ConvNN2d blend 0.5": lambda: ConvNN2d(64, 128, 9, blend=0.5),
-        "ConvNN2d blend 1": lambda: ConvNN2d(64, 128, 9),
-        "ConvNN2d random 32": lambda: ConvNN2d(64, 128, 9, candidates="random", num_candidates=32),
     }
-    first: dict[str, Callable[[], nn.Module]] = {
-        "F.conv2d": lambda: nn.Conv2d(3, 64, 3, padding=1),
-        "ConvNN2d blend 0.5": lambda: ConvNN2d(3, 64, 9, blend=0.5),
-        "ConvNN2d blend 1": lambda: ConvNN2d(3, 64, 9),
-    }
+    first: dict[str, Callable[[], nn.Module]] = {"F.conv2d": lambda: nn.Conv2d(3, 64, 3, padding=1)}
     attention: dict[str, Callable[[int], nn.Module]] = {
         "fused attention": lambda h: Attention(dim, h),
         "naive": lambda h: NaiveConvNNAttention(dim, h, 9),
-        "ConvNNAttention sum": lambda h: ConvNNAttention(dim, h, 9, aggregation="sum"),
-        "ConvNNAttention depthwise": lambda h: ConvNNAttention(dim, h, 9),
     }
+    for backend in backends:
+        named = f", {backend}" if len(backends) > 1 else ""
+        ours: dict[str, Any] = {"backend": backend}
+        few = ours | {"candidates": "random", "num_candidates": 32}
+        conv[f"ConvNN2d blend 0.5{named}"] = partial(ConvNN2d, 64, 128, 9, blend=0.5, **ours)
+        conv[f"ConvNN2d blend 1{named}"] = partial(ConvNN2d, 64, 128, 9, **ours)
+        conv[f"ConvNN2d random 32{named}"] = partial(ConvNN2d, 64, 128, 9, **few)
+        first[f"ConvNN2d blend 0.5{named}"] = partial(ConvNN2d, 3, 64, 9, blend=0.5, **ours)
+        first[f"ConvNN2d blend 1{named}"] = partial(ConvNN2d, 3, 64, 9, **ours)
+        attend = partial(ConvNNAttention, dim, k=9, **ours)
+        attention[f"ConvNNAttention sum{named}"] = partial(attend, aggregation="sum")
+        attention[f"ConvNNAttention depthwise{named}"] = attend
     if compiled:
         conv["ConvNN2d blend 1 compiled"] = lambda: _compiled(ConvNN2d(64, 128, 9))
         attention["ConvNNAttention depthwise compiled"] = lambda h: _compiled(ConvNNAttention(dim, h, 9))
     cases = []
     for backward in (False, True):
         what = "forward+backward" if backward else "forward"
-        cases += [Case(f"conv {what}", name, n, 9, layer_step(make, shape, backward)) for name, make in conv.items()]
+        convs: list[tuple] = [(name, make, shape, noise, "") for name, make in conv.items()]
+        convs += [(name, make, shape, real, ", activations") for name, make in conv.items() if name != "naive"]
+        convs += [(name, make, (batch, 3, side, side), real, ", images") for name, make in first.items()]
         cases += [
-            Case(f"conv {what}, activations", name, n, 9, layer_step(make, shape, backward, real))
-            for name, make in conv.items()
-            if name != "naive"
-        ]
-        cases += [
-            Case(f"conv {what}, images", name, n, 9, layer_step(make, (batch, 3, side, side), backward, real))
-            for name, make in first.items()
+            Case(f"conv {what}{on}", name, n, 9, layer_step(make, size, backward, inputs, amp))
+            for name, make, size, inputs, on in convs
         ]
         for heads in (1, 3):
             group, sequence = f"attention {heads} heads {what}", (batch, 197, dim)
             cases += [
-                Case(group, name, 197, 9, layer_step(partial(make, heads), sequence, backward))
+                Case(group, name, 197, 9, layer_step(partial(make, heads), sequence, backward, amp=amp))
                 for name, make in attention.items()
             ]
     return cases

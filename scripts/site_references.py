@@ -23,6 +23,7 @@ PROGRAMS = {
     "scripts/export.py": "convnn.cli.export",
     "scripts/reproduce.py": "convnn.cli.reproduce",
     "scripts/benchmark.py": "benchmark",
+    "scripts/gpu_check.py": "gpu_check",
     "scripts/fault_trials.py": "fault_trials",
     "scripts/survey_backbones.py": "survey_backbones",
     "scripts/draw_spectrum.py": "draw_spectrum",

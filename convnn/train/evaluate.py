@@ -39,7 +39,7 @@ class Meter:
     def add(self, loss: Tensor, output: Tensor, labels: Tensor) -> None:
         """Count a batch: its mean loss and its logits (B, classes)."""
         top = best_classes(output) == labels[:, None]
-        n = torch.tensor(len(labels), device=self.sums.device)
+        n = self.sums.new_full((), len(labels))  # filled there: to copy a number to a GPU would wait for it
         self.sums += torch.stack([loss.to(self.sums.dtype) * n, top[:, 0].sum(), top.any(1).sum(), n])
 
     def means(self) -> tuple[float, float, float]:

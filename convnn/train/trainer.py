@@ -239,20 +239,23 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- the loop
 
-    def time_steps(self, count: int = 3) -> float:
-        """Train for one step and ``count`` more; return the median seconds of these, as far as the device is done."""
-        times = [time.perf_counter()]
+    def time_steps(self, count: int = 3, block: int = 1) -> float:
+        """Train for one block of steps and ``count`` more; return the median seconds of a step in these.
+
+        The clock is read when the device is done with a block.
+        """
+        times, taken = [time.perf_counter()], 0
         self.model.train()
         with self.readers.explained(), closing(self.readers):
             while len(times) < count + 2:
                 with closing(self.batches["train"].epoch(0)) as batches:
-                    for images, labels in batches:
+                    for images, labels in itertools.islice(batches, block * (count + 1) - taken):
                         self._train_step(images, labels)
-                        self.state.meter.means()  # waits for the device
-                        times.append(time.perf_counter())
-                        if len(times) == count + 2:
-                            break
-        return statistics.median(b - a for a, b in itertools.pairwise(times[1:]))
+                        taken += 1
+                        if taken % block == 0:
+                            self.state.meter.means()  # waits for the device
+                            times.append(time.perf_counter())
+        return statistics.median(b - a for a, b in itertools.pairwise(times[1:])) / block
 
     def fit(self, stop: Stop, track: Callable[[Row], None]) -> int | None:
         """Train to the end, or until a signal asks to stop, which is returned after a checkpoint.

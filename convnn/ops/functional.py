@@ -192,7 +192,7 @@ def selection_weights(
     ``mix=concat`` at the map's centre). A ``bias`` that bore on the choice, (B, H, Q, K), gets its gradient too.
     """
     keys = gather_tokens(k, found.index)
-    queries = geometry.query_index(q.device)
+    queries = geometry.query_places(q.device)
     own = (queries >= geometry.prefix)[:, None]  # prefix queries choose by features whatever the blend
     one = q.new_ones(())
     blend = blend[:, None, None] if isinstance(blend, Tensor) else blend

@@ -5,6 +5,7 @@ Shapes: N tokens (prefix first, then the padded grid in raster order), Q queries
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,24 @@ def same_padding(height: int, width: int, kernel: Pair, stride: Pair, dilation: 
 
 
 @dataclass(frozen=True)
+class QueryMap:
+    """Queries on a map of their own, over the tokens of another: rows and columns are counted in those tokens."""
+
+    size: Pair
+    """Rows and columns of the queries."""
+    first: tuple[float, float]
+    """Row and column of the first query: (0, 0) is the middle of the first token."""
+    step: tuple[float, float]
+    """Rows and columns from one query to the next."""
+
+    @classmethod
+    def over(cls, tokens: Pair, queries: Pair) -> QueryMap:
+        """Return the queries of a finer or coarser map of the same image: each in the middle of its share of it."""
+        step = tokens[0] / queries[0], tokens[1] / queries[1]
+        return cls(queries, ((step[0] - 1) / 2, (step[1] - 1) / 2), step)
+
+
+@dataclass(frozen=True)
 class Geometry:
     """A feature map with its zero padding as a grid of tokens, and the output positions as queries on some of them.
 
@@ -54,6 +73,8 @@ class Geometry:
     the dilation. 0: off."""
     extra: Pair = (0, 0)
     """Rows of zeros below the padding and columns right of it, where the padding is not the same on both sides."""
+    queries: QueryMap | None = None
+    """Where the queries are, if no kernel puts them on tokens: then there is no kernel, padding or dilation."""
 
     @property
     def padded_shape(self) -> Pair:
@@ -82,6 +103,8 @@ class Geometry:
     @property
     def out_shape(self) -> Pair:
         """Rows and columns of the output, as for a convolution."""
+        if self.queries is not None:
+            return self.queries.size
         rows, cols = (
             (side - d * (m - 1) - 1) // s + 1
             for side, m, s, d in zip(self.padded_shape, self.kernel, self.stride, self.dilation, strict=True)
@@ -105,7 +128,18 @@ class Geometry:
         return any(p > d * c or p + e > d * (m - 1 - c) for m, c, p, e, d in axes)
 
     def query_index(self, device: torch.device | None = None) -> Tensor:
-        """Return the token at the centre of each query's kernel window, for prefix queries themselves: (Q,) int64."""
+        """Return the token at the centre of each query's kernel window, for prefix queries themselves: (Q,) int64.
+
+        For queries on a map of their own it is the token nearest to each, the upper left one of several.
+        """
+        if self.queries is not None:
+            own = self._query_lines(device)
+            rows, cols = (
+                (line - 0.5).ceil().long().clamp(0, side - 1)
+                for line, side in zip(own, (self.height, self.width), strict=True)
+            )
+            grid = rows[:, None] * self.width + cols + self.prefix
+            return torch.cat([torch.arange(self.prefix, device=device), grid.flatten()])
         # The window of output row i starts at token i * stride; its centre tap lies so many dilated taps further.
         rows, cols = (
             torch.arange(n, device=device) * s + d * c
@@ -114,10 +148,39 @@ class Geometry:
         grid = rows[:, None] * self.padded_shape[1] + cols + self.prefix
         return torch.cat([torch.arange(self.prefix, device=device), grid.flatten()])
 
+    def query_places(self, device: torch.device | None = None) -> Tensor:
+        """Return what stands for each query in ``coordinates`` and distances, (Q,) int64: its token, if it has one.
+
+        Queries on a map of their own are numbered from ``num_tokens`` on, so that none is a token.
+        """
+        if self.queries is None:
+            return self.query_index(device)
+        own = torch.arange(self.queries.size[0] * self.queries.size[1], device=device) + self.num_tokens
+        return torch.cat([torch.arange(self.prefix, device=device), own])
+
+    def _query_lines(self, device: torch.device | None) -> tuple[Tensor, Tensor]:
+        """Return rows and columns of the queries of a map of their own, in tokens: float32."""
+        assert self.queries is not None
+        numbers = zip(self.queries.size, self.queries.first, self.queries.step, strict=True)
+        rows, cols = (torch.arange(n, dtype=torch.float32, device=device) * step + at for n, at, step in numbers)
+        return rows, cols
+
     def coordinates(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return row and column on the padded map of token indices; prefix tokens have none and must not be asked."""
-        index = index - self.prefix
-        return index // self.padded_shape[1], index % self.padded_shape[1]
+        place = index - self.prefix
+        rows, cols = place // self.padded_shape[1], place % self.padded_shape[1]
+        if self.queries is None:
+            return rows, cols
+        every = self._query_lines(index.device)
+        number, columns = (index - self.num_tokens).clamp(min=0), max(self.queries.size[1], 1)
+        if not math.prod(self.queries.size):
+            return rows, cols
+        apart = index >= self.num_tokens
+        own = number // columns, number % columns
+        return tuple(  # type: ignore[return-value]
+            torch.where(apart, line[at.clamp(max=len(line) - 1)], token.to(line.dtype))
+            for line, at, token in zip(every, own, (rows, cols), strict=True)
+        )
 
     def positions(self, device: torch.device | None = None) -> Tensor:
         """Return column and row of every token, each from -1 to 1 over the padded map: (N, 2); prefix at 0.

@@ -26,7 +26,7 @@ from convnn.models.coverage import Coverage, coverage, families, runs_with_fewer
 from convnn.runtime.files import write_text
 
 USAGE = """
-usage: uv run scripts/survey_backbones.py [models=GLOB] [compute=true] [out=docs]
+usage: uv run scripts/survey_backbones.py [models=GLOB] [families=GLOB,GLOB] [compute=true] [out=docs]
 
 Builds every model of timm that matches without data, and lists which of its convolutions and attention layers a swap
 can replace. With the smallest model of each family it also computes, in float64: the logits before and after a swap at
@@ -47,6 +47,9 @@ class Options:
 
     models: str = "*"
     """Names of timm's models, with * and ?."""
+    families: str = ""
+    """Names of the modules that define them, with * and ?, separated by commas: these are done anew, and the rows that
+    OUT has of others stay as they are; empty: all, and no row stays."""
     compute: bool = True
     """Compute the smallest model of each family, which takes most of the time."""
     out: str = "docs"
@@ -203,6 +206,21 @@ def counts(rows: Sequence[Row]) -> tuple[int, int, int]:
     return whole, len(rows) - whole - none, none
 
 
+def read(out: Path) -> list[Row]:
+    """Return the rows of the table in a folder.
+
+    Raises:
+        ConfigError: if there is none, or not of these columns.
+    """
+    path, numbers = out / "results" / "backbones.csv", ("parameters", "layers", "taken")
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            found: list[Any] = list(csv.DictReader(file))
+        return [Row(**{name: int(text) if name in numbers else text for name, text in row.items()}) for row in found]
+    except (OSError, TypeError, ValueError) as error:
+        raise ConfigError(f"families=: {path} has no rows that could stay: {first_line(error)}") from error
+
+
 def write(rows: Sequence[Row], out: Path) -> None:
     """Write the page and the table."""
     (out / "results").mkdir(parents=True, exist_ok=True)
@@ -213,14 +231,21 @@ def write(rows: Sequence[Row], out: Path) -> None:
 def main(argv: list[str]) -> None:
     """Survey, compute and write."""
     options: Options = script_options(Options, argv, USAGE)
-    chosen = [(family, name) for family, names in families().items() for name in names]
-    chosen = [one for one in chosen if fnmatch.fnmatch(one[1], options.models)]
+    globs = [glob.strip() for glob in options.families.split(",")] if options.families else ["*"]
+    every = [(family, name) for family, names in families().items() for name in names]
+    wanted = [one for one in every if any(fnmatch.fnmatch(one[0], glob) for glob in globs)]
+    chosen = [one for one in wanted if fnmatch.fnmatch(one[1], options.models)]
     if not chosen:
-        raise ConfigError(f"models={options.models} matches no model of timm")
+        raise ConfigError(f"models={options.models} families={options.families} match no model of timm")
+    kept = read(Path(options.out)) if options.families else []
+    done = {family for family, _ in chosen}
     rows = [row for one in tqdm(chosen, "models", file=sys.stderr) for row in survey(*one)]
+    rows += [row for row in kept if row.family not in done]
+    order = {one: i for i, one in enumerate(every)}
+    rows.sort(key=lambda row: order.get((row.family, row.model), len(order)))
     write(rows, Path(options.out))
     if options.compute:
-        for row in tqdm(list(smallest(rows)), "computed", file=sys.stderr):
+        for row in tqdm([row for row in smallest(rows) if row.family in done], "computed", file=sys.stderr):
             compute(row)
             write(rows, Path(options.out))
     print(Path(options.out) / "backbones.md")

@@ -149,13 +149,13 @@ class Geometry:
         return torch.cat([torch.arange(self.prefix, device=device), grid.flatten()])
 
     def query_places(self, device: torch.device | None = None) -> Tensor:
-        """Return what stands for each query in ``coordinates`` and distances, (Q,) int64: its token, if it has one.
+        """Return what stands for each query in distances, (Q,) int64: its token, if it has one.
 
         Queries on a map of their own are numbered from ``num_tokens`` on, so that none is a token.
         """
         if self.queries is None:
             return self.query_index(device)
-        own = torch.arange(self.queries.size[0] * self.queries.size[1], device=device) + self.num_tokens
+        own = torch.arange(math.prod(self.queries.size), device=device) + self.num_tokens
         return torch.cat([torch.arange(self.prefix, device=device), own])
 
     def _query_lines(self, device: torch.device | None) -> tuple[Tensor, Tensor]:
@@ -167,20 +167,16 @@ class Geometry:
 
     def coordinates(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return row and column on the padded map of token indices; prefix tokens have none and must not be asked."""
-        place = index - self.prefix
-        rows, cols = place // self.padded_shape[1], place % self.padded_shape[1]
+        index = index - self.prefix
+        return index // self.padded_shape[1], index % self.padded_shape[1]
+
+    def query_coordinates(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Return row and column of queries that ``query_places`` stands for; prefix ones have none."""
         if self.queries is None:
-            return rows, cols
-        every = self._query_lines(index.device)
-        number, columns = (index - self.num_tokens).clamp(min=0), max(self.queries.size[1], 1)
-        if not math.prod(self.queries.size):
-            return rows, cols
-        apart = index >= self.num_tokens
-        own = number // columns, number % columns
-        return tuple(  # type: ignore[return-value]
-            torch.where(apart, line[at.clamp(max=len(line) - 1)], token.to(line.dtype))
-            for line, at, token in zip(every, own, (rows, cols), strict=True)
-        )
+            return self.coordinates(places)
+        rows, cols = self._query_lines(places.device)
+        number = (places - self.num_tokens).clamp(min=0)
+        return rows[number // len(cols)], cols[number % len(cols)]
 
     def positions(self, device: torch.device | None = None) -> Tensor:
         """Return column and row of every token, each from -1 to 1 over the padded map: (N, 2); prefix at 0.
@@ -200,7 +196,9 @@ class Geometry:
         return (rows[:, None] * cols + torch.arange(pw, pw + self.width, device=device)).flatten() + self.prefix
 
     def distance(self, queries: Tensor, keys: Tensor, metric: str = "chebyshev") -> Tensor:
-        """Return the distance between tokens of the map: token indices, broadcast against each other -> float32.
+        """Return the distance of queries to tokens of the map: indices, broadcast against each other -> float32.
+
+        Queries are given as ``query_places`` gives them.
 
         Its unit is one step of the dilation; tokens between the dilated kernel's taps are farther than all tokens on
         them. Along an axis on which the kernel has an even number of taps, it is measured from a point a quarter of a
@@ -209,7 +207,7 @@ class Geometry:
         index), the m*m nearest tokens of a query are the m x m window in one fixed order at every position; with
         Euclidean distance that fails from 7 x 7 on.
         """
-        own, other = self.coordinates(queries), self.coordinates(keys)
+        own, other = self.query_coordinates(queries), self.coordinates(keys)
         rows, cols = (self.steps(axis, own[axis], other[axis]) for axis in (0, 1))
         return _length(rows, cols, metric)
 
@@ -221,7 +219,7 @@ class Geometry:
 
     def steps_to_all(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Return the distances from queries (Q,) along each axis: to rows (Q, rows) and to columns (Q, columns)."""
-        own = self.coordinates(queries[:, None])
+        own = self.query_coordinates(queries[:, None])
         every = (torch.arange(side, device=queries.device) for side in self.padded_shape)
         rows, cols = (self.steps(axis, own[axis], other) for axis, other in enumerate(every))
         return rows, cols

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from convnn.cli.program import run_program, script_options
 from convnn.config.schema import ATTENTION, CONV
 from convnn.errors import ConfigError, first_line
-from convnn.models.coverage import Coverage, coverage, families, runs_with_fewer, stir, transfer_error
+from convnn.models.coverage import Coverage, coverage, families, rounding, runs_with_fewer, stir, transfer_error
 from convnn.runtime.files import write_text
 
 USAGE = """
@@ -37,6 +37,8 @@ WITHOUT_PAIRS = ("among channels", "linear attention", "one query", "AttentionPo
 """Words of the reasons for which attention has no scores of pairs of tokens."""
 LIMIT = 20
 """Seconds for each thing that is computed."""
+EXACT = 1e-10
+"""Error of logits up to which a transfer is exact."""
 LARGEST = 80_000_000
 """Parameters of a model that is computed; of families with larger ones alone, none is."""
 
@@ -71,7 +73,8 @@ class Row:
     reasons: str
     """Why the others cannot."""
     error: str = ""
-    """Largest difference of logits after the swap, as a share of the largest; what went wrong; empty: not computed."""
+    """Largest difference of logits after the swap, as a share of the largest; above ``EXACT`` with the difference that
+    rounding the image makes, in brackets. Or what went wrong; empty: not computed."""
     fewer: str = ""
     """``yes``: a step with fewer neighbours gave finite logits and gradients; what went wrong; empty: not computed."""
 
@@ -99,8 +102,14 @@ def compute(row: Row) -> None:
     model = stir(timm.create_model(row.model, pretrained=False)).double().eval()
     image = torch.randn(1, *input_size(model), dtype=torch.float64)
     names = coverage(model, row.kind).taken
-    row.error = within_limit(lambda: f"{transfer_error(model, row.kind, names, image):.1e}")
+    row.error = within_limit(lambda: error_of(model, row.kind, names, image))
     row.fewer = within_limit(lambda: "yes" if runs_with_fewer(model, row.kind, names, image) else "no")
+
+
+def error_of(model: nn.Module, kind: str, names: Sequence[str], image: torch.Tensor) -> str:
+    """Return the error of a transfer, and if it is not below 1e-10, what rounding alone does."""
+    error = transfer_error(model, kind, names, image)
+    return f"{error:.1e}" if error <= EXACT else f"{error:.1e} ({rounding(model, image):.1e})"
 
 
 def within_limit(ask: Callable[[], str]) -> str:
@@ -158,6 +167,8 @@ model (at most {largest} million parameters) after a swap at the exact end (conv
 all tokens, `aggregation=sum`), as a share of the largest logit, in float64, with random weights in place of those that
 would hide a difference. "Fewer" says whether a step with 3 neighbours at blend 0.5 (convolutions) or with 4 (attention)
 gave finite logits and gradients, or that it took more than {limit} seconds; both are empty where nothing was computed.
+An error above 1e-10 has in brackets what the logits move by when the image changes by a 10^15th part of itself: with
+these random weights such a network magnifies rounding.
 [operators.md](operators.md) says what the kinds of attention and convolution become.
 
 "None" of attention is often what has no scores of pairs of tokens: attention among channels, linear

@@ -52,9 +52,7 @@ def padding(tokens, padded):
 APART = {
     "twins global": Kind(lambda: twins.GlobalSubSampleAttn(8, 2, sr_ratio=2), (2, 24, 8), 6, {"size": sized((4, 6))}),
     "pvt reduced": Kind(lambda: pvt_v2.Attention(8, 2, sr_ratio=2), (2, 24, 8), 6, {"feat_size": sized((4, 6))}),
-    "pvt linear": Kind(
-        lambda: pvt_v2.Attention(8, 2, linear_attn=True), (2, 63, 8), 49, {"feat_size": sized((9, 7))}
-    ),
+    "pvt linear": Kind(lambda: pvt_v2.Attention(8, 2, linear_attn=True), (2, 63, 8), 49, {"feat_size": sized((9, 7))}),
     "nextvit": Kind(lambda: nextvit.EfficientAttention(8, head_dim=4, sr_ratio=2), (2, 24, 8), 6),
     "multi query": Kind(lambda: MultiQueryAttention2d(8, 12, 2, key_dim=6, value_dim=5, kv_stride=2), (2, 8, 4, 6), 6),
     "multi query same": Kind(lambda: MultiQueryAttention2d(8, num_heads=2, use_bias=True), (2, 8, 2, 3), 6),
@@ -62,7 +60,9 @@ APART = {
         lambda: MultiQueryAttention2d(8, num_heads=2, query_strides=2, kv_stride=2, padding="same"), (2, 8, 8, 12), 24
     ),
     "multi query v2": Kind(lambda: MultiQueryAttentionV2(8, 12, 2, 6, 5), (2, 8, 4, 6), 6, {"m": (2, 8, 2, 3)}),
-    "multi scale": Kind(lambda: MULTI_SCALE(has_cls_token=False), (2, 16, 8), 4, {"feat_size": sized([4, 4])}, ("rel",)),
+    "multi scale": Kind(
+        lambda: MULTI_SCALE(has_cls_token=False), (2, 16, 8), 4, {"feat_size": sized([4, 4])}, ("rel",)
+    ),
     "multi scale pooled": Kind(
         lambda: MULTI_SCALE(kernel_q=(3, 3), stride_q=(2, 2), residual_pooling=False),
         (2, 17, 8),
@@ -73,9 +73,7 @@ APART = {
     "multi scale mean": Kind(
         lambda: MULTI_SCALE(mode="avg", rel_pos_type="none"), (2, 17, 8), 5, {"feat_size": sized([4, 4])}
     ),
-    "levit down": Kind(
-        lambda: levit.AttentionDownsample(8, 12, 4, 2, resolution=(3, 4)), (2, 12, 8), 12, {}, TABLE
-    ),
+    "levit down": Kind(lambda: levit.AttentionDownsample(8, 12, 4, 2, resolution=(3, 4)), (2, 12, 8), 12, {}, TABLE),
     "levit down conv": Kind(
         lambda: levit.AttentionDownsample(8, 12, 4, 2, resolution=(3, 4), use_conv=True), (2, 8, 3, 4), 12, {}, TABLE
     ),
@@ -86,12 +84,8 @@ APART = {
     "hiera units pooled": Kind(
         lambda: hiera.MaskUnitAttention(8, 8, 2, q_stride=2, window_size=3, use_mask_unit_attn=True), (2, 18, 8), 6
     ),
-    "sam 2 pooled": Kind(
-        lambda: hieradet_sam2.MultiScaleAttention(8, 12, 2, nn.MaxPool2d(2, 2)), (2, 4, 6, 8), 24
-    ),
-    "halo": Kind(
-        lambda: HaloAttn(8, 12, num_heads=2, block_size=2, halo_size=1), (2, 8, 4, 6), 16, {}, ("pos_embed",)
-    ),
+    "sam 2 pooled": Kind(lambda: hieradet_sam2.MultiScaleAttention(8, 12, 2, nn.MaxPool2d(2, 2)), (2, 4, 6, 8), 24),
+    "halo": Kind(lambda: HaloAttn(8, 12, num_heads=2, block_size=2, halo_size=1), (2, 8, 4, 6), 16, {}, ("pos_embed",)),
     "halo strided": Kind(
         lambda: HaloAttn(8, stride=2, num_heads=2, block_size=4, halo_size=1, scale_pos_embed=True),
         (2, 8, 4, 8),
@@ -116,9 +110,7 @@ APART = {
     "cascaded": Kind(
         lambda: efficientvit_msra.CascadedGroupAttention(12, 4, 3, 1, 3, (3, 3, 5)), (2, 12, 3, 3), 9, {}, TABLE
     ),
-    "efficientformer v2": Kind(
-        lambda: efficientformer_v2.Attention2d(8, 4, 2, 2, (2, 3)), (2, 8, 2, 3), 6, {}, TABLE
-    ),
+    "efficientformer v2": Kind(lambda: efficientformer_v2.Attention2d(8, 4, 2, 2, (2, 3)), (2, 8, 2, 3), 6, {}, TABLE),
     "efficientformer v2 strided": Kind(
         lambda: efficientformer_v2.Attention2d(8, 4, 2, 2, (4, 6), stride=2), (2, 8, 4, 6), 6, {}, TABLE
     ),

@@ -1,6 +1,7 @@
 """What an adapter tells of one kind of attention layer. A new kind is one file and one ``register_adapter``.
 
-Shapes: B batch, H heads, Q queries, N tokens (Q is N but where said), D channels per head of queries and keys, C of values.
+Shapes: B batch, H heads, Q queries, N tokens (Q is N but where said), D channels per head of queries and keys, C of
+values.
 """
 
 from __future__ import annotations

@@ -80,9 +80,7 @@ class Padded(Adapter):
         """Return H and C."""
         return layer.num_heads, layer.head_dim
 
-    def read(
-        self, layer: Any, x: Tensor, rope_cos: Tensor, rope_sin: Tensor, attn_mask: Tensor | None = None
-    ) -> Heads:
+    def read(self, layer: Any, x: Tensor, rope_cos: Tensor, rope_sin: Tensor, attn_mask: Tensor | None = None) -> Heads:
         """Return the heads of (B, N, channels). Patches with a mask of -inf are no neighbours; the rest is a bias."""
         from timm.models.gemma4_vit import apply_multidimensional_rope
 

@@ -90,7 +90,7 @@ class Cascaded(_Convolved):
 
 
 class Halo(_Convolved):
-    """``HaloAttn`` (arXiv 2103.12731): blocks of queries, keys of a block and of a halo around it, zeros beyond the map.
+    """``HaloAttn`` (arXiv 2103.12731): blocks of queries; keys are those of a block and a halo, zeros beyond the map.
 
     Positions are products of the queries with embeddings of offsets: a bias.
     """

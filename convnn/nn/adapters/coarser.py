@@ -7,6 +7,7 @@ Shapes: B batch, H heads, Q queries, N keys, D channels per head, h x w a map.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class _Coarser(Adapter):
         return 0
 
 
-def over(tokens: Pair, queries: Pair) -> dict[str, Any]:
+def over(tokens: Sequence[int], queries: Sequence[int]) -> dict[str, Any]:
     """Return what ``Heads`` are told of keys and queries on two maps of one image."""
     tokens, queries = (tokens[0], tokens[1]), (queries[0], queries[1])
     return {"grid": tokens, "queries": None if tokens == queries else QueryMap.over(tokens, queries)}
@@ -42,7 +43,8 @@ class Reduced(_Coarser):
         """Return the heads of (B, h * w, channels); the one class calls h and w ``size``, the other ``feat_size``."""
         own = size if feat_size is None else feat_size
         assert own is not None
-        q, grid = per_head(layer.q(x), layer.num_heads), own
+        q = per_head(layer.q(x), layer.num_heads)
+        grid: Sequence[int] = own
         if layer.sr is not None:
             pool, act = (getattr(layer, name, None) for name in ("pool", "act"))
             x = x.mT.unflatten(2, (own[0], own[1]))
@@ -80,7 +82,8 @@ class MultiQuery(_Coarser):
         q, k, v = layer.query(x), layer.key(x), layer.value(x)
         places, own = over(k.shape[-2:], q.shape[-2:]), q.shape[-2:]
         q = per_head(q.flatten(2).mT, layer.num_heads)
-        return Heads(q, *(shared(t.flatten(2).mT, layer.num_heads) for t in (k, v)), **places, rest=own)
+        k, v = (shared(t.flatten(2).mT, layer.num_heads) for t in (k, v))
+        return Heads(q, k, v, **places, rest=own)
 
     def write(self, layer: Any, y: Tensor, heads: Heads) -> Tensor:
         """Return (B, channels, h, w)."""
@@ -183,7 +186,7 @@ class Downsampling(_Coarser):
         q = per_head(q.flatten(2).mT if x.ndim == 4 else q, layer.num_heads)
         k, v = per_head(kv, layer.num_heads).split([layer.key_dim, layer.val_dim], dim=-1)
         bias = layer.attention_biases[:, layer.attention_bias_idxs][None]
-        places = {"grid": grid, "queries": every(layer.stride, own)}
+        places: dict[str, Any] = {"grid": grid, "queries": every(layer.stride, own)}
         return Heads(scaled(q, layer.scale), k, v, bias=bias, **places, rest=own if x.ndim == 4 else None)
 
     def write(self, layer: Any, y: Tensor, heads: Heads) -> Tensor:
@@ -210,7 +213,7 @@ class DownsamplingLocal(_Coarser):
         v, grid, own = layer.v(x), tuple(layer.resolution), tuple(layer.resolution2)
         q, k, values = (per_head(t.flatten(2).mT, layer.num_heads) for t in (layer.q(x), layer.k(x), v))
         bias = layer.attention_biases[:, layer.attention_bias_idxs][None]
-        places = {"grid": grid, "queries": every(2, own)}
+        places: dict[str, Any] = {"grid": grid, "queries": every(2, own)}
         return Heads(scaled(q, layer.scale), k, values, bias=bias, **places, rest=layer.v_local(v))
 
     def write(self, layer: Any, y: Tensor, heads: Heads) -> Tensor:

@@ -26,7 +26,8 @@ from convnn.models.coverage import Coverage, coverage, families, rounding, runs_
 from convnn.runtime.files import write_text
 
 USAGE = """
-usage: uv run scripts/survey_backbones.py [models=GLOB] [families=GLOB,GLOB] [compute=true] [out=docs]
+usage: uv run scripts/survey_backbones.py [models=GLOB] [families=GLOB,GLOB] [compute=true] [limit=20]
+       [out=docs]
 
 Builds every model of timm that matches without data, and lists which of its convolutions and attention layers a swap
 can replace. With the smallest model of each family it also computes, in float64: the logits before and after a swap at
@@ -35,8 +36,6 @@ the exact end, and a step with fewer neighbours than there are tokens.
 """
 WITHOUT_PAIRS = ("among channels", "linear attention", "one query", "AttentionPool")
 """Words of the reasons for which attention has no scores of pairs of tokens."""
-LIMIT = 20
-"""Seconds for each thing that is computed."""
 EXACT = 1e-10
 """Error of logits up to which a transfer is exact."""
 LARGEST = 80_000_000
@@ -54,6 +53,8 @@ class Options:
     OUT has of others stay as they are; empty: all, and no row stays."""
     compute: bool = True
     """Compute the smallest model of each family, which takes most of the time."""
+    limit: int = 20
+    """Seconds for each thing that is computed."""
     out: str = "docs"
     """Folder for backbones.md and results/backbones.csv."""
 
@@ -96,14 +97,14 @@ def reasons(found: Coverage) -> str:
     return "; ".join(text for text, _ in Counter(found.refused.values()).most_common())
 
 
-def compute(row: Row) -> None:
-    """Fill in what the smallest model of a family computes before and after a swap."""
+def compute(row: Row, limit: int) -> None:
+    """Fill in what the smallest model of a family computes before and after a swap, in so many seconds for each."""
     torch.manual_seed(0)
     model = stir(timm.create_model(row.model, pretrained=False)).double().eval()
     image = torch.randn(1, *input_size(model), dtype=torch.float64)
     names = coverage(model, row.kind).taken
-    row.error = within_limit(lambda: error_of(model, row.kind, names, image))
-    row.fewer = within_limit(lambda: "yes" if runs_with_fewer(model, row.kind, names, image) else "no")
+    row.error = within_limit(limit, lambda: error_of(model, row.kind, names, image))
+    row.fewer = within_limit(limit, lambda: "yes" if runs_with_fewer(model, row.kind, names, image) else "no")
 
 
 def error_of(model: nn.Module, kind: str, names: Sequence[str], image: torch.Tensor) -> str:
@@ -112,18 +113,18 @@ def error_of(model: nn.Module, kind: str, names: Sequence[str], image: torch.Ten
     return f"{error:.1e}" if error <= EXACT else f"{error:.1e} ({rounding(model, image):.1e})"
 
 
-def within_limit(ask: Callable[[], str]) -> str:
-    """Return an answer, or what went wrong, or that it takes too long."""
+def within_limit(limit: int, ask: Callable[[], str]) -> str:
+    """Return an answer, or what went wrong, or that it takes more than so many seconds."""
 
     def stop(*_: object) -> None:
         raise TimeoutError
 
     signal.signal(signal.SIGALRM, stop)
-    signal.alarm(LIMIT)
+    signal.alarm(limit)
     try:
         return ask()
     except TimeoutError:
-        return f"more than {LIMIT} s"
+        return f"more than {limit} s"
     except Exception as error:  # whatever a model makes of it is a finding
         return f"{type(error).__name__}: {first_line(error)}"
     finally:
@@ -166,7 +167,7 @@ layers of classifier heads are left out. The error is the largest difference of 
 model (at most {largest} million parameters) after a swap at the exact end (convolutions: `k=kernel blend=0`; attention:
 all tokens, `aggregation=sum`), as a share of the largest logit, in float64, with random weights in place of those that
 would hide a difference. "Fewer" says whether a step with 3 neighbours at blend 0.5 (convolutions) or with 4 (attention)
-gave finite logits and gradients, or that it took more than {limit} seconds; both are empty where nothing was computed.
+gave finite logits and gradients, or that it took more than so many seconds; both are empty where nothing was computed.
 An error above 1e-10 has in brackets what the logits move by when the image changes by a 10^15th part of itself: with
 these random weights such a network magnifies rounding.
 [operators.md](operators.md) says what the kinds of attention and convolution become.
@@ -180,7 +181,7 @@ attention, one query for all. The last line leaves out the models that have no o
 def page(rows: Sequence[Row]) -> str:
     """Return the page: a summary, and a table of families for each kind."""
     parts = [
-        HEAD.format(timm=timm.__version__, torch=torch.__version__.split("+")[0], largest=LARGEST // 10**6, limit=LIMIT)
+        HEAD.format(timm=timm.__version__, torch=torch.__version__.split("+")[0], largest=LARGEST // 10**6)
     ]
     parts.append("| kind | models | all | some | none | all, % | all or some, % |\n|---|---|---|---|---|---|---|\n")
     paired = [row for row in rows if row.kind == ATTENTION and not all_without_pairs(row)]
@@ -257,7 +258,7 @@ def main(argv: list[str]) -> None:
     write(rows, Path(options.out))
     if options.compute:
         for row in tqdm([row for row in smallest(rows) if row.family in done], "computed", file=sys.stderr):
-            compute(row)
+            compute(row, options.limit)
             write(rows, Path(options.out))
     print(Path(options.out) / "backbones.md")
 

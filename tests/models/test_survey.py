@@ -143,4 +143,4 @@ def test_what_was_computed_is_exact():
             error, *rounding = (float(part.strip("()")) for part in row["error"].split())
             assert error <= max([1e-10, *(10 * share for share in rounding)]), row["model"]
             assert all(share > 1e-11 for share in rounding)
-        assert {row["fewer"] for row in found} <= {"yes", "more than 20 s"}
+        assert all(row["fewer"] == "yes" or row["fewer"].startswith("more than ") for row in found)

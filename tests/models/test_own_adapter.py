@@ -130,4 +130,4 @@ def test_what_stays_is_in_the_report():
     assert set(report.left) == {n for n, m in model.named_modules() if type(m).__name__ == "ChannelAttention"}
     name = next(iter(report.left))
     with pytest.raises(ConfigError, match=rf"{re.escape(name)} \(ChannelAttention, which attends"):
-        swap_layers(model, name, SETTINGS | {"k": 2})
+        swap_layers(timm.create_model("davit_tiny", **sizes), name, SETTINGS | {"k": 2})

@@ -180,9 +180,7 @@ attention, one query for all. The last line leaves out the models that have no o
 
 def page(rows: Sequence[Row]) -> str:
     """Return the page: a summary, and a table of families for each kind."""
-    parts = [
-        HEAD.format(timm=timm.__version__, torch=torch.__version__.split("+")[0], largest=LARGEST // 10**6)
-    ]
+    parts = [HEAD.format(timm=timm.__version__, torch=torch.__version__.split("+")[0], largest=LARGEST // 10**6)]
     parts.append("| kind | models | all | some | none | all, % | all or some, % |\n|---|---|---|---|---|---|---|\n")
     paired = [row for row in rows if row.kind == ATTENTION and not all_without_pairs(row)]
     for label, own in (

@@ -176,6 +176,7 @@ VIT = (
     "operator=convnn_attention",
     "train.batch_size=128",
     "optim=paper",
+    "backbone.drop_rate=0",  # dropped weights of neighbours have no kernel
 )
 RESNET = ("backbone=resnet18", "operator=hybrid", "swap=last_half", "train.batch_size=256", "train.channels_last=true")
 _NOISE = ("data=synthetic", "data.size=8192", "data.load_size=32")

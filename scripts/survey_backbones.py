@@ -22,11 +22,12 @@ from tqdm import tqdm
 from convnn.cli.program import run_program, script_options
 from convnn.config.schema import ATTENTION, CONV
 from convnn.errors import ConfigError, first_line
-from convnn.models.coverage import Coverage, coverage, families, runs_with_fewer, stir, transfer_error
+from convnn.models.coverage import Coverage, coverage, families, rounding, runs_with_fewer, stir, transfer_error
 from convnn.runtime.files import write_text
 
 USAGE = """
-usage: uv run scripts/survey_backbones.py [models=GLOB] [compute=true] [out=docs]
+usage: uv run scripts/survey_backbones.py [models=GLOB] [families=GLOB,GLOB] [compute=true] [limit=20]
+       [out=docs]
 
 Builds every model of timm that matches without data, and lists which of its convolutions and attention layers a swap
 can replace. With the smallest model of each family it also computes, in float64: the logits before and after a swap at
@@ -35,8 +36,8 @@ the exact end, and a step with fewer neighbours than there are tokens.
 """
 WITHOUT_PAIRS = ("among channels", "linear attention", "one query", "AttentionPool")
 """Words of the reasons for which attention has no scores of pairs of tokens."""
-LIMIT = 20
-"""Seconds for each thing that is computed."""
+EXACT = 1e-10
+"""Error of logits up to which a transfer is exact."""
 LARGEST = 80_000_000
 """Parameters of a model that is computed; of families with larger ones alone, none is."""
 
@@ -47,8 +48,13 @@ class Options:
 
     models: str = "*"
     """Names of timm's models, with * and ?."""
+    families: str = ""
+    """Names of the modules that define them, with * and ?, separated by commas: these are done anew, and the rows that
+    OUT has of others stay as they are; empty: all, and no row stays."""
     compute: bool = True
     """Compute the smallest model of each family, which takes most of the time."""
+    limit: int = 20
+    """Seconds for each thing that is computed."""
     out: str = "docs"
     """Folder for backbones.md and results/backbones.csv."""
 
@@ -68,7 +74,8 @@ class Row:
     reasons: str
     """Why the others cannot."""
     error: str = ""
-    """Largest difference of logits after the swap, as a share of the largest; what went wrong; empty: not computed."""
+    """Largest difference of logits after the swap, as a share of the largest; above ``EXACT`` with the difference that
+    rounding the image makes, in brackets. Or what went wrong; empty: not computed."""
     fewer: str = ""
     """``yes``: a step with fewer neighbours gave finite logits and gradients; what went wrong; empty: not computed."""
 
@@ -90,28 +97,34 @@ def reasons(found: Coverage) -> str:
     return "; ".join(text for text, _ in Counter(found.refused.values()).most_common())
 
 
-def compute(row: Row) -> None:
-    """Fill in what the smallest model of a family computes before and after a swap."""
+def compute(row: Row, limit: int) -> None:
+    """Fill in what the smallest model of a family computes before and after a swap, in so many seconds for each."""
     torch.manual_seed(0)
     model = stir(timm.create_model(row.model, pretrained=False)).double().eval()
     image = torch.randn(1, *input_size(model), dtype=torch.float64)
     names = coverage(model, row.kind).taken
-    row.error = within_limit(lambda: f"{transfer_error(model, row.kind, names, image):.1e}")
-    row.fewer = within_limit(lambda: "yes" if runs_with_fewer(model, row.kind, names, image) else "no")
+    row.error = within_limit(limit, lambda: error_of(model, row.kind, names, image))
+    row.fewer = within_limit(limit, lambda: "yes" if runs_with_fewer(model, row.kind, names, image) else "no")
 
 
-def within_limit(ask: Callable[[], str]) -> str:
-    """Return an answer, or what went wrong, or that it takes too long."""
+def error_of(model: nn.Module, kind: str, names: Sequence[str], image: torch.Tensor) -> str:
+    """Return the error of a transfer, and if it is not below 1e-10, what rounding alone does."""
+    error = transfer_error(model, kind, names, image)
+    return f"{error:.1e}" if error <= EXACT else f"{error:.1e} ({rounding(model, image):.1e})"
+
+
+def within_limit(limit: int, ask: Callable[[], str]) -> str:
+    """Return an answer, or what went wrong, or that it takes more than so many seconds."""
 
     def stop(*_: object) -> None:
         raise TimeoutError
 
     signal.signal(signal.SIGALRM, stop)
-    signal.alarm(LIMIT)
+    signal.alarm(limit)
     try:
         return ask()
     except TimeoutError:
-        return f"more than {LIMIT} s"
+        return f"more than {limit} s"
     except Exception as error:  # whatever a model makes of it is a finding
         return f"{type(error).__name__}: {first_line(error)}"
     finally:
@@ -154,7 +167,9 @@ layers of classifier heads are left out. The error is the largest difference of 
 model (at most {largest} million parameters) after a swap at the exact end (convolutions: `k=kernel blend=0`; attention:
 all tokens, `aggregation=sum`), as a share of the largest logit, in float64, with random weights in place of those that
 would hide a difference. "Fewer" says whether a step with 3 neighbours at blend 0.5 (convolutions) or with 4 (attention)
-gave finite logits and gradients, or that it took more than {limit} seconds; both are empty where nothing was computed.
+gave finite logits and gradients, or that it took more than so many seconds; both are empty where nothing was computed.
+An error above 1e-10 has in brackets what the logits move by when the image changes by a 10^15th part of itself: with
+these random weights such a network magnifies rounding.
 [operators.md](operators.md) says what the kinds of attention and convolution become.
 
 "None" of attention is often what has no scores of pairs of tokens: attention among channels, linear
@@ -165,9 +180,7 @@ attention, one query for all. The last line leaves out the models that have no o
 
 def page(rows: Sequence[Row]) -> str:
     """Return the page: a summary, and a table of families for each kind."""
-    parts = [
-        HEAD.format(timm=timm.__version__, torch=torch.__version__.split("+")[0], largest=LARGEST // 10**6, limit=LIMIT)
-    ]
+    parts = [HEAD.format(timm=timm.__version__, torch=torch.__version__.split("+")[0], largest=LARGEST // 10**6)]
     parts.append("| kind | models | all | some | none | all, % | all or some, % |\n|---|---|---|---|---|---|---|\n")
     paired = [row for row in rows if row.kind == ATTENTION and not all_without_pairs(row)]
     for label, own in (
@@ -203,6 +216,21 @@ def counts(rows: Sequence[Row]) -> tuple[int, int, int]:
     return whole, len(rows) - whole - none, none
 
 
+def read(out: Path) -> list[Row]:
+    """Return the rows of the table in a folder.
+
+    Raises:
+        ConfigError: if there is none, or not of these columns.
+    """
+    path, numbers = out / "results" / "backbones.csv", ("parameters", "layers", "taken")
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            found: list[Any] = list(csv.DictReader(file))
+        return [Row(**{name: int(text) if name in numbers else text for name, text in row.items()}) for row in found]
+    except (OSError, TypeError, ValueError) as error:
+        raise ConfigError(f"families=: {path} has no rows that could stay: {first_line(error)}") from error
+
+
 def write(rows: Sequence[Row], out: Path) -> None:
     """Write the page and the table."""
     (out / "results").mkdir(parents=True, exist_ok=True)
@@ -213,15 +241,22 @@ def write(rows: Sequence[Row], out: Path) -> None:
 def main(argv: list[str]) -> None:
     """Survey, compute and write."""
     options: Options = script_options(Options, argv, USAGE)
-    chosen = [(family, name) for family, names in families().items() for name in names]
-    chosen = [one for one in chosen if fnmatch.fnmatch(one[1], options.models)]
+    globs = [glob.strip() for glob in options.families.split(",")] if options.families else ["*"]
+    every = [(family, name) for family, names in families().items() for name in names]
+    wanted = [one for one in every if any(fnmatch.fnmatch(one[0], glob) for glob in globs)]
+    chosen = [one for one in wanted if fnmatch.fnmatch(one[1], options.models)]
     if not chosen:
-        raise ConfigError(f"models={options.models} matches no model of timm")
+        raise ConfigError(f"models={options.models} families={options.families} match no model of timm")
+    kept = read(Path(options.out)) if options.families else []
+    done = {family for family, _ in chosen}
     rows = [row for one in tqdm(chosen, "models", file=sys.stderr) for row in survey(*one)]
+    rows += [row for row in kept if row.family not in done]
+    order = {one: i for i, one in enumerate(every)}
+    rows.sort(key=lambda row: order.get((row.family, row.model), len(order)))
     write(rows, Path(options.out))
     if options.compute:
-        for row in tqdm(list(smallest(rows)), "computed", file=sys.stderr):
-            compute(row)
+        for row in tqdm([row for row in smallest(rows) if row.family in done], "computed", file=sys.stderr):
+            compute(row, options.limit)
             write(rows, Path(options.out))
     print(Path(options.out) / "backbones.md")
 

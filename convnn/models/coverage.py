@@ -112,6 +112,17 @@ def transfer_error(model: nn.Module, kind: str, names: Sequence[str], image: tor
     return float((swapped(image) - wanted).abs().max() / wanted.abs().max())
 
 
+@torch.no_grad()
+def rounding(model: nn.Module, image: torch.Tensor) -> float:
+    """Return how far the logits move, as a share of the largest, when an image changes by a 10^15th part of itself.
+
+    Where that is much, a network with these weights magnifies rounding errors, those of a transfer as well.
+    """
+    wanted = model(image)
+    noise = 1e-15 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0), dtype=image.dtype)
+    return float((model(image * (1 + noise)) - wanted).abs().max() / wanted.abs().max())
+
+
 def runs_with_fewer(model: nn.Module, kind: str, names: Sequence[str], image: torch.Tensor) -> bool:
     """Return whether a model with few neighbours per token gives finite logits, other ones, and gradients."""
     wanted = model(image).detach()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from convnn.models.inspect import choosing_layers, evaluating
+from convnn.nn.adapters.layer import AdaptedAttention
 from convnn.nn.base import NeighborLayer, first_tensor
 from convnn.ops.neighborhood import Neighborhood, same_draws
 
@@ -45,8 +46,11 @@ def neighbor_mass(layer: Any, ask: Callable[[], Neighborhood], found: Neighborho
         found: what it chose there.
 
     Returns:
-        None where no softmax weighs the neighbours.
+        None where no softmax weighs the neighbours, and where the heads come one after another: with all tokens, the
+        later ones would see other features.
     """
+    if isinstance(layer, AdaptedAttention) and layer.adapter.in_turn:
+        return None
     softmax = isinstance(layer, NeighborLayer) and layer.mixing.weighting.startswith("softmax")
     if found.weights is None or not softmax:
         return None

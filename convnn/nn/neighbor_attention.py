@@ -1,6 +1,7 @@
 """Self-attention over the k nearest tokens, whatever makes the queries, keys and values.
 
-Shapes: B batch, H heads, N tokens, K neighbours, D channels per head of queries and keys, C of values.
+Shapes: B batch, H heads, Q queries, N tokens, K neighbours, D channels per head of queries and keys, C of values. In
+most layers each token is a query; with keys of a coarser map, or queries of one, Q is not N.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from convnn.config.schema import ATTENTION
 from convnn.nn.base import NeighborLayer, TokenGrid, grid_of
 from convnn.ops.candidates import is_relative
 from convnn.ops.functional import neighbor_aggregate
-from convnn.ops.geometry import Geometry, Pair
+from convnn.ops.geometry import Geometry, Pair, QueryMap
 from convnn.ops.neighborhood import Neighborhood, find_neighborhood
 from convnn.ops.scores import at_end
 from convnn.ops.shortcuts import attend, attends_to_all
@@ -28,19 +29,28 @@ class Heads:
     """What attention compares and mixes."""
 
     q: Tensor
-    """Queries (B, H, N, D), rotated, normalised and scaled so that q.k / sqrt(D) is the layer's score."""
+    """Queries (B, H, Q, D), rotated, normalised and scaled so that q.k / sqrt(D) is the layer's score."""
     k: Tensor
     """Keys (B, H, N, D)."""
     v: Tensor
     """Values (B, H, N, C)."""
     bias: Tensor | None = None
-    """Added to the scores, broadcastable to (B, H, N, N)."""
+    """Added to the scores, broadcastable to (B, H, Q, N)."""
     blocked: Tensor | None = None
-    """True for tokens that a query must not see, broadcastable to (B, H, N, N)."""
+    """True for tokens that a query must not see, broadcastable to (B, H, Q, N)."""
     grid: Pair | None = None
     """Rows and columns of the tokens after the prefix, where the input or the layer tells them."""
+    queries: QueryMap | None = None
+    """Where the queries are, if they are none of the tokens and that is known."""
+    head: int | None = None
+    """Which of the layer's heads this is, where they come one after another; None: all are here."""
     rest: Any = None
     """What an adapter's ``write`` needs besides, such as the shape of the input."""
+
+    @property
+    def apart(self) -> bool:
+        """Whether the queries are not the tokens themselves."""
+        return self.queries is not None or self.q.shape[2] != self.k.shape[2]
 
 
 class NeighborAttention(NeighborLayer):
@@ -127,12 +137,60 @@ class NeighborAttention(NeighborLayer):
 
     def layout_of(self, num_tokens: int, grid: Pair | None = None) -> Geometry:
         """Return where the tokens of a sequence of this length lie, as far as this layer cares."""
-        # Without positions or a grid of candidates a plain sequence of any length will do.
-        relative = is_relative(self.selection)
-        whole = self.selection.candidates in ("all", "random") and self.border != "zeros" and not relative
-        if self.layout == "grid" and at_end(self.blend_value(), 1) and whole:
+        if self.layout == "grid" and self._is_placeless():
             return Geometry(1, num_tokens - self.num_prefix_tokens, prefix=self.num_prefix_tokens)
         return self.geometry(num_tokens, grid)
+
+    def _is_placeless(self) -> bool:
+        """Return whether a plain sequence of any length will do: no positions, and no grid of candidates."""
+        relative = is_relative(self.selection)
+        whole = self.selection.candidates in ("all", "random") and self.border != "zeros" and not relative
+        return at_end(self.blend_value(), 1) and whole
+
+    def layout_for(self, heads: Heads, placed: bool = False) -> Geometry:
+        """Return where tokens and queries lie, as far as this layer cares, or all the same if ``placed``.
+
+        Raises:
+            ValueError: for queries that are no tokens: if the settings need a query's own token, or positions that are
+                not known.
+        """
+        n, prefix = heads.k.shape[2], self.num_prefix_tokens
+        if not heads.apart:
+            return self.geometry(n, heads.grid) if placed else self.layout_of(n, heads.grid)
+        reason = self._needs_own_token()
+        if reason:
+            raise ValueError(f"{reason} needs queries that are tokens, and this layer's are on a map of their own")
+        if self._is_placeless() and not placed:
+            line = QueryMap((1, heads.q.shape[2] - prefix), (0, 0), (0, 0))
+            return Geometry(1, n - prefix, prefix=prefix, queries=line)
+        if heads.queries is None:
+            raise ValueError(
+                f"where the {heads.q.shape[2]} queries of this layer lie among its {n} tokens is not known; use "
+                "settings without positions (blend=1 with candidates=all or random)"
+            )
+        return Geometry(*self._grid(n, heads.grid), prefix=prefix, queries=heads.queries)
+
+    def _needs_own_token(self) -> str | None:
+        """Return the setting that has no meaning for queries that are no tokens, or None."""
+        s, mixing, layout = self.selection, self.mixing, self.settings
+        names = {
+            "self_first=true": s.self_first or mixing.self_score is not None or s.self_again is not None,
+            "causal=true": s.causal,
+            "candidates=stride": s.candidates == "stride",
+            "slots=window": s.slots == "window",
+            "mix=concat": s.mix == "concat" and not self._is_placeless(),
+            f"border={self.border}": self.border != "nearest",
+            "layout=sequence": self.layout == "sequence",
+            f"token_dilation={layout.token_dilation}": layout.token_dilation > 1,
+        }
+        return next((name for name, given in names.items() if given), None)
+
+    def _blend_of(self, heads: Heads, blend: float | None = None) -> float | Tensor:
+        """Return the blend of these heads, or the one that is given."""
+        value = self.blend_value() if blend is None else float(blend)
+        if isinstance(value, float) or heads.head is None or value.numel() == 1:
+            return value
+        return value[heads.head : heads.head + 1]
 
     def _pads(self) -> bool:
         blend = self.blend_value()
@@ -148,14 +206,15 @@ class NeighborAttention(NeighborLayer):
 
     def _choose(self, heads: Heads, blend: float | None) -> Neighborhood:
         """Return the neighbours, at the layer's own blend or another."""
-        n = heads.q.shape[2]
-        geometry = self.layout_of(n, heads.grid) if blend is None else self.geometry(n, heads.grid)
+        geometry = self.layout_for(heads, placed=blend is not None)
         seen = geometry
-        if not any(geometry.padding) and geometry.height == 1:  # laid out on a line, as far as the selection cares
+        placed = heads.queries is not None or not heads.apart
+        if placed and not any(geometry.padding) and geometry.height == 1:  # on a line, as far as the selection cares
             try:
-                size = self._grid(n, heads.grid)
+                size = self._grid(heads.k.shape[2], heads.grid)
                 step = self.settings.token_dilation if self.layout == "grid" else 1
-                seen = Geometry(*size, prefix=self.num_prefix_tokens, dilation=(step, step))
+                own = {"dilation": (step, step), "queries": heads.queries}
+                seen = Geometry(*size, prefix=self.num_prefix_tokens, **own)  # type: ignore[arg-type]
             except ValueError:
                 pass
         heads = ringed(heads, geometry)
@@ -165,7 +224,7 @@ class NeighborAttention(NeighborLayer):
             geometry,
             self.selection,
             self.mixing,
-            blend=self.blend_value() if blend is None else float(blend),
+            blend=self._blend_of(heads, blend),
             training=self.training,
             seen=seen,
             bias=heads.bias,
@@ -178,7 +237,7 @@ class NeighborAttention(NeighborLayer):
         return replace(found, window=(side, side))
 
     def _aggregate(self, heads: Heads, geometry: Geometry) -> Tensor:
-        """Return what the queries get from their neighbours, (B, H, N, C)."""
+        """Return what the queries get from their neighbours, (B, H, Q, C)."""
         heads = ringed(heads, geometry)
         weights = self.settings.dropout_on == "weights"
         drop = self.attn_drop.p if self.training and weights else 0.0
@@ -200,7 +259,7 @@ class NeighborAttention(NeighborLayer):
                 geometry,
                 self.selection,
                 self.mixing_value(),
-                blend=self.blend_value(),
+                blend=self._blend_of(heads),
                 weight=self.slot_weight,
                 dropout=drop,
                 training=self.training,

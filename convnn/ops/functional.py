@@ -250,7 +250,7 @@ def selection_weights(
     Prefix tokens have no position: as queries they are scored by features, as neighbours at no distance (with
     ``mix=concat`` at the map's centre). A ``bias`` that bore on the choice, (B, H, Q, K), gets its gradient too.
     """
-    queries = geometry.query_index(q.device)
+    queries = geometry.query_places(q.device)
     own = (queries >= geometry.prefix)[:, None]  # prefix queries choose by features whatever the blend
     one = q.new_ones(())
     if isinstance(blend, Tensor):

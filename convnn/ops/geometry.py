@@ -5,6 +5,7 @@ Shapes: N tokens (prefix first, then the padded grid in raster order), Q queries
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,24 @@ def same_padding(height: int, width: int, kernel: Pair, stride: Pair, dilation: 
 
 
 @dataclass(frozen=True)
+class QueryMap:
+    """Queries on a map of their own, over the tokens of another: rows and columns are counted in those tokens."""
+
+    size: Pair
+    """Rows and columns of the queries."""
+    first: tuple[float, float]
+    """Row and column of the first query: (0, 0) is the middle of the first token."""
+    step: tuple[float, float]
+    """Rows and columns from one query to the next."""
+
+    @classmethod
+    def over(cls, tokens: Pair, queries: Pair) -> QueryMap:
+        """Return the queries of a finer or coarser map of the same image: each in the middle of its share of it."""
+        step = tokens[0] / queries[0], tokens[1] / queries[1]
+        return cls(queries, ((step[0] - 1) / 2, (step[1] - 1) / 2), step)
+
+
+@dataclass(frozen=True)
 class Geometry:
     """A feature map with its zero padding as a grid of tokens, and the output positions as queries on some of them.
 
@@ -54,6 +73,8 @@ class Geometry:
     the dilation. 0: off."""
     extra: Pair = (0, 0)
     """Rows of zeros below the padding and columns right of it, where the padding is not the same on both sides."""
+    queries: QueryMap | None = None
+    """Where the queries are, if no kernel puts them on tokens: then there is no kernel, padding or dilation."""
 
     @property
     def padded_shape(self) -> Pair:
@@ -82,6 +103,8 @@ class Geometry:
     @property
     def out_shape(self) -> Pair:
         """Rows and columns of the output, as for a convolution."""
+        if self.queries is not None:
+            return self.queries.size
         rows, cols = (
             (side - d * (m - 1) - 1) // s + 1
             for side, m, s, d in zip(self.padded_shape, self.kernel, self.stride, self.dilation, strict=True)
@@ -105,7 +128,18 @@ class Geometry:
         return any(p > d * c or p + e > d * (m - 1 - c) for m, c, p, e, d in axes)
 
     def query_index(self, device: torch.device | None = None) -> Tensor:
-        """Return the token at the centre of each query's kernel window, for prefix queries themselves: (Q,) int64."""
+        """Return the token at the centre of each query's kernel window, for prefix queries themselves: (Q,) int64.
+
+        For queries on a map of their own it is the token nearest to each, the upper left one of several.
+        """
+        if self.queries is not None:
+            own = self._query_lines(device)
+            rows, cols = (
+                (line - 0.5).ceil().long().clamp(0, side - 1)
+                for line, side in zip(own, (self.height, self.width), strict=True)
+            )
+            grid = rows[:, None] * self.width + cols + self.prefix
+            return torch.cat([torch.arange(self.prefix, device=device), grid.flatten()])
         # The window of output row i starts at token i * stride; its centre tap lies so many dilated taps further.
         rows, cols = (
             torch.arange(n, device=device) * s + d * c
@@ -114,10 +148,35 @@ class Geometry:
         grid = rows[:, None] * self.padded_shape[1] + cols + self.prefix
         return torch.cat([torch.arange(self.prefix, device=device), grid.flatten()])
 
+    def query_places(self, device: torch.device | None = None) -> Tensor:
+        """Return what stands for each query in distances, (Q,) int64: its token, if it has one.
+
+        Queries on a map of their own are numbered from ``num_tokens`` on, so that none is a token.
+        """
+        if self.queries is None:
+            return self.query_index(device)
+        own = torch.arange(math.prod(self.queries.size), device=device) + self.num_tokens
+        return torch.cat([torch.arange(self.prefix, device=device), own])
+
+    def _query_lines(self, device: torch.device | None) -> tuple[Tensor, Tensor]:
+        """Return rows and columns of the queries of a map of their own, in tokens: float32."""
+        assert self.queries is not None
+        numbers = zip(self.queries.size, self.queries.first, self.queries.step, strict=True)
+        rows, cols = (torch.arange(n, dtype=torch.float32, device=device) * step + at for n, at, step in numbers)
+        return rows, cols
+
     def coordinates(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return row and column on the padded map of token indices; prefix tokens have none and must not be asked."""
         index = index - self.prefix
         return index // self.padded_shape[1], index % self.padded_shape[1]
+
+    def query_coordinates(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Return row and column of queries that ``query_places`` stands for; prefix ones have none."""
+        if self.queries is None:
+            return self.coordinates(places)
+        rows, cols = self._query_lines(places.device)
+        number = (places - self.num_tokens).clamp(min=0)
+        return rows[number // len(cols)], cols[number % len(cols)]
 
     def positions(self, device: torch.device | None = None) -> Tensor:
         """Return column and row of every token, each from -1 to 1 over the padded map: (N, 2); prefix at 0.
@@ -137,7 +196,9 @@ class Geometry:
         return (rows[:, None] * cols + torch.arange(pw, pw + self.width, device=device)).flatten() + self.prefix
 
     def distance(self, queries: Tensor, keys: Tensor, metric: str = "chebyshev") -> Tensor:
-        """Return the distance between tokens of the map: token indices, broadcast against each other -> float32.
+        """Return the distance of queries to tokens of the map: indices, broadcast against each other -> float32.
+
+        Queries are given as ``query_places`` gives them.
 
         Its unit is one step of the dilation; tokens between the dilated kernel's taps are farther than all tokens on
         them. Along an axis on which the kernel has an even number of taps, it is measured from a point a quarter of a
@@ -146,7 +207,7 @@ class Geometry:
         index), the m*m nearest tokens of a query are the m x m window in one fixed order at every position; with
         Euclidean distance that fails from 7 x 7 on.
         """
-        own, other = self.coordinates(queries), self.coordinates(keys)
+        own, other = self.query_coordinates(queries), self.coordinates(keys)
         rows, cols = (self.steps(axis, own[axis], other[axis]) for axis in (0, 1))
         return _length(rows, cols, metric)
 
@@ -158,7 +219,7 @@ class Geometry:
 
     def steps_to_all(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Return the distances from queries (Q,) along each axis: to rows (Q, rows) and to columns (Q, columns)."""
-        own = self.coordinates(queries[:, None])
+        own = self.query_coordinates(queries[:, None])
         every = (torch.arange(side, device=queries.device) for side in self.padded_shape)
         rows, cols = (self.steps(axis, own[axis], other) for axis, other in enumerate(every))
         return rows, cols

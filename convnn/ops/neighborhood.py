@@ -5,7 +5,7 @@ Shapes: B batch, H heads, Q queries, N tokens, K neighbours, D channels per head
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -147,6 +147,16 @@ def find_neighborhood(
             weights = weights.masked_fill(~valid, torch.finfo(weights.dtype).min).softmax(dim=-1)
         weights = weights.masked_fill(~valid, 0)
     return Neighborhood(index, valid, weights, seen or geometry, window)
+
+
+def joined(found: Sequence[Neighborhood]) -> Neighborhood:
+    """Return the neighbours of heads that were chosen one after another, along the axis of heads."""
+    first = found[0]
+    if len(found) == 1:
+        return first
+    index, valid = (torch.cat([getattr(one, name) for one in found], dim=1) for name in ("index", "valid"))
+    weights = [one.weights for one in found if one.weights is not None]
+    return replace(first, index=index, valid=valid, weights=torch.cat(weights, dim=1) if weights else None)
 
 
 @contextmanager

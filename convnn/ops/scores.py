@@ -60,7 +60,7 @@ class Search:
     k: Tensor
     """Keys of all tokens, (B, H, N, D)."""
     queries: Tensor
-    """The token that each query sits on, (Q,)."""
+    """The token that each query sits on, (Q,), or its number where it sits on none: ``Geometry.query_places``."""
     candidates: Tensor | None
     """Tokens that may be chosen, (M,); None: every token."""
     geometry: Geometry

@@ -56,7 +56,7 @@ def select_neighbors(
         backend: ``auto``, ``torch`` or ``triton``, see ``convnn.ops.triton.dispatch``. On CUDA ``auto`` measures.
         bias: added to the similarities with ``selection.bias_selects``, broadcastable to (B, H, Q, N).
         blocked: True for tokens that a query may not choose, broadcastable to (B, H, Q, N). With a bias that chooses,
-            or with this, plain torch computes, whatever the backend.
+            with this, or for queries on a map of their own, plain torch computes, whatever the backend.
 
     Raises:
         ConfigError: if ``backend`` is ``triton`` and its kernel cannot serve the case.
@@ -67,7 +67,7 @@ def select_neighbors(
     pads = selection.pad_candidates or not by_features
     candidates = candidate_tokens(geometry, selection, pads=pads, training=training, device=q.device)
     selection = replace(selection, k=possible_k(geometry, selection, candidates))
-    queries = geometry.query_index(q.device)
+    queries = geometry.query_places(q.device)
     split = 0 if by_features else geometry.prefix
     # The meta device, on which costs are counted, has no autocast.
     plain = nullcontext() if q.device.type == "meta" else torch.autocast(q.device.type, enabled=False)
@@ -78,6 +78,7 @@ def select_neighbors(
         best = rank
         unknown = q.device.type == "meta" and not is_in_torch_dispatch_mode()
         fits = (candidates is None or selection.k <= len(candidates)) and bias is None and blocked is None
+        fits = fits and geometry.queries is None
         if unknown:
             best = without_data
         elif not by_position and fits and dispatch.selects(backend, q, k, selection):

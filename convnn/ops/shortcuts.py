@@ -79,7 +79,7 @@ def attend(
     if candidates is not None:
         k, v = k[:, :, candidates], v[:, :, candidates]
         bias, blocked = (None if t is None else t[..., candidates] for t in (bias, blocked))
-    outside = out_of_reach(geometry, selection, geometry.query_index(q.device), tokens)
+    outside = out_of_reach(geometry, selection, geometry.query_places(q.device), tokens)
     if isinstance(temperature, Tensor):  # the scale of fused attention is a number
         q, scale = q / temperature.to(q.device), 1.0
     else:

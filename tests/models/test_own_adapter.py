@@ -122,10 +122,12 @@ def test_what_cannot_be_replaced_says_why(name):
 
 
 def test_what_stays_is_in_the_report():
-    model = timm.create_model("twins_svt_small", depths=(1, 2, 1, 1), embed_dims=(8, 8, 8, 8), num_heads=(1, 1, 1, 1))
+    sizes = {"depths": (1, 1, 1, 1), "embed_dims": (8, 8, 8, 8), "num_heads": (1, 1, 1, 1)}
+    model = timm.create_model("davit_tiny", **sizes)
     report = swap_layers(model, "*", SETTINGS | {"k": 2})
     last = str(report).splitlines()[-1]
-    assert last.startswith("left as they are: ") and "(GlobalSubSampleAttn, which has keys of a coarser map" in last
-    assert set(report.left) == {n for n, m in model.named_modules() if type(m).__name__ == "GlobalSubSampleAttn"}
-    with pytest.raises(ConfigError, match=r"blocks\.1\.1\.attn \(GlobalSubSampleAttn, which has keys"):
-        swap_layers(model, "blocks.1.1.attn", SETTINGS | {"k": 2})
+    assert last.startswith("left as they are: ") and "(ChannelAttention, which attends among channels" in last
+    assert set(report.left) == {n for n, m in model.named_modules() if type(m).__name__ == "ChannelAttention"}
+    name = next(iter(report.left))
+    with pytest.raises(ConfigError, match=rf"{re.escape(name)} \(ChannelAttention, which attends"):
+        swap_layers(timm.create_model("davit_tiny", **sizes), name, SETTINGS | {"k": 2})

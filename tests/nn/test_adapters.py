@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from attention_kinds import KINDS, best_scores, unfused, without_positions
+from attention_kinds_apart import APART
 from comparing import close
 from torch import nn
 
@@ -14,6 +15,7 @@ from convnn.config.presets import operator_of
 from convnn.nn.adapters.registry import adapter_of, stand_in
 from convnn.nn.base import Site
 
+KINDS = KINDS | APART
 ALL = sorted(KINDS)
 
 
@@ -30,14 +32,19 @@ def results(function, module, x, given):
     module.zero_grad()
     x = x.clone().requires_grad_()
     given = {n: v.clone().requires_grad_() if is_bias(n, v) else v for n, v in given.items()}
-    y = function(x, **given)
+    y = output(function(x, **given))
     (y * torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape)).sum().backward()
     parameters = {n.removeprefix("plain."): p.grad for n, p in module.named_parameters()}
     return y.detach(), x.grad, {n: v.grad for n, v in given.items() if is_bias(n, v)}, parameters
 
 
+def output(y):
+    """The tensor alone: some return the map's size besides."""
+    return y[0] if isinstance(y, tuple) else y
+
+
 def is_bias(name, value):
-    return isinstance(value, torch.Tensor) and name not in ("mask", "rope")
+    return isinstance(value, torch.Tensor) and name not in ("mask", "rope", "rope_cos", "rope_sin", "attn_mask")
 
 
 def alike(one, other):
@@ -69,8 +76,11 @@ def test_slot_weights_of_one_change_nothing(name):
     alike(results(new, new, x, given), results(layer, layer, x, given))
 
 
-@pytest.mark.parametrize("selects", [True, False], ids=["biased", "unbiased"])
-@pytest.mark.parametrize("name", [n for n in ALL if KINDS[n].plain_softmax])
+WATCHED = [n for n in ALL if KINDS[n].plain_softmax]
+IN_TURN = ["cascaded"]
+
+
+@pytest.mark.parametrize("name, selects", [(n, b) for n in WATCHED for b in (True, False) if b or n not in IN_TURN])
 def test_fewer_neighbours_are_the_best_of_the_scores(name, selects, monkeypatch):
     kind, k = KINDS[name], 3
     layer, new = replaced(kind, k, bias_selects=selects)
@@ -85,6 +95,26 @@ def test_fewer_neighbours_are_the_best_of_the_scores(name, selects, monkeypatch)
     with best_scores(monkeypatch, k, chosen):
         want = results(dense, dense, x, given)
     alike(results(new, new, x, given), want)
+
+
+@pytest.mark.parametrize("name", IN_TURN)
+def test_each_head_in_turn_chooses_by_its_scores_alone(name, monkeypatch):
+    kind, k = KINDS[name], 3
+    layer, new = replaced(kind, k, bias_selects=False)
+    (x, _), chosen = kind.call(), []
+    for head in range(layer.num_heads):  # whose features are those that the heads before it have made
+        seen = []
+        with best_scores(monkeypatch, k, [*chosen, *[torch.zeros(2, 9, 9)] * layer.num_heads], seen):
+            layer(x)
+        chosen.append(seen[head] - layer.attention_biases[head, layer.attention_bias_idxs])
+    with best_scores(monkeypatch, k, chosen):
+        want = results(layer, layer, x, {})
+    alike(results(new, new, x, {}), want)
+    found = new.neighborhood(x)
+    assert found.index.shape == (2, layer.num_heads, 9, k)
+    for head, score in enumerate(chosen):
+        best = score.detach().topk(k).indices
+        assert torch.equal(found.index[:, head], best)
 
 
 @pytest.mark.parametrize("name", ["swin shifted", "swin v2 shifted", "torchvision swin"])
@@ -138,7 +168,7 @@ def test_the_plain_layer_comes_back(name):
     back = new.to_layer()
     assert type(back) is type(layer) and back is not new.plain
     x, given = kind.call()
-    close(back(x, **given), layer(x, **given))
+    close(output(back(x, **given)), output(layer(x, **given)))
     new.set_spectrum(k=2)
     with pytest.raises(ValueError, match="k=2 is less than"):
         new.to_layer()
@@ -150,12 +180,12 @@ def test_fresh_layers_run_and_train(name):
     layer, new = replaced(kind, 2, init="fresh", aggregation="depthwise", blend=0.5 if new_grid(kind) else 1.0)
     assert new.plain is not layer
     x, given = kind.call()
-    y = new(x, **given)
-    assert y.shape == layer(x, **given).shape and y.dtype == x.dtype and y.isfinite().all()
+    y = output(new(x, **given))
+    assert y.shape == output(layer(x, **given)).shape and y.dtype == x.dtype and y.isfinite().all()
     (y**2).sum().backward()
     assert new.slot_weight.grad.abs().sum() > 0
     again = pickle.loads(pickle.dumps(copy.deepcopy(new)))
-    close(again(x, **given), y)
+    close(output(again(x, **given)), y)
 
 
 def new_grid(kind):

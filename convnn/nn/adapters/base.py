@@ -1,12 +1,14 @@
 """What an adapter tells of one kind of attention layer. A new kind is one file and one ``register_adapter``.
 
-Shapes: B batch, H heads, N tokens, D channels per head of queries and keys, C of values.
+Shapes: B batch, H heads, Q queries, N tokens (Q is N but where said), D channels per head of queries and keys, C of
+values.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +30,8 @@ class Adapter:
     nothing is imported for an adapter. Subclasses count as long as they have the same ``forward``."""
     grid_from_model = True
     """The tokens after the prefix are the model's patches. False: ``read`` tells their grid, or they have none."""
+    in_turn = False
+    """Heads come one after another, each made of the output of those before; see ``attend``."""
 
     def refusal(self, layer: Any) -> str | None:
         """Return why this layer cannot be replaced ("mixes channels, not tokens"), or None."""
@@ -46,7 +50,7 @@ class Adapter:
         return None
 
     def tokens(self, layer: Any) -> int | None:
-        """Return N where the layer is made for one number of tokens, such as a window's, else None."""
+        """Return N, of the keys, where the layer is made for one number of tokens, such as a window's, else None."""
         return None
 
     def size(self, layer: Any) -> tuple[int, int]:
@@ -79,8 +83,17 @@ class Adapter:
         return Heads(*split(layer.qkv(*args, **given), layer.num_heads))
 
     def write(self, layer: Any, y: Tensor, heads: Heads) -> Any:
-        """Return the layer's output: (B, H, N, C) -> what its ``forward`` returns. Here its ``proj`` and dropout."""
+        """Return the layer's output: (B, H, Q, C) -> what its ``forward`` returns. Here its ``proj`` and dropout."""
         return layer.proj_drop(layer.proj(merged(y)))
+
+    def attend(self, layer: Any, mix: Callable[[Heads], Tensor], *args: Any, **given: Any) -> Any:
+        """Return the layer's output; ``mix`` gives what queries get from their neighbours, (B, H, Q, C).
+
+        Only layers that are ``in_turn`` need more than this: they call ``mix`` for each head, with its number in
+        ``Heads.head``.
+        """
+        heads = self.read(layer, *args, **given)
+        return self.write(layer, mix(heads), heads)
 
 
 class Refusal(Adapter):

@@ -14,9 +14,9 @@ from convnn.errors import ConfigError
 from convnn.nn.adapters.base import Adapter
 from convnn.nn.adapters.registry import adapter_of
 from convnn.nn.base import Site, first_tensor, layer_settings
-from convnn.nn.neighbor_attention import NeighborAttention
+from convnn.nn.neighbor_attention import Heads, NeighborAttention
 from convnn.ops.geometry import Geometry, Pair
-from convnn.ops.neighborhood import Neighborhood, same_draws
+from convnn.ops.neighborhood import Neighborhood, joined, same_draws
 
 
 class AdaptedAttention(NeighborAttention):
@@ -81,7 +81,17 @@ class AdaptedAttention(NeighborAttention):
 
     def neighborhood(self, *args: Any, blend: float | None = None, **given: Any) -> Neighborhood:
         """Return what the layer chooses when it is called so, at its own blend or another."""
-        return self._choose(self.adapter.read(self.plain, *args, **given), blend)
+        if not self.adapter.in_turn:
+            return self._choose(self.adapter.read(self.plain, *args, **given), blend)
+        found: list[Neighborhood] = []
+
+        def look(heads: Heads) -> Tensor:
+            with same_draws(heads.q.device):
+                found.append(self._choose(heads, blend))
+            return self._aggregate(heads, self.layout_for(heads))
+
+        self.adapter.attend(self.plain, look, *args, **given)
+        return joined(found)
 
     def forward(self, *args: Any, return_neighbors: bool = False, **given: Any) -> Any:
         """Take what the layer takes and return what it returns, with ``return_neighbors`` a Neighborhood too."""
@@ -89,11 +99,13 @@ class AdaptedAttention(NeighborAttention):
             with same_draws(first_tensor(args, given).device):
                 found = self.neighborhood(*args, **given)
             return self.forward(*args, **given), found
-        heads = self.adapter.read(self.plain, *args, **given)
-        geometry = self.layout_of(heads.q.shape[2], heads.grid)
+        return self.adapter.attend(self.plain, self._mix, *args, **given)
+
+    def _mix(self, heads: Heads) -> Tensor:
+        geometry = self.layout_for(heads)
         if not torch.compiler.is_compiling():
             self.seen = len(heads.q), geometry
-        return self.adapter.write(self.plain, self._aggregate(heads, geometry), heads)
+        return self._aggregate(heads, geometry)
 
     def extra_repr(self) -> str:
         """State the configuration in one line."""

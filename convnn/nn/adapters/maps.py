@@ -15,6 +15,7 @@ from torch import Tensor
 from convnn.nn.adapters.base import Adapter, halves, merged, per_head, scaled, split
 from convnn.nn.adapters.windows import in_windows, of_windows
 from convnn.nn.neighbor_attention import Heads
+from convnn.ops.geometry import QueryMap
 
 
 class _Map(Adapter):
@@ -74,21 +75,23 @@ def decomposed(q: Tensor, rows: Tensor, columns: Tensor, size: tuple[int, int]) 
 
 
 class Pooled(_Map):
-    """SAM 2's ``MultiScaleAttention`` where it keeps the resolution."""
+    """SAM 2's ``MultiScaleAttention``, which may pool its queries."""
 
     layers = ("timm.models.hieradet_sam2:MultiScaleAttention",)
 
-    def refusal(self, layer: Any) -> str | None:
-        """Return that some pool their queries."""
-        return None if layer.q_pool is None else "pools its queries: they are fewer than the tokens"
-
     def read(self, layer: Any, x: Tensor) -> Heads:
         """Return the heads of a map (B, h, w, channels)."""
-        return Heads(*split(layer.qkv(x.flatten(1, 2)), layer.num_heads), grid=(x.shape[1], x.shape[2]), rest=x.shape)
+        q, k, v = split(layer.qkv(x.flatten(1, 2)), layer.num_heads)
+        grid = own = x.shape[1], x.shape[2]
+        if layer.q_pool is not None:
+            pooled = layer.q_pool(merged(q).mT.unflatten(2, grid))
+            own, q = (pooled.shape[2], pooled.shape[3]), per_head(pooled.flatten(2).mT, layer.num_heads)
+        queries = None if layer.q_pool is None else QueryMap.over(grid, own)
+        return Heads(q, k, v, grid=grid, queries=queries, rest=own)
 
     def write(self, layer: Any, y: Tensor, heads: Heads) -> Tensor:
         """Return (B, h, w, channels)."""
-        return layer.proj(merged(y)).unflatten(1, heads.rest[1:3])
+        return layer.proj(merged(y)).unflatten(1, heads.rest)
 
 
 class ChannelsFirst(_Map):
@@ -215,13 +218,9 @@ class Grouped(_Map):
 
 
 class MaskUnit(_Map):
-    """Hiera's ``MaskUnitAttention`` where it keeps the resolution: global, or inside mask units (the inner index)."""
+    """Hiera's ``MaskUnitAttention``: global, or inside mask units (the inner index); its queries may be pooled."""
 
     layers = ("timm.models.hiera:MaskUnitAttention",)
-
-    def refusal(self, layer: Any) -> str | None:
-        """Return that some pool their queries."""
-        return "pools its queries: they are fewer than the tokens" if layer.q_stride > 1 else None
 
     def size(self, layer: Any) -> tuple[int, int]:
         """Return H and C."""
@@ -229,13 +228,15 @@ class MaskUnit(_Map):
 
     def tokens(self, layer: Any) -> int | None:
         """Return those of a mask unit."""
-        return layer.window_size if layer.use_mask_unit_attn else None
+        return layer.q_stride * layer.window_size if layer.use_mask_unit_attn else None
 
     def read(self, layer: Any, x: Tensor) -> Heads:
         """Return the heads of (B, N, channels), of each mask unit by itself. Tokens are in Hiera's order, no raster."""
-        units = x.shape[1] // layer.window_size if layer.use_mask_unit_attn else 1
+        units = x.shape[1] // (layer.q_stride * layer.window_size) if layer.use_mask_unit_attn else 1
         x = x.unflatten(1, (-1, units)).transpose(1, 2).flatten(0, 1)
-        return Heads(*split(layer.qkv(x), layer.heads), rest=units)
+        q, k, v = split(layer.qkv(x), layer.heads)
+        q = q.unflatten(2, (layer.q_stride, -1)).amax(2) if layer.q_stride > 1 else q
+        return Heads(q, k, v, rest=units)
 
     def write(self, layer: Any, y: Tensor, heads: Heads) -> Tensor:
         """Return (B, N, channels)."""
@@ -286,21 +287,6 @@ class LocalGroups(_Map):
         return layer.proj_drop(layer.proj(x))
 
 
-class Reduced(_Map):
-    """PVT v2's ``Attention`` where it does not reduce its keys."""
-
-    layers = ("timm.models.pvt_v2:Attention",)
-
-    def refusal(self, layer: Any) -> str | None:
-        """Return that most reduce their keys."""
-        return None if layer.pool is None and layer.sr is None else "has keys of a coarser map than its queries"
-
-    def read(self, layer: Any, x: Tensor, feat_size: tuple[int, int]) -> Heads:
-        """Return the heads of (B, h * w, channels)."""
-        q = per_head(layer.q(x), layer.num_heads)
-        return Heads(q, *halves(layer.kv(x), layer.num_heads), grid=(feat_size[0], feat_size[1]))
-
-
 ADAPTERS = (
     ChannelsLast(),
     Pooled(),
@@ -311,5 +297,4 @@ ADAPTERS = (
     MaskUnit(),
     Sequence(),
     LocalGroups(),
-    Reduced(),
 )

@@ -9,11 +9,37 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from convnn.errors import ConfigError
-from convnn.nn.adapters import convit, eva, maps, refused, relative, talking, timm_attention, torch_attention, windows
+from convnn.nn.adapters import (
+    blocks,
+    coarser,
+    convit,
+    convolved,
+    eva,
+    maps,
+    refused,
+    relative,
+    talking,
+    timm_attention,
+    torch_attention,
+    windows,
+)
 from convnn.nn.adapters.base import Adapter, classes_of
 from convnn.nn.base import Site
 
-_FAMILIES = (timm_attention, eva, relative, windows, torch_attention, maps, talking, convit, refused)
+_FAMILIES = (
+    timm_attention,
+    eva,
+    relative,
+    windows,
+    torch_attention,
+    maps,
+    coarser,
+    convolved,
+    blocks,
+    talking,
+    convit,
+    refused,
+)
 _ADAPTERS: list[Adapter] = [adapter for family in _FAMILIES for adapter in family.ADAPTERS]
 """Those that were registered last come first."""
 _known: WeakKeyDictionary[type[nn.Module], Adapter | None] = WeakKeyDictionary()

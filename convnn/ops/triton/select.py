@@ -43,8 +43,8 @@ class Tiles:
         return f"{self.queries}x{self.candidates}, {self.warps} warps, {self.programs} programs{limit}"
 
 
-TILES = (Tiles(64, 64, 4, 3, 168), Tiles(64, 64, 4, 4, 128), Tiles(128, 64, 8, 2, 128), Tiles(128, 128, 8, 1))
-"""Fastest first, as an H200 had them for 256 maps of 1,024 tokens of 64 channels; the last for float32."""
+TILES = (Tiles(64, 64, 4, 3, 168), Tiles(128, 128, 8, 1))
+"""The best of twelve on an H200: in 16 bits, and in float32."""
 
 CHANNELS = {2: 128, 4: 32}
 """Channels multiplied at once, at most, by the bytes of a number."""
@@ -145,7 +145,7 @@ def best_keys(
 
 def _fastest(q: Tensor, k: Tensor, *rest: Any) -> int:
     """Return the fastest of ``WAYS`` for the arguments of ``best_keys``, as measured on them or before."""
-    candidates, share, num = rest[2], rest[3], rest[10]
+    candidates, share, num = rest[2], rest[3], rest[11]
     available = k.shape[1] if candidates is None else len(candidates)
     sizes = choice.sized({"k": num}, items=len(q), queries=q.shape[1], candidates=available, channels=q.shape[2])
     kind = "by features" if share is None else "blended"
@@ -193,7 +193,7 @@ def _filter(
     select_kernel[(programs,)](
         q, k, inverse, bias, *common, held, counts, count, available, channels, num, blocks, *numbers,
         BQ=bq, BM=bm, BD=bd, NB=min(bm, block_size(4 * num, 32)), ONE=channels <= bd, LIST=room,
-        EVEN=available % bm == 0, PTX=torch.version.cuda is not None and not interpreted(), **flags,
+        EVEN=available % bm == 0, PTX=_own_stores(q, bq, bm), **flags,
         num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
 
@@ -218,6 +218,15 @@ def _merge(
         q, k, *inverses, bias, *common, count, k.shape[1], available, channels, num, *numbers,
         BQ=bq, BM=bm, BD=block_size(channels, 16, 32), BK=block_size(num - flags["SELF"] or 1), **flags,
     )  # fmt: skip
+
+
+def _own_stores(q: Tensor, bq: int, bm: int) -> bool:
+    """Return whether survivors are stored by the kernel's own instructions.
+
+    Those run once for each number that a thread holds. In the layout of tensor cores no two threads hold the same one;
+    in that of other products, or of small blocks, they may.
+    """
+    return torch.version.cuda is not None and not interpreted() and q.element_size() == 2 and min(bq, bm) >= 64
 
 
 @lru_cache

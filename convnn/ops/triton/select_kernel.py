@@ -172,7 +172,7 @@ def _raised(bound, key, crowded, K):
     return tl.where(crowded, last, bound)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])  # as a constant 1 it makes loops that some layouts cannot compile
 def select_kernel(
     q, k, inverse_k, bias, own, tokens, share, floor, row_steps, column_steps, index, low, high,
     held, counts,

@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
     from benchmark_cases import backend_cases, operator_cases, scaling_cases, training_cases
     from benchmark_input import input_cases, input_share_cases
 
+    from convnn.ops import choice
     from convnn.runs.environment import environment
     from convnn.runtime.device import pick_device
 
@@ -79,6 +80,9 @@ def main(argv: list[str]) -> None:
     rows = run_all(cases, device, options, facts, out / "benchmark.csv")
     title = f"{facts['gpu'] or facts['processor']}, torch {torch.__version__}"
     draw(rows, title).savefig(out / "benchmark.png", dpi=110)
+    for case, found in choice.choices().items():
+        times = ", ".join(f"{way} {ms:.3f}" for way, ms in found["ms"].items() if ms is not None)
+        print(f"auto took {found['way']} for {case} (ms: {times})")
     print(f"written: {out / 'benchmark.csv'}, {out / 'benchmark.png'}")
 
 

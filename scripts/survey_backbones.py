@@ -226,7 +226,8 @@ def read(out: Path) -> list[Row]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             found: list[Any] = list(csv.DictReader(file))
-        return [Row(**{name: int(text) if name in numbers else text for name, text in row.items()}) for row in found]
+        typed: list[dict[str, Any]] = [{n: int(v) if n in numbers else v for n, v in row.items()} for row in found]
+        return [Row(**row) for row in typed]
     except (OSError, TypeError, ValueError) as error:
         raise ConfigError(f"families=: {path} has no rows that could stay: {first_line(error)}") from error
 

@@ -83,18 +83,24 @@ def neighbor_aggregate(
     found = select_neighbors(q, k, geometry, selection, blend=blend, training=training, backend=mixing.backend, **more)
     num, drop = found.index.shape[-1], dropout if training else 0.0
     weight = _used_weight(weight, v.shape[-1], groups, num)
-    more = {"groups": groups, "dropout": drop, "bias": bias}
-    plain = partial(aggregate_plainly, found, geometry, selection, mixing, blend=blend, **more)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None) -> Tensor:
+        more = {"blend": blend, "groups": groups, "dropout": drop, "bias": bias}
+        return aggregate_plainly(q, k, v, weight, found, geometry, selection, mixing, **more)  # type: ignore[arg-type]
+
     attends = (
         mixing.weighting == "softmax" and (weight is None or weight.ndim == 2) and bias is None and blocked is None
     )
     if not attends or not dispatch.attends(q, k, v, weight, selection, mixing, num=num, dropout=drop):
         return plain(q, k, v, weight)
-    how = {"similarity": selection.similarity, "temperature": mixing.temperature}
-    kernel = partial(_attend, found, **how)
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, ordered: bool = False) -> Tensor:
+        how: dict[str, Any] = {"similarity": selection.similarity, "temperature": mixing.temperature}
+        return attention.attend_to_neighbors(q, k, v, found.index, found.valid, weight, ordered=ordered, **how)
+
     if torch.compiler.is_compiling():  # where nothing can be measured
         return kernel(q, k, v, weight)
-    ways = {"torch": plain, "triton": kernel, "triton in order": partial(kernel, ordered=True)}
+    ways: dict[str, Way] = {"torch": plain, "triton": kernel, "triton in order": partial(kernel, ordered=True)}
     if mixing.backend == "triton":
         del ways["torch"]
     return ways[_fastest(ways, q, k, v, weight, num)](q, k, v, weight)
@@ -122,22 +128,15 @@ def _fastest(ways: dict[str, Way], q: Tensor, k: Tensor, v: Tensor, weight: Tens
     return choice.fastest(case, {name: partial(once, way) for name, way in ways.items()})
 
 
-def _attend(
-    found: Neighbors, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, *, ordered: bool = False, **how: Any
-) -> Tensor:
-    parts = q, k, v, found.index, found.valid, weight
-    return attention.attend_to_neighbors(*parts, ordered=ordered, **how)
-
-
 def aggregate_plainly(
-    found: Neighbors,
-    geometry: Geometry,
-    selection: Selection,
-    mixing: Mixing,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     weight: Tensor | None,
+    found: Neighbors,
+    geometry: Geometry,
+    selection: Selection,
+    mixing: Mixing,
     *,
     blend: float | Tensor,
     groups: int,

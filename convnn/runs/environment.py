@@ -116,3 +116,10 @@ def record_environment(folder: Path, device: str, step: int) -> list[str]:
         changes += new_changes
     write_json(folder / "env.json", now | {"changes": changes})
     return changes
+
+
+def record_choices(folder: Path, choices: dict[str, Any]) -> None:
+    """Add to env.json which way of computing each case was measured to be fastest, see ``convnn.ops.choice``."""
+    found = read_json(folder / "env.json")
+    if choices and found is not None:
+        write_json(folder / "env.json", found | {"choices": choices})

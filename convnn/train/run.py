@@ -18,9 +18,10 @@ from convnn.models.cost import dear_swap
 from convnn.models.schedule import describe_schedule
 from convnn.models.sites import patches_alone
 from convnn.models.swap import count_parameters, neighbor_layers
+from convnn.ops import choice
 from convnn.ops.subsets import seed_subsets
 from convnn.runs.checkpoint import settle
-from convnn.runs.environment import record_environment
+from convnn.runs.environment import record_choices, record_environment
 from convnn.runs.folder import RunFolder, open_run_folder
 from convnn.runs.status import COMPLETE, DIVERGED, INTERRUPTED
 from convnn.runs.tracking import Tracker
@@ -147,6 +148,8 @@ def run_trainer(trainer: Trainer, stop: Callable[[], int | None]) -> Result:
         if result:
             result["exit_code"] = exit_code
             folder.write_json("result.json", result)
+            if folder.writes:
+                record_choices(folder.path, choice.choices())
             if result["status"] == COMPLETE:
                 _settle(trainer)
         tracker.finish(result, exit_code)

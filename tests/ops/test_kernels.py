@@ -67,7 +67,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(capability, dtype, tmp_p
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from convnn.ops.triton import kernels
+    from convnn.ops.triton import kernels, select_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     flags = dict.fromkeys(["BIASED", "LISTED", "RANGED", "MIXED", "EUCLIDEAN", "COSINE", "WIDEN"], False)
@@ -75,12 +75,19 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(capability, dtype, tmp_p
     attend = {"BQ": 32, "BD": 64, "BC": 64, "MASKED": True, "WEIGHED": True, "TEMPERED": True}
     atomic = {"BK": 16, "ORDERED": False}
     wide = {"BQ": 2, "BD": 1024, "BC": 1024, "BK": 64} | dict.fromkeys(["MASKED", "WEIGHED", "TEMPERED"], False)
+    sorts = flags | {"BQ": 64, "BM": 64, "BD": 64, "NB": 64, "ONE": True, "LIST": 32, "EVEN": False, "SELF": 1}
+    sorts |= {"PTX": dtype != "fp32", "COSINE": True}
+    by_features = {"bias", "tokens", "share", "floor", "row_steps", "column_steps", "low", "high"}
+    blended = dict.fromkeys(["BIASED", "LISTED", "RANGED", "MIXED"], True) | {"ONE": False, "COSINE": False, "SELF": 0}
     edges, sums = {"weighs_of", "score_grads"}, {"dk", "dv", "dw"}
     tokens = {"BE": 16, "BD": 64, "BC": 64, "WEIGHED": True}
     cases = [
         (kernels.topk_kernel, plain, {"inverse_q", "inverse_k", "bias", "tokens", "row_steps", "column_steps"}),
         (kernels.topk_kernel, plain | dict.fromkeys(["COSINE", "LISTED", "RANGED", "MIXED"], True) | {"SELF": 1}, ()),
         (kernels.topk_kernel, plain | dict.fromkeys(["BIASED", "RANGED", "MIXED", "EUCLIDEAN"], True), {"tokens"}),
+        (select_kernel.select_kernel, sorts, by_features),
+        (select_kernel.select_kernel, sorts | blended | {"BM": 32, "NB": 32, "PTX": False}, {"inverse_k"}),
+        (select_kernel.inverse_norm_kernel, {"BR": 32, "BD": 128}, ()),
         (kernels.attend_kernel, attend, ()),
         (kernels.attend_backward_kernel, attend | atomic, edges),
         (kernels.attend_backward_kernel, attend | atomic | {"ORDERED": True}, sums),
@@ -91,9 +98,9 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(capability, dtype, tmp_p
     ]
     pointers = {"index": "*i64", "own": "*i64", "tokens": "*i64", "valid": "*u8", "scale": "fp32", "alike": "fp32"}
     pointers |= dict.fromkeys(["q", "k", "v", "y", "dy"], f"*{dtype}")
-    pointers |= {"edges": "*i64", "start": "*i64"}
+    pointers |= {"edges": "*i64", "start": "*i64", "held": "*i64", "counts": "*i32", "x": f"*{dtype}"}
     floats = "inverse_q inverse_k bias share floor row_steps column_steps low high weight lse dq dk dv dw"
-    floats += " weighs_of score_grads temperature"
+    floats += " inverse weighs_of score_grads temperature"
     pointers |= dict.fromkeys(floats.split(), "*fp32")
     for kernel, constants, absent in cases:
         constants = constants | dict.fromkeys(absent)

@@ -1,12 +1,13 @@
 """The commit that a run records is that of our own checkout, or none."""
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from convnn.runs.environment import own_commit
+from convnn.runs.environment import own_commit, record_choices, record_environment
 
 
 def git(folder, *args):
@@ -72,3 +73,13 @@ def test_without_git_there_is_none(tmp_path, monkeypatch):
     place = repository(tmp_path)
     monkeypatch.setenv("PATH", str(Path(tmp_path / "empty")))
     assert own_commit(place) == (None, None)
+
+
+def test_what_was_measured_is_added(tmp_path):
+    record_environment(tmp_path, "cuda", 0)
+    before = json.loads((tmp_path / "env.json").read_text())
+    record_choices(tmp_path, {})
+    assert json.loads((tmp_path / "env.json").read_text()) == before
+    found = {"selection k=9": {"way": "triton", "ms": {"torch": 2.0, "triton": 1.0}}}
+    record_choices(tmp_path, found)
+    assert json.loads((tmp_path / "env.json").read_text()) == before | {"choices": found}

@@ -13,6 +13,7 @@ from oracles import _pick
 
 from convnn.errors import ConfigError
 from convnn.nn.conv import ConvNN2d
+from convnn.ops import choice
 from convnn.ops.candidates import candidate_tokens
 from convnn.ops.functional import neighbor_aggregate
 from convnn.ops.geometry import Geometry
@@ -271,6 +272,44 @@ def test_a_layer_gives_the_same_with_kernels():
         y.square().sum().backward()
     for a, b in zip(layers[0].parameters(), layers[1].parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, atol=1e-4)
+
+
+@pytest.mark.parametrize("winner", ["torch", "triton", "triton in order"])
+def test_auto_takes_what_was_measured_to_be_fastest(winner, monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 1, 30, 4).to(DEVICE)
+    weight, timed = torch.randn(4, 5).to(DEVICE), []
+    mixing = Mixing(weighting="softmax", temperature=0.5, aggregation="depthwise", backend="auto")
+
+    def aggregate(**options):
+        leaf = x.clone().requires_grad_()
+        arguments = leaf, leaf, 2 * leaf, Geometry(5, 6), Selection(k=5, similarity="dot"), replace(mixing, **options)
+        y = neighbor_aggregate(*arguments, weight=weight)
+        return y.detach(), *torch.autograd.grad(y.square().sum(), leaf)
+
+    expected = aggregate(backend="torch")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name, value in (("_times", {}), ("_used", {}), ("measures", lambda device: True)):
+        monkeypatch.setattr(choice, name, value)
+    choice._load.cache_clear()
+    monkeypatch.setattr(backend, "engaged", lambda *given: True)
+
+    def time(way, case):
+        way()  # which must work, gradients included
+        timed.append(case.step)
+        mine = timed.count(case.step) - 1
+        if case.step == "attention":
+            return float(["torch", "triton", "triton in order"][mine] != winner)
+        return abs(mine - (winner != "torch")) if case.step == "selection" else float(mine)
+
+    monkeypatch.setattr(choice, "_time", time)
+    for _ in range(2):  # the second time nothing is measured
+        for ours, theirs in zip(aggregate(), expected, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5)
+    assert sorted(timed) == ["attention"] * 3 + ["selection"] * 2 + ["selection kernel"] * len(select.WAYS)
+    taken = {case.split()[0]: found["way"] for case, found in choice.choices().items() if "kernel" not in case}
+    assert taken == {"selection": "torch" if winner == "torch" else "triton", "attention": winner}
+    assert len(list(tmp_path.glob("convnn/*.json"))) == 1
 
 
 def test_what_is_not_served_is_refused():

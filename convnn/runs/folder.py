@@ -97,7 +97,9 @@ class RunFolder:
         """
         if not self.writes:
             return
-        marker, known = _MARKED | data.entry(), known_record(self.path) if self.resume else None
+        launch = distributed.launch_name()
+        marker = _MARKED | data.entry() | ({"launch": launch} if launch else {})
+        known = known_record(self.path) if self.resume else None
         if known is not None:
             known.check(data, f"run.dir={self.path}", OTHER_DATA)
         try:
@@ -206,8 +208,8 @@ def open_run_folder(config: Config) -> RunFolder:
 def _open(config: Config) -> RunFolder:
     read = RecordReader()
     path = _path(config, read)
-    used = check_place(path, config.run.if_exists)
-    policy = config.run.if_exists
+    policy = policy_of(path, config.run.if_exists)
+    used = check_place(path, policy)
     folder = RunFolder(path, resume=False, _created=sum(not parent.exists() for parent in path.parents))
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -234,6 +236,13 @@ def _open(config: Config) -> RunFolder:
         raise
     folder.data = read.known(config.data)
     return folder
+
+
+def policy_of(path: Path, if_exists: str) -> str:
+    """Return ``run.if_exists``; a run that torchrun has started anew goes on with what its first start began."""
+    launch = distributed.launch_name()
+    again = distributed.restarts() > 0 and (read_json(path / MARKER) or {}).get("launch") == launch
+    return "resume" if again else if_exists
 
 
 def check_place(path: Path, policy: str) -> bool:

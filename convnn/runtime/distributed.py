@@ -82,6 +82,17 @@ def world_from_environment() -> World:
     return World(rank, total, local_rank, local_size)
 
 
+def restarts() -> int:
+    """Return how often torchrun has started these processes anew (``--max-restarts``)."""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return int(count) if count.isdecimal() else 0
+
+
+def launch_name() -> str | None:
+    """Return the name by which a call of torchrun is known through its restarts; None without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID") or None
+
+
 @contextmanager
 def process_group(device: str) -> Iterator[None]:
     """Join the processes that torchrun started, if there are several; leave together unless something failed.
@@ -146,7 +157,7 @@ def _meet(world: World, *, on_gpu: bool) -> Any:
 
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        store = dist.PrefixStore("convnn", store)
+        store = dist.PrefixStore(f"convnn{restarts()}", store)  # addresses of an attempt outlive it there
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
     except (RuntimeError, OSError, ValueError) as error:

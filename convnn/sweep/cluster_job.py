@@ -44,7 +44,7 @@ def run_job(folder: Path, name: str, environment: Mapping[str, str], scheduler: 
     extra = _extra_overrides(point, orders)
     if "SLURM_CPUS_PER_TASK" in environment and int(orders.get("processes", 1)) == 1:
         os.environ.setdefault("OMP_NUM_THREADS", environment["SLURM_CPUS_PER_TASK"])
-    start = Start(int(orders.get("processes", 1)), _meeting(environment, orders), reserve=False)
+    start = Start(int(orders.get("processes", 1)), meeting(environment, int(orders.get("nodes", 1))), reserve=False)
     if environment.get("SLURM_PROCID", "0") != "0":
         return _help(start.command(folder, point, extra))
     record = read_json(status_file(folder, point)) or {}
@@ -72,9 +72,8 @@ def _extra_overrides(point: Point, orders: Mapping[str, Any]) -> tuple[str, ...]
     return () if given else (f"tracker.group={quoted(str(orders.get('name', 'custom')))}",)
 
 
-def _meeting(environment: Mapping[str, str], orders: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return torchrun's options for the machines of a job."""
-    nodes = int(orders.get("nodes", 1))
+def meeting(environment: Mapping[str, str], nodes: int) -> tuple[str, ...]:
+    """Return torchrun's options by which the machines of a job meet."""
     if nodes == 1:
         return ("--standalone",)
     job = int(environment["SLURM_JOB_ID"])

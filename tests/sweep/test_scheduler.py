@@ -50,9 +50,7 @@ def test_a_job_is_handed_in():
 def test_errors_are_one_line(monkeypatch):
     def run(command, **options):
         assert not [key for key in options["env"] if key.startswith("SLURM_") and key != "SLURM_CONF"]
-        return subprocess.CompletedProcess(
-            command, 1, "", "squeue: error: x\nslurm_load_jobs error: No contact\n"
-        )
+        return subprocess.CompletedProcess(command, 1, "", "squeue: error: x\nslurm_load_jobs error: No contact\n")
 
     monkeypatch.setenv("SLURM_JOB_ID", "3")
     monkeypatch.setattr(subprocess, "run", run)

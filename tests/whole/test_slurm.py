@@ -91,7 +91,8 @@ class Trial:
         plan = json.loads((self.folder / "plan.json").read_text())["points"]
         key = next(p["fingerprint"] for p in plan if f"-{name}-" in p["name"])
         found = [json.loads(path.read_text()) for path in self.folder.glob("status/jobs/*.json")]
-        return max(f"{s['job']}_{s['points'].index(key)}" for s in found if key in s["points"])
+        job, index = max((s["job"], s["points"].index(key)) for s in found if key in s["points"])
+        return f"{job}_{index}"
 
     def steps(self, name):
         (path,) = self.folder.glob(f"points/*-{name}-*/steps")
@@ -235,32 +236,31 @@ def test_a_parent_that_is_gone_loses_nothing(signum, trial):
 
 
 def test_ctrl_c_cancels_what_waits_and_stops_what_runs(trial):
-    overrides = ("seed=0,1,2", "hydra.launcher.array_parallelism=1")
-    process = trial.start(*overrides, steps=60)
+    process = trial.start("seed=0,1,2", "hydra.launcher.array_parallelism=1", steps=40)
     wait(lambda: list(trial.folder.glob("points/*/steps")))
     time.sleep(3)
     process.send_signal(signal.SIGINT)
     code, text = trial.end(process)
     assert code == 130 and "3 jobs cancelled" in text and "1 interrupted, 2 todo" in text, text
     assert asked("squeue", "-h") == "" and list(trial.folder.glob(".stop*")) == []
-    code, text = trial.end(trial.start(*overrides, steps=60), 120)
+    code, text = trial.end(trial.start("seed=0,1,2", steps=40))
     assert code == 0 and "3 to run" in text
-    trial.ran_once(60)
+    trial.ran_once(40)
 
 
 def test_nobody_logged_in(trial):
     """The call leaves; a killed job is made up for, and the report is written, by the job that follows all others."""
-    process = trial.start("seed=0,1", "sweep.detach=true", "sweep.report=true", steps=20)
+    process = trial.start("seed=0,1", "sweep.detach=true", "sweep.report=true", steps=60)
     code, text = trial.end(process)
     assert code == 0 and "2 points are queued or running" in text and "sums up after them" in text
-    again = trial.end(trial.start("seed=0,1", "sweep.detach=true", "sweep.report=true", steps=20))[1]
+    again = trial.end(trial.start("seed=0,1", "sweep.detach=true", "sweep.report=true", steps=60))[1]
     assert "0 to run" in again and "submitted" not in again and "sums up" not in again.splitlines()[-2]
     wait(lambda: len(list(trial.folder.glob("points/*/steps"))) == 2)
-    kill(trial.job_of("s1"))
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "status.py", trial.folder], capture_output=True, text=True
     )
     assert f"(job {trial.job_of('s0')})" in done.stdout, done.stdout + done.stderr
+    kill(trial.job_of("s1"))
     wait(lambda: (trial.folder / "report" / "index.html").exists(), 120)
     assert {r["status"] for r in trial.records().values()} == {"complete"} and len(trial.jobs()) == 3
-    trial.ran_once(20)
+    trial.ran_once(60)

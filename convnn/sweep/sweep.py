@@ -39,6 +39,8 @@ _REFUSED = {
     "hydra.job.chdir": "jobs stay in the folder where sweep.py was called",
 }
 
+_YEAR = 365 * 24 * 60
+"""In minutes."""
 _PLUGINS = {"joblib": ("hydra_joblib_launcher", "parallel"), "submitit": ("hydra_submitit_launcher", "slurm")}
 
 
@@ -130,6 +132,8 @@ def _check_launcher(launcher: Sequence[str]) -> list[str]:
         package and importlib.util.find_spec(f"hydra_plugins.{package}") is None
     ):
         raise ConfigError(f"hydra/launcher={chosen} needs a plugin; install it with: uv sync --extra {extra}")
+    if chosen == "submitit_local" and not any(key_of(o) == "hydra.launcher.timeout_min" for o in launcher):
+        return [f"hydra.launcher.timeout_min={_YEAR}"]  # else it ends a point after an hour
     if chosen == "submitit_slurm":
         if shutil.which("srun") is None:
             raise ConfigError(

@@ -258,6 +258,18 @@ def test_a_point_that_waits_for_its_gpu_is_waited_for(driver, tmp_path, monkeypa
     assert [len(p.read_text().splitlines()) for p in tmp_path.glob("sweep/points/*/calls")] == [1]
 
 
+@pytest.mark.slow
+def test_submitit_on_this_machine_shares_gpus_and_cores(driver, tmp_path, monkeypatch):
+    """It hides all GPUs from a job without a number of them, and starts all jobs at once."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    code, text = sweep(driver, tmp_path, "seed=1,2,3", "+data.options.seconds=2", "hydra/launcher=submitit_local")
+    assert code == 0, text
+    seen = [path.read_text().split()[0] for path in tmp_path.glob("sweep/points/*/calls")]
+    assert len(seen) == 3 and set(seen) == {"4", "7"}
+
+
 @pytest.mark.parametrize("launcher", ["joblib", SUBMITIT])
 @pytest.mark.long
 def test_a_killed_sweep_takes_its_workers_along(launcher, driver, tmp_path):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -33,14 +33,12 @@ from convnn.runs.status import COMPLETE, UNFINISHED
 from convnn.runtime import distributed
 from convnn.runtime.files import (
     is_leftover,
-    lock,
-    lock_owner,
     read_json,
-    release,
     remove_leftovers,
     write_json,
     write_text,
 )
+from convnn.runtime.locks import Lock, lock, lock_owner, release
 
 log = logging.getLogger("convnn")
 _MARKED = {"folder": "run"}
@@ -74,7 +72,7 @@ class RunFolder:
     """What data there is now, where that had to be read."""
     _created: int = 0
     """Parent folders that had to be made."""
-    _lock: TextIO | None = field(default=None, repr=False)
+    _lock: Lock | None = field(default=None, repr=False)
     _handler: logging.FileHandler | None = field(default=None, repr=False)
 
     @property
@@ -325,7 +323,7 @@ def find_moved(config: Config, folders: Mapping[str, Sequence[Path]], read: Reco
     return None
 
 
-def _lock(path: Path) -> TextIO:
+def _lock(path: Path) -> Lock:
     """Lock the folder until this process ends, however it ends."""
     owner = lock_owner(path / ".lock")
     file = lock(path / ".lock")

@@ -14,7 +14,8 @@ from convnn.errors import EXIT_FAILED, ConfigError
 from convnn.report.build import make_report
 from convnn.report.content import Report
 from convnn.runs.status import CANCELLED, COMPLETE, FAILURES, INTERRUPTED, PARTIAL, TODO
-from convnn.runtime.files import is_locked, lock, read_json
+from convnn.runtime.files import read_json
+from convnn.runtime.locks import is_locked, lock
 from convnn.runtime.signals import StopSignals
 from convnn.sweep.budget import Budget
 from convnn.sweep.job import job_options, launch

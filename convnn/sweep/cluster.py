@@ -13,12 +13,13 @@ from typing import Any
 
 from convnn.errors import ConfigError
 from convnn.runs.status import CANCELLED, COMPLETE, DIVERGED, FAILED, INTERRUPTED, QUEUED, RUNNING
-from convnn.runtime.files import lock, read_json, release, write_json
+from convnn.runtime.files import read_json, write_json
+from convnn.runtime.locks import lock, release
+from convnn.runtime.scheduler import CANCELLED as JOB_CANCELLED
+from convnn.runtime.scheduler import Job, Scheduler, SchedulerError
 from convnn.sweep.attempts import next_record
 from convnn.sweep.plan import Point
 from convnn.sweep.sbatch import Settings, batch_script
-from convnn.sweep.scheduler import CANCELLED as JOB_CANCELLED
-from convnn.sweep.scheduler import Job, Scheduler, SchedulerError
 from convnn.sweep.state import PointState, point_state, status_file
 from convnn.sweep.submission import (
     FOLDER,

@@ -17,12 +17,12 @@ from typing import Any
 from convnn.config.overrides import key_of, quoted
 from convnn.runs.status import COMPLETE, FAILED, INTERRUPTED
 from convnn.runtime.files import read_json, write_json
+from convnn.runtime.scheduler import RUNNING, Scheduler, SchedulerError, Slurm
 from convnn.runtime.signals import StopSignals
 from convnn.sweep.attempts import next_record
 from convnn.sweep.budget import Budget
 from convnn.sweep.plan import Point, load_point
 from convnn.sweep.process import Start, run_point
-from convnn.sweep.scheduler import RUNNING, Scheduler, SchedulerError, Slurm
 from convnn.sweep.state import point_state, status_file
 from convnn.sweep.submission import Submission, read_submission
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from convnn.runtime.files import lock
+from convnn.runtime.locks import lock
 
 
 def visible_devices() -> list[str]:

@@ -73,7 +73,7 @@ def main(values: DictConfig) -> float | str | None:
 
 
 def _show_devices_again() -> None:
-    """Let a worker of submitit on this machine see the GPUs that the sweep sees; it hides all where none are asked for."""
+    """Let a worker of submitit on this machine see the sweep's GPUs; it hides all where none are asked for."""
     devices = os.environ.get(_DEVICES, _ALL)
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     if devices != _ALL:

@@ -18,13 +18,13 @@ from typing import Any
 
 from convnn.errors import ConfigError
 from convnn.runs.status import CANCELLED, COMPLETE, FAILURES, QUEUED, RUNNING
+from convnn.runtime.scheduler import Scheduler, SchedulerError, Slurm
 from convnn.runtime.signals import StopSignals
 from convnn.sweep.call import Sweep
 from convnn.sweep.cluster import Cluster
 from convnn.sweep.plan import Point
 from convnn.sweep.progress import Display
 from convnn.sweep.sbatch import Settings
-from convnn.sweep.scheduler import Scheduler, SchedulerError, Slurm
 from convnn.sweep.state import PointState
 from convnn.text import duration
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from convnn.runs.status import CANCELLED, COMPLETE, FAILURES, INTERRUPTED, PARTIAL, QUEUED, RUNNING, TODO
+from convnn.runtime.scheduler import Scheduler, SchedulerError, Slurm
 from convnn.sweep.cluster import Cluster
 from convnn.sweep.plan import Point, read_plan, to_point
-from convnn.sweep.scheduler import Scheduler, SchedulerError, Slurm
 from convnn.sweep.state import PointState, point_state
 from convnn.sweep.submission import read_submissions
 

@@ -19,7 +19,8 @@ from convnn.config.overrides import quoted
 from convnn.errors import EXIT_DIVERGED, EXIT_FAILED
 from convnn.runs.status import COMPLETE, DIVERGED, FAILED, INTERRUPTED, KILLED, RUNNING
 from convnn.runtime.distributed import usable_cores
-from convnn.runtime.files import lock, read_json, write_json
+from convnn.runtime.files import read_json, write_json
+from convnn.runtime.locks import lock
 from convnn.runtime.signals import PARENT, STOP_SIGNALS, StopSignals
 from convnn.sweep import warm as warm_points
 from convnn.sweep.budget import SPENT, Budget

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from convnn.runs.record import read_result
 from convnn.runs.status import CANCELLED, COMPLETE, FAILURES, INTERRUPTED, PARTIAL, RUNNING, TODO
-from convnn.runtime.files import is_locked, read_json
+from convnn.runtime.files import read_json
+from convnn.runtime.locks import is_locked
 from convnn.sweep.plan import Point
 
 

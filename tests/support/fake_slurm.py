@@ -1,6 +1,6 @@
 """A scheduler for tests: what it is told it keeps, and a test says what becomes of the jobs."""
 
-from convnn.sweep.scheduler import Job, SchedulerError
+from convnn.runtime.scheduler import Job, SchedulerError
 
 
 class FakeScheduler:

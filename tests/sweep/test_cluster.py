@@ -5,12 +5,12 @@ import json
 import pytest
 from fake_slurm import FakeScheduler
 
+from convnn.runtime.scheduler import Job, SchedulerError
 from convnn.sweep.attempts import next_record
 from convnn.sweep.cluster import Cluster
 from convnn.sweep.overview import overview
 from convnn.sweep.plan import Point
 from convnn.sweep.sbatch import Settings
-from convnn.sweep.scheduler import Job, SchedulerError
 from convnn.sweep.state import status_file
 from convnn.sweep.submission import chunks, read_submissions
 

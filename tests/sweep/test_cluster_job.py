@@ -11,6 +11,7 @@ from fake_slurm import FakeScheduler
 from sweeps import point_of, wait_for
 
 from convnn.errors import ConfigError
+from convnn.runtime.scheduler import Job, SchedulerError
 from convnn.sweep import cluster_job, on_cluster, process
 from convnn.sweep.budget import Budget
 from convnn.sweep.on_cluster import ClusterSweep
@@ -18,7 +19,6 @@ from convnn.sweep.options import SweepConfig
 from convnn.sweep.plan import Plan, Point, save_plan
 from convnn.sweep.process import Start
 from convnn.sweep.sbatch import Settings
-from convnn.sweep.scheduler import Job, SchedulerError
 from convnn.sweep.state import status_file
 from convnn.sweep.submission import Submission, save_submission
 

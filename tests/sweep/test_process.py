@@ -9,7 +9,7 @@ import pytest
 from sweeps import FAKE, point_of, wait_for
 
 from convnn.config.compose import CONF_DIR
-from convnn.runtime.files import lock
+from convnn.runtime.locks import lock
 from convnn.runtime.signals import StopSignals
 from convnn.sweep import gpus, process
 from convnn.sweep.process import run_point

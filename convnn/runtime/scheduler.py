@@ -17,6 +17,7 @@ RUNNING = "RUNNING"
 _WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 _RUNNING = (RUNNING, "CONFIGURING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED")
 _FIELDS = "ArrayJobID:|,ArrayTaskID:|,State:|,RestartCnt:|,NodeList:|,Reason:|"
+_QUEUE = ("squeue", "--noheader", "--array", "--states=all", f"-O{_FIELDS}")
 _PATIENCE = 60.0
 """Seconds in which a command of SLURM has to answer."""
 
@@ -111,15 +112,24 @@ class Slurm:
         chosen = ",".join(names)
         if not chosen:
             return {}
-        said = self._run(["squeue", "--noheader", "--array", "--states=all", f"--name={chosen}", f"-O{_FIELDS}"], "")
-        found = {}
-        for line in said.splitlines():
-            parts = [part.strip() for part in line.split("|")]
-            if len(parts) < 6 or not parts[0].isdecimal():
-                continue
-            number = f"{parts[0]}_{parts[1]}" if parts[1].isdecimal() else parts[0]
-            found[number] = Job(parts[2], int(parts[3] or 0), parts[4], parts[5])
-        return found
+        said = self._run([*_QUEUE, f"--name={chosen}"], "")
+        return _read_queue(said)
+
+    def job(self, number: str) -> Job | None:
+        """Return a job by its number; None if SLURM does not know it any more.
+
+        Raises:
+            SchedulerError: if there is no answer.
+        """
+        try:
+            said = self._run(
+                ["squeue", "--noheader", "--array", "--states=all", f"--jobs={number}", f"-O{_FIELDS}"], ""
+            )
+        except SchedulerError as error:
+            if "Invalid job id" in str(error):
+                return None
+            raise
+        return next(iter(_read_queue(said).values()), None)
 
     def ended(self, numbers: Iterable[str]) -> dict[str, str]:
         """Return how jobs ended, where there is accounting; see ``Scheduler``."""
@@ -155,6 +165,17 @@ class Slurm:
         """Return how many jobs an array may have; see ``Scheduler``."""
         found = re.search(r"^MaxArraySize\s*=\s*(\d+)", self._run(["scontrol", "show", "config"], ""), re.MULTILINE)
         return max(1, int(found[1])) if found else 1000
+
+
+def _read_queue(said: str) -> dict[str, Job]:
+    found = {}
+    for line in said.splitlines():
+        parts = [part.strip() for part in line.split("|")]
+        if len(parts) < 6 or not parts[0].isdecimal():
+            continue
+        number = f"{parts[0]}_{parts[1]}" if parts[1].isdecimal() else parts[0]
+        found[number] = Job(parts[2], int(parts[3] or 0), parts[4], parts[5])
+    return found
 
 
 def _expanded(number: str) -> list[str]:

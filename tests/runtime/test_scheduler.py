@@ -5,8 +5,8 @@ import subprocess
 import pytest
 
 from convnn.errors import ConfigError
+from convnn.runtime.scheduler import Job, SchedulerError, Slurm
 from convnn.sweep.sbatch import batch_script, read_settings
-from convnn.sweep.scheduler import Job, SchedulerError, Slurm
 
 SQUEUE = """35|0|RUNNING|1|node1|None|
 35|1|COMPLETING|0|node2|None|

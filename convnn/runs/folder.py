@@ -330,7 +330,7 @@ def _lock(path: Path) -> Lock:
     if file is None:
         raise ConfigError(f"run.dir={path} is in use by another process ({lock_owner(path / '.lock')}); end it first")
     if owner != "unknown":  # it never gave the lock back
-        host = owner.partition(" on ")[2]
+        host = owner.partition(" on ")[2].partition(" ")[0]
         doubt = "is gone" if host == platform.node() else f"seems gone; make sure that nothing runs there ({host})"
         log.warning("run.dir=%s was in use by %s, which %s; going on", path, owner, doubt)
     return file

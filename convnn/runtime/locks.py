@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import secrets
 import time
 from contextlib import suppress
@@ -28,22 +29,9 @@ from typing import TextIO
 from convnn.runtime.files import read_json
 from convnn.runtime.scheduler import SchedulerError, Slurm
 
-NETWORK = frozenset(
-    ("9p", "afs", "beegfs", "ceph", "cifs", "fuse.ceph", "fuse.glusterfs", "fuse.juicefs", "fuse.sshfs", "gfs2")
-    + (
-        "glusterfs",
-        "gpfs",
-        "lustre",
-        "nfs",
-        "nfs4",
-        "ocfs2",
-        "orangefs",
-        "panfs",
-        "pvfs2",
-        "smb3",
-        "virtiofs",
-        "wekafs",
-    )
+_NETWORK = re.compile(
+    "nfs4?|lustre|gpfs|beegfs|ceph|cifs|smb3|glusterfs|9p|virtiofs|afs|orangefs|pvfs2|wekafs|panfs|ocfs2|gfs2"
+    "|fuse[.](ceph|sshfs|glusterfs|juicefs)"
 )
 """Types of file systems whose flock other machines may not see."""
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
@@ -252,7 +240,7 @@ def _begun(pid: int) -> str:
 
 def _is_shared(path: Path) -> bool:
     """Return whether other machines may write into a file's folder."""
-    return _type_of(path.stat().st_dev) in NETWORK
+    return _NETWORK.fullmatch(_type_of(path.stat().st_dev)) is not None
 
 
 @lru_cache(maxsize=64)

@@ -25,7 +25,7 @@ class Options:
     """Arguments of this script besides the folders."""
 
     all: bool = False
-    """List the points that are complete or not begun too."""
+    """List all points; else up to 20 of each state, and none that are complete or not begun."""
 
 
 def status(argv: list[str]) -> int:

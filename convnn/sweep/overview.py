@@ -13,6 +13,8 @@ from convnn.sweep.plan import Point, read_plan, to_point
 from convnn.sweep.state import PointState, point_state
 from convnn.sweep.submission import read_submissions
 
+MOST = 20
+"""Points of a state that are listed."""
 _ORDER = (COMPLETE, RUNNING, QUEUED, INTERRUPTED, PARTIAL, TODO, CANCELLED, *FAILURES)
 
 
@@ -38,10 +40,12 @@ def overview(
         states = {p.fingerprint: point_state(folder, p) for p in points}
     order = {status: place for place, status in enumerate(_ORDER)}
     counts = Counter(state.status for state in states.values())
-    for point in sorted(points, key=lambda p: order.get(states[p.fingerprint].status, len(order))):
-        state = states[point.fingerprint]
-        if everything or state.status not in (COMPLETE, TODO):
-            lines.append(_line(folder, point, state))
+    for status in sorted(counts, key=lambda s: order.get(s, len(order))):
+        of_it = [p for p in points if states[p.fingerprint].status == status]
+        shown = of_it if everything else [] if status in (COMPLETE, TODO) else of_it[:MOST]
+        lines += [_line(folder, p, states[p.fingerprint]) for p in shown]
+        if shown and len(shown) < len(of_it):
+            lines.append(f"{status:<11} {len(of_it) - len(shown)} more; all=true lists them")
     summary = ", ".join(f"{counts[status]} {status}" for status in sorted(counts, key=lambda s: order.get(s, 99)))
     lines.append(f"sweep {folder}: {len(points)} points: {summary or 'none'}")
     ends = [s for s in read_submissions(folder) if not s.points and s.job is not None]

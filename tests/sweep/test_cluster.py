@@ -195,3 +195,11 @@ def test_the_overview_lists_what_is_open(cluster):
     assert lines[5].startswith("job 20 sums up") and sorted(cluster.folder.rglob("*")) == before
     assert cluster.submit_end(SETTINGS, "a sweep", "") is None  # one is enough
     assert "--dependency=afterany:10" in cluster.scheduler.scripts[20][0]
+
+
+def test_the_overview_of_a_large_sweep_is_short(tmp_path):
+    points = [Point(f"p{i}", f"{i:016x}", (f"seed={i}",)) for i in range(60)]
+    cluster = Cluster(tmp_path, points, FakeScheduler(), "call")
+    submit(cluster)
+    short, long = (overview(tmp_path, points, everything=e, scheduler=cluster.scheduler)[0] for e in (False, True))
+    assert len(short) == 22 and short[20] == "queued      40 more; all=true lists them" and len(long) == 61

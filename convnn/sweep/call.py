@@ -16,7 +16,7 @@ from convnn.report.content import Report
 from convnn.runs.status import CANCELLED, COMPLETE, FAILURES, INTERRUPTED, PARTIAL, TODO
 from convnn.runtime.files import read_json
 from convnn.runtime.locks import is_locked, lock
-from convnn.runtime.signals import StopSignals
+from convnn.runtime.signals import StopSignals, hangup_as_term
 from convnn.sweep.budget import Budget
 from convnn.sweep.job import job_options, launch
 from convnn.sweep.options import SweepConfig
@@ -57,11 +57,15 @@ class Sweep:
         todo = self.todo()
         print(self.opening(todo), flush=True)
         try:
-            with StopSignals(lambda _: stop.touch()) as signals, Progress(self.folder, self.options.name, todo):
+            with (
+                StopSignals(lambda _: stop.touch()) as signals,
+                hangup_as_term(),
+                Progress(self.folder, self.options.name, todo),
+            ):
                 while todo and signals.seen is None:
                     with contextlib.suppress(SystemExit):  # a launcher's own failure: the points' states tell
                         launch([*own, "sweep.point=" + ",".join(f"p{p.fingerprint}" for p in todo)])
-                    todo = self._left_by_others(lambda: signals.seen is not None or self.budget.spent())
+                    todo = self.left_by_others(lambda: signals.seen is not None or self.budget.spent())
         finally:
             stop.unlink(missing_ok=True)
             close_warm()
@@ -84,7 +88,7 @@ class Sweep:
         except OSError as error:
             raise ConfigError(f"sweep.dir={self.folder} cannot be written: {error.strerror}") from error
 
-    def _left_by_others(self, stopped: Callable[[], bool]) -> list[Point]:
+    def left_by_others(self, stopped: Callable[[], bool]) -> list[Point]:
         """Wait for the points that another sweep holds at this moment; return those that it did not get to an end."""
         left = []
         for point in self.plan.points:

@@ -241,7 +241,7 @@ class Cluster:
 
 def _shown(job: Job, number: str) -> PointState:
     """Return the state of a point by its job."""
-    if not job.waiting:
-        return PointState(RUNNING, f"on {job.node or 'a node'} (job {number})", job.restarts)
     again = f"requeued ({job.restarts}), " if job.restarts else ""
+    if not job.waiting:
+        return PointState(RUNNING, f"{again}on {job.node or 'a node'} (job {number})", job.restarts)
     return PointState(QUEUED, f"{again}job {number}", job.restarts)

@@ -75,7 +75,7 @@ def _extra_overrides(point: Point, orders: Mapping[str, Any]) -> tuple[str, ...]
 def meeting(environment: Mapping[str, str], nodes: int) -> tuple[str, ...]:
     """Return torchrun's options by which the machines of a job meet."""
     if nodes == 1:
-        return ("--standalone",)
+        return Start.meet
     job = int(environment["SLURM_JOB_ID"])
     host = environment.get("SLURM_LAUNCH_NODE_IPADDR", "localhost")  # of the job's first node
     restart = environment.get("SLURM_RESTART_COUNT", "0")

@@ -19,7 +19,7 @@ from typing import Any
 from convnn.errors import ConfigError
 from convnn.runs.status import CANCELLED, COMPLETE, FAILURES, QUEUED, RUNNING
 from convnn.runtime.scheduler import Scheduler, SchedulerError, Slurm
-from convnn.runtime.signals import StopSignals
+from convnn.runtime.signals import StopSignals, hangup_as_term
 from convnn.sweep.call import Sweep
 from convnn.sweep.cluster import Cluster
 from convnn.sweep.plan import Point
@@ -81,7 +81,7 @@ class ClusterSweep(Sweep):
             raise ConfigError(f"hydra/launcher=submitit_slurm: {error}") from error
         if self.options.detach and self.cluster.alive:
             return self._leave()
-        with self._signals() as signals:
+        with StopSignals() as signals, hangup_as_term():
             self._follow(states, signals)
         if signals.seen is not None and signals.seen != signal.SIGINT:
             return 128 + signals.seen
@@ -153,16 +153,6 @@ class ClusterSweep(Sweep):
             if str(error) not in self._said:
                 self._said.add(str(error))
                 print(f"warning: {error}; asking again", flush=True)
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[StopSignals]:
-        """Note Ctrl-C, and signals of a user who logs out."""
-        with StopSignals() as signals:
-            old = signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-            try:
-                yield signals
-            finally:
-                signal.signal(signal.SIGHUP, old)
 
     def _cancel(self, signals: StopSignals, end: float) -> bool:
         """After Ctrl-C, cancel this call's jobs once; return whether to wait for them any longer."""

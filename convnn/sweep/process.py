@@ -42,7 +42,7 @@ class Start:
 
     processes: int = 1
     """Processes of the run on each machine, which torchrun starts."""
-    meet: tuple[str, ...] = ("--standalone",)
+    meet: tuple[str, ...] = ("--standalone", "--local-addr=127.0.0.1")
     """Options of torchrun that say how the processes of several machines meet."""
     reserve: bool = True
     """Wait for a free GPU; not in a job of a cluster, to which the GPUs that it sees belong."""

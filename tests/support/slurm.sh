@@ -76,10 +76,11 @@ AccountingStorageType=accounting_storage/none
 CONF
   echo "NodeName=node[1-$N] Name=gpu File=$D/gpu[0-1]" >"$D/etc/gres.conf"
   printf '%s\n' CgroupPlugin=cgroup/v1 ConstrainDevices=yes >"$D/etc/cgroup.conf"
+  { cat /etc/hosts; echo "127.0.0.1 node1 node2"; } >"$D/etc/hosts"
   export SLURM_CONF=$D/etc/slurm.conf
   start slurmctld slurmctld -D -i
   retry scontrol ping
-  for i in $(seq "$N"); do start "node$i" unshare --uts sh -c "hostname node$i && exec slurmd -D -N node$i"; done
+  for i in $(seq "$N"); do start "node$i" unshare --uts --mount sh -c "hostname node$i && mount --bind $D/etc/hosts /etc/hosts && exec slurmd -D -N node$i"; done
   retry sh -c "[ \$(sinfo -h -N -p main -t idle,alloc,mix | wc -l) = $N ]"
   echo "export SLURM_CONF=$SLURM_CONF" ;;
 *) echo "slurm.sh install|up|down [DIR]" >&2; exit 2 ;;

@@ -37,6 +37,8 @@ GRACE = 10.0
 """Seconds that a failed process waits before it ends: torchrun ends all processes as soon as one has ended, and so the
 one that is to say why might not come to say it."""
 
+LOST_PEER = "another process of the run has ended"
+"""What a process says that cannot reach another any more, which may have had no time to say why."""
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -160,7 +160,10 @@ class ClusterSweep(Sweep):
         if "cancelled" not in self._said:
             self._said.add("cancelled")
             numbers = self.cluster.cancel(mine)
-            print(f"Ctrl-C: {len(numbers)} jobs cancelled; those that run leave a checkpoint", flush=True)
+            print(
+                f"Ctrl-C: {len(numbers)} job{'s' * (len(numbers) != 1)} cancelled; those that run leave a checkpoint",
+                flush=True,
+            )
             return bool(numbers)
         return bool(mine) and time.monotonic() < end
 
@@ -168,7 +171,8 @@ class ClusterSweep(Sweep):
         left = len(self.cluster.alive)
         if left:
             with contextlib.suppress(OSError):  # nobody may be there to read it
-                print(f"{signal.Signals(signum).name}: {left} jobs go on without this call; "
+                jobs = f"{left} jobs go" if left > 1 else "1 job goes"
+                print(f"{signal.Signals(signum).name}: {jobs} on without this call; "
                       f"the same command follows them: {shlex.join(self.command)}", flush=True)  # fmt: skip
 
     def _counts(self, states: Mapping[str, PointState]) -> str:

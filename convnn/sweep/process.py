@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from typing import IO, Any
 from convnn.config.overrides import quoted
 from convnn.errors import EXIT_DIVERGED, EXIT_FAILED
 from convnn.runs.status import COMPLETE, DIVERGED, FAILED, INTERRUPTED, KILLED, RUNNING
-from convnn.runtime.distributed import usable_cores
+from convnn.runtime.distributed import LOST_PEER, usable_cores
 from convnn.runtime.files import read_json, write_json
 from convnn.runtime.locks import lock
 from convnn.runtime.signals import PARENT, STOP_SIGNALS, StopSignals
@@ -247,6 +248,8 @@ def _status_and_reason(folder: Path, point: Point, code: int, output: str, sent:
         return COMPLETE, None
     lines = [line.strip() for line in output.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
     told = [line for line in lines if line.startswith(("error:", "diverged:"))]
+    lost = [line for line in told if LOST_PEER in line]
+    told = [line for line in told if line not in lost]
     last = (told or lines or ["no output"])[-1][:500]
     stopped = -code if code < 0 else code - 128  # by the signal itself, where it came before the handlers
     if sent is not None and code != -signal.SIGKILL:
@@ -256,6 +259,10 @@ def _status_and_reason(folder: Path, point: Point, code: int, output: str, sent:
     if code < 0:
         name = signal.Signals(-code).name
         return KILLED, f"killed by {name}" + (" (often: out of memory)" if name == "SIGKILL" else "")
+    signum = next((match[1] for line in lines if (match := re.match(r"exitcode\s*: -(\d+) ", line))), None)
+    if code and not told and (lost or signum):  # of several: torchrun says how one of this machine ended
+        how = f"was killed by {signal.Signals(int(signum)).name}" if signum else "has ended without a word"
+        return KILLED, f"one of the run's processes {how}"
     if code == EXIT_DIVERGED or (code and last.startswith("diverged:")):  # torchrun's own exit code is 1
         return DIVERGED, last
     return FAILED, last if code else f"exit code 0 without a complete result: {last}"

@@ -30,6 +30,13 @@ def test_a_point_is_run_once_and_recorded(fake, tmp_path):
     assert (tmp_path / point.folder / "calls").read_text() in ("None g\n", "0 g\n")
 
 
+@pytest.mark.parametrize("fault, how", [("lost", "has ended without a word"), ("torchrun", "was killed by SIGKILL")])
+def test_a_lost_process_of_several_is_no_failure_of_the_run(fault, how, fake, tmp_path):
+    point = point_of(f"data.name={fault}")
+    assert run_point(tmp_path, point) == "killed"
+    assert point_state(tmp_path, point).reason == f"one of the run's processes {how}"
+
+
 def test_a_locked_point_is_left_alone(fake, tmp_path):
     point = point_of()
     (tmp_path / "status").mkdir()

@@ -122,7 +122,7 @@ class ClusterSweep(Sweep):
                     elif self.budget.spent():
                         self.scheduler.cancel(n for f, n in self.cluster.alive.items() if states[f].status == QUEUED)
                     states = self.states()
-                    display.show(states)
+                    display.show(states | self._lost(states))
                     if self.cluster.lost and signals.seen is None and not self.budget.spent():
                         self._submit(lambda _: self.cluster.lost)
                         states = self.states()
@@ -134,6 +134,13 @@ class ClusterSweep(Sweep):
     def _open(self, point: Point, states: Mapping[str, PointState]) -> bool:
         lost = point in self.cluster.lost and not self.budget.spent()
         return lost or states[point.fingerprint].status in (QUEUED, RUNNING)
+
+    def _lost(self, states: Mapping[str, PointState]) -> dict[str, PointState]:
+        """Return how points are shown whose jobs are gone, while they have not ended."""
+        lost = {p.fingerprint: states[p.fingerprint].reason for p in self.cluster.lost}
+        return {
+            f: PointState(QUEUED, f"to be submitted again: {reason or 'its job is gone'}") for f, reason in lost.items()
+        }
 
     def _wait(self, signals: StopSignals, end: float | None) -> bool:
         """Wait until it is time for another look; return whether no new signal came."""

@@ -171,6 +171,7 @@ def test_a_call_follows_its_jobs_to_the_end(call, capsys):
     text = capsys.readouterr().out
     assert "submitted 3 points as job 10" in text and "submitted 1 point as job 20" in text
     assert "running     p0  on n1 (job 10_0)" in text and "queued      p0  requeued (1), job 10_0" in text
+    assert "[0/3] queued      p1  to be submitted again: job 10_1 ended before it began (NODE_FAIL)" in text
     assert text.count("warning: squeue: no answer; asking again") == 1
     assert "cancelled   p2  its job 10_2 was cancelled" in text and "2 complete" in text
 

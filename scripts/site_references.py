@@ -19,6 +19,7 @@ PROGRAMS = {
     "scripts/prepare_data.py": "convnn.cli.prepare_data",
     "scripts/visualize.py": "convnn.cli.visualize",
     "scripts/report.py": "convnn.cli.report",
+    "scripts/status.py": "convnn.cli.status",
     "scripts/compare.py": "convnn.cli.compare",
     "scripts/export.py": "convnn.cli.export",
     "scripts/reproduce.py": "convnn.cli.reproduce",

@@ -8,7 +8,7 @@ from convnn.config.checks import check_kinds
 from convnn.config.schema import Config, DataConfig
 from convnn.data.folders import split_folders
 from convnn.errors import ConfigError
-from convnn.runs.folder import check_place
+from convnn.runs.folder import check_place, policy_of
 from convnn.runtime.distributed import world_from_environment
 
 
@@ -22,7 +22,8 @@ def check_early(config: Config) -> None:
     if config.run.if_exists not in ("skip", "resume"):  # a complete run needs its data no more
         check_data_place(config.data)
     if config.run.dir and world_from_environment().rank == 0:  # whose folder the others would find begun
-        check_place(Path(config.run.dir), config.run.if_exists)
+        path = Path(config.run.dir)
+        check_place(path, policy_of(path, config.run.if_exists))
 
 
 _CIFAR = {

@@ -96,7 +96,7 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> Any:
         config, lost = isinstance(error, ConfigError), distributed.is_lost_connection(error)
         if not debug and (config or lost or isinstance(error, OSError) or type(error).__name__ == "CheckpointError"):
             fail(
-                RuntimeError(f"another process of the run has ended ({error})") if lost else error,
+                RuntimeError(f"{distributed.LOST_PEER} ({error})") if lost else error,
                 EXIT_CONFIG if config else EXIT_FAILED,
             )
         if not distributed.reports_error():

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import tarfile
 import warnings
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from convnn.config.schema import DataConfig
 from convnn.data.splits import Dataset, Split
 from convnn.errors import ConfigError, first_line
-from convnn.runtime.files import lock, lock_owner, release
+from convnn.runtime.locks import Lock, lock, lock_owner, release
 
 log = logging.getLogger("convnn")
 WAIT = 1800.0
@@ -96,7 +95,7 @@ def _unpack(kind: Any, root: Path, download: bool) -> None:
                 root.rmdir()  # refused where something is in it
 
 
-def _hold(guard: Path, archive: Path) -> TextIO:
+def _hold(guard: Path, archive: Path) -> Lock:
     """Lock the file ``guard``, which its owner removes in the end."""
     while True:
         held = lock(guard)
@@ -105,6 +104,6 @@ def _hold(guard: Path, archive: Path) -> TextIO:
             held = lock(guard, wait=WAIT)
         if held is None:
             raise RuntimeError(f"{lock_owner(guard)} has been unpacking {archive.name} for {WAIT / 60:.0f} minutes")
-        if guard.exists() and guard.stat().st_ino == os.fstat(held.fileno()).st_ino:
+        if held.is_of(guard):
             return held
         held.close()  # what was locked is no longer the file of this name

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -33,14 +33,12 @@ from convnn.runs.status import COMPLETE, UNFINISHED
 from convnn.runtime import distributed
 from convnn.runtime.files import (
     is_leftover,
-    lock,
-    lock_owner,
     read_json,
-    release,
     remove_leftovers,
     write_json,
     write_text,
 )
+from convnn.runtime.locks import Lock, lock, lock_owner, release
 
 log = logging.getLogger("convnn")
 _MARKED = {"folder": "run"}
@@ -74,7 +72,7 @@ class RunFolder:
     """What data there is now, where that had to be read."""
     _created: int = 0
     """Parent folders that had to be made."""
-    _lock: TextIO | None = field(default=None, repr=False)
+    _lock: Lock | None = field(default=None, repr=False)
     _handler: logging.FileHandler | None = field(default=None, repr=False)
 
     @property
@@ -97,7 +95,9 @@ class RunFolder:
         """
         if not self.writes:
             return
-        marker, known = _MARKED | data.entry(), known_record(self.path) if self.resume else None
+        launch = distributed.launch_name()
+        marker = _MARKED | data.entry() | ({"launch": launch} if launch else {})
+        known = known_record(self.path) if self.resume else None
         if known is not None:
             known.check(data, f"run.dir={self.path}", OTHER_DATA)
         try:
@@ -206,8 +206,8 @@ def open_run_folder(config: Config) -> RunFolder:
 def _open(config: Config) -> RunFolder:
     read = RecordReader()
     path = _path(config, read)
-    used = check_place(path, config.run.if_exists)
-    policy = config.run.if_exists
+    policy = policy_of(path, config.run.if_exists)
+    used = check_place(path, policy)
     folder = RunFolder(path, resume=False, _created=sum(not parent.exists() for parent in path.parents))
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -234,6 +234,13 @@ def _open(config: Config) -> RunFolder:
         raise
     folder.data = read.known(config.data)
     return folder
+
+
+def policy_of(path: Path, if_exists: str) -> str:
+    """Return ``run.if_exists``; a run that torchrun has started anew goes on with what its first start began."""
+    launch = distributed.launch_name()
+    again = distributed.restarts() > 0 and (read_json(path / MARKER) or {}).get("launch") == launch
+    return "resume" if again else if_exists
 
 
 def check_place(path: Path, policy: str) -> bool:
@@ -316,14 +323,14 @@ def find_moved(config: Config, folders: Mapping[str, Sequence[Path]], read: Reco
     return None
 
 
-def _lock(path: Path) -> TextIO:
+def _lock(path: Path) -> Lock:
     """Lock the folder until this process ends, however it ends."""
     owner = lock_owner(path / ".lock")
     file = lock(path / ".lock")
     if file is None:
         raise ConfigError(f"run.dir={path} is in use by another process ({lock_owner(path / '.lock')}); end it first")
     if owner != "unknown":  # it never gave the lock back
-        host = owner.partition(" on ")[2]
+        host = owner.partition(" on ")[2].partition(" ")[0]
         doubt = "is gone" if host == platform.node() else f"seems gone; make sure that nothing runs there ({host})"
         log.warning("run.dir=%s was in use by %s, which %s; going on", path, owner, doubt)
     return file

@@ -1,6 +1,8 @@
 """The states of a run, as result.json, a sweep's status files and reports name them. Imports nothing."""
 
 COMPLETE, INTERRUPTED, RUNNING, TODO = "complete", "interrupted", "running", "todo"
+QUEUED, CANCELLED = "queued", "cancelled"
+"""Of a point that is a job of a cluster."""
 PARTIAL = "partial"
 """A point of a sweep that has checkpoints, and no process that a status file tells of."""
 UNFINISHED = "unfinished"

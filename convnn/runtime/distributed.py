@@ -37,6 +37,8 @@ GRACE = 10.0
 """Seconds that a failed process waits before it ends: torchrun ends all processes as soon as one has ended, and so the
 one that is to say why might not come to say it."""
 
+LOST_PEER = "another process of the run has ended"
+"""What a process says that cannot reach another any more, which may have had no time to say why."""
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -80,6 +82,17 @@ def world_from_environment() -> World:
         raise ConfigError(f"{', '.join(_VARIABLES[:4])} must be numbers, not {', '.join(values)}; use torchrun")
     rank, total, local_rank, local_size = map(int, values)
     return World(rank, total, local_rank, local_size)
+
+
+def restarts() -> int:
+    """Return how often torchrun has started these processes anew (``--max-restarts``)."""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return int(count) if count.isdecimal() else 0
+
+
+def launch_name() -> str | None:
+    """Return the name by which a call of torchrun is known through its restarts; None without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID") or None
 
 
 @contextmanager
@@ -146,7 +159,7 @@ def _meet(world: World, *, on_gpu: bool) -> Any:
 
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        store = dist.PrefixStore("convnn", store)
+        store = dist.PrefixStore(f"convnn{restarts()}", store)  # addresses of an attempt outlive it there
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
     except (RuntimeError, OSError, ValueError) as error:

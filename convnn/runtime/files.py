@@ -1,19 +1,16 @@
-"""Files that are there whole or not at all, and locks between processes. Imports no torch."""
+"""Files that are there whole or not at all. Imports no torch."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import platform
 import re
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
@@ -116,56 +113,3 @@ def sha256_of(path: Path) -> str:
 def _sha256(path: Path, *_: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def lock(path: Path, *, wait: float = 0.0) -> TextIO | None:
-    """Lock a file until it is closed or this process ends, however it ends; None if another process has it.
-
-    The file then says who has the lock.
-
-    Args:
-        path: of the file; made if missing.
-        wait: seconds to try for; ``is_locked`` holds it for a moment too.
-    """
-    file = path.open("a+")
-    end = time.monotonic() + wait
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() >= end:
-                file.close()
-                return None
-            time.sleep(0.05)
-    file.truncate(0)
-    file.write(f"pid {os.getpid()} on {platform.node()}\n")
-    file.flush()
-    return file
-
-
-def release(file: TextIO) -> None:
-    """Give a lock back. What it says of its owner goes, so that only owners that died are still named."""
-    with suppress(OSError):
-        file.truncate(0)
-    file.close()
-
-
-def is_locked(path: Path) -> bool:
-    """Return whether some process has locked a file at this moment."""
-    try:
-        with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def lock_owner(path: Path) -> str:
-    """Return who holds, or last held, a lock."""
-    try:
-        return path.read_text().strip() or "unknown"
-    except OSError:
-        return "unknown"

@@ -8,7 +8,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 PARENT = "CONVNN_PARENT"
@@ -26,6 +27,20 @@ def follow_parent() -> None:
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 """What a user, a system that shuts down, and SLURM before a time limit send."""
+
+
+@contextmanager
+def hangup_as_term() -> Iterator[None]:
+    """Take a logout (HUP) for TERM within a ``with`` block, unless the caller has said that it is none (nohup)."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        yield
+        return
+    old = signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, old)
 
 
 class StopSignals:

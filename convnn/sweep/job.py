@@ -23,9 +23,12 @@ from convnn.runtime.files import write_json
 from convnn.sweep.budget import Budget
 from convnn.sweep.options import SweepConfig
 from convnn.sweep.plan import Point, load_point, point_name
-from convnn.sweep.process import run_point
+from convnn.sweep.process import Start, run_point
 from convnn.sweep.same_data import check_point
 from convnn.sweep.state import point_state, stop_file, sweep_has_ended
+
+_DEVICES, _JOBS, _ALL = "CONVNN_SWEEP_DEVICES", "CONVNN_SWEEP_JOBS", "all"
+"""Environment variables by which workers know what GPUs the sweep sees, and of how many jobs they are."""
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="sweep")
@@ -45,7 +48,10 @@ def main(values: DictConfig) -> float | str | None:
         o for o in (f"tracker.group={quoted(sweep.name)}",) if "tracker.group" not in map(key_of, point.overrides)
     )
     launcher = HydraConfig.get().launcher
-    parallel = int(launcher.get("n_jobs") or 1)
+    local = launcher._target_.endswith(".LocalLauncher")
+    if local and launcher.get("gpus_per_node") is None:
+        _show_devices_again()
+    parallel = int(os.environ.get(_JOBS, 1)) if local else int(launcher.get("n_jobs") or 1)
     budget = Budget(folder, sweep.deadline)
     status = run_point(
         folder,
@@ -57,12 +63,21 @@ def main(values: DictConfig) -> float | str | None:
         parallel=parallel,
         warm=sweep.warm == "auto" and "submitit" not in launcher._target_,  # whose jobs are of one point each
         budget=budget,
+        start=Start(sweep.processes or 1),
     )
     if str(sweep.token).endswith(f"-{os.getpid()}") and (budget.spent() or stop_file(folder, sweep.token).exists()):
         sys.exit()  # the launcher is the sweep's own process, and would compose all points that are left
     if sweep_has_ended(sweep.token):
         os._exit(1)  # a worker without a sweep would wait for ever to hand over its result
     return point_state(folder, point).top1 if status == COMPLETE else status
+
+
+def _show_devices_again() -> None:
+    """Let a worker of submitit on this machine see the sweep's GPUs; it hides all where none are asked for."""
+    devices = os.environ.get(_DEVICES, _ALL)
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if devices != _ALL:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
 
 
 def _device(point: Point) -> str:
@@ -96,6 +111,8 @@ def _point_of_other_sweeper(values: DictConfig, folder: Path) -> Point:
 
 def launch(argv: list[str]) -> None:
     """Hand a command line to Hydra, which calls ``main`` for every job through its launcher."""
+    os.environ[_DEVICES] = os.environ.get("CUDA_VISIBLE_DEVICES", _ALL)
+    os.environ[_JOBS] = str(max((arg.count(",") + 1 for arg in argv if key_of(arg) == "sweep.point"), default=1))
     sys.argv[1:] = argv
     main()
 
@@ -107,6 +124,7 @@ def job_options(options: SweepConfig, token: str, budget: Budget) -> list[str]:
         f"sweep.dir={quoted(options.dir)}",
         f"sweep.name={quoted(options.name)}",
         f"sweep.jobs_per_device={options.jobs_per_device}",
+        f"sweep.processes={'null' if options.processes is None else options.processes}",
         f"sweep.warm={options.warm}",
         f"sweep.token={quoted(token)}",
     ]

@@ -50,6 +50,15 @@ class SweepConfig:
     warm: str = choice("auto", "false")
     """``auto``: points are forked from a process that has loaded torch once, where the system can (Linux); ``false``:
     each loads it anew. Numbers are the same."""
+    processes: int | None = number(None, 1)
+    """Processes of each run on each machine, which torchrun starts, each with a GPU of its own; null: as many as
+    ``hydra.launcher.gpus_per_node`` of a cluster's jobs, else one."""
+    detach: bool = False
+    """On a cluster: submit the jobs, and one that makes the report after them, and leave."""
+    status: bool = False
+    """Say where each point is, and stop."""
+    requeues: int = number(3, 0)
+    """On a cluster: how often in a row a point's job may begin again without progress before the point has failed."""
     point: str | None = None
     """Set by sweep.py for each job: ``p`` and the fingerprint of the point."""
     token: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -199,9 +199,15 @@ def read_plan(folder: Path) -> dict[str, Any]:
     return values
 
 
+def to_point(entry: Mapping[str, Any]) -> Point:
+    """Return the point that an entry of plan.json describes."""
+    before = entry.get("before", "")
+    return Point(entry["name"], entry["fingerprint"], tuple(entry["overrides"]), entry["label"], before)
+
+
 def load_point(folder: Path, digest: str) -> Point:
     """Return a point of plan.json by its fingerprint."""
     for p in read_plan(folder).get("points", []):
         if p["fingerprint"] == digest:
-            return Point(p["name"], p["fingerprint"], tuple(p["overrides"]), p["label"], p.get("before", ""))
+            return to_point(p)
     raise ConfigError(f"{folder / 'plan.json'} has no point {digest}")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -17,8 +19,9 @@ from typing import IO, Any
 from convnn.config.overrides import quoted
 from convnn.errors import EXIT_DIVERGED, EXIT_FAILED
 from convnn.runs.status import COMPLETE, DIVERGED, FAILED, INTERRUPTED, KILLED, RUNNING
-from convnn.runtime.distributed import usable_cores
-from convnn.runtime.files import lock, write_json
+from convnn.runtime.distributed import LOST_PEER, usable_cores
+from convnn.runtime.files import read_json, write_json
+from convnn.runtime.locks import lock
 from convnn.runtime.signals import PARENT, STOP_SIGNALS, StopSignals
 from convnn.sweep import warm as warm_points
 from convnn.sweep.budget import SPENT, Budget
@@ -28,8 +31,37 @@ from convnn.sweep.state import lock_file, point_state, status_file, stop_file, s
 
 TRAIN = ("-m", "convnn.cli.train")
 """How Python is told to train; tests put a stand-in here."""
+TORCHRUN = ("-m", "convnn.sweep.several", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR2")
+"""How Python is told to start several processes of what follows."""
 GRACE_SECONDS = 120.0
 """Time that a process has for its checkpoint after a signal."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a point's process is started, where that is not the usual way."""
+
+    processes: int = 1
+    """Processes of the run on each machine, which torchrun starts."""
+    meet: tuple[str, ...] = ("--standalone", "--local-addr=127.0.0.1")
+    """Options of torchrun that say how the processes of several machines meet."""
+    reserve: bool = True
+    """Wait for a free GPU; not in a job of a cluster, to which the GPUs that it sees belong."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """More for the status file."""
+
+    @property
+    def several(self) -> bool:
+        """Whether the run has more than one process."""
+        return self.processes > 1 or "--standalone" not in self.meet
+
+    def command(self, folder: Path, point: Point, extra_overrides: Sequence[str]) -> list[str]:
+        """Return the command that trains a point."""
+        program: Sequence[str] = TRAIN
+        if self.several:
+            program = (*TORCHRUN, f"--nproc-per-node={self.processes}", *self.meet, *TRAIN)
+        run = (f"run.dir={quoted(str(folder / point.folder))}", "run.if_exists=skip")
+        return [sys.executable, *program, *point.overrides, *extra_overrides, *run]
 
 
 def run_point(
@@ -43,6 +75,7 @@ def run_point(
     parallel: int = 1,
     warm: bool = False,
     budget: Budget | None = None,
+    start: Start | None = None,
 ) -> str:
     """Train a point in a process of its own and return its status; nothing that goes wrong there raises here.
 
@@ -59,8 +92,9 @@ def run_point(
         parallel: jobs that share this machine's cores.
         warm: fork the process from one that has loaded torch, where that is possible.
         budget: of the sweep; a point that it does not admit is not begun, and one that runs when it is spent stops.
+        start: how the process is started.
     """
-    stop, budget = stop_file(folder, token), budget or Budget(folder)
+    stop, budget, start = stop_file(folder, token), budget or Budget(folder), start or Start()
     with ExitStack() as stack:
         (folder / "status").mkdir(parents=True, exist_ok=True)
         (folder / "logs").mkdir(exist_ok=True)
@@ -73,26 +107,50 @@ def run_point(
             return before.status
         signals = stack.enter_context(_worker_signals())
         signal_to_send = partial(_signal_to_send, signals, stop, token, budget)
-        record: dict[str, Any] = {"status": RUNNING, "reason": None, "exit_code": None, "name": point.name}
-        record |= {"log": point.log, "token": token, "attempts": before.attempts + 1}
-        record |= {"started": _now(), "finished": None, "seconds": before.seconds}
-        with reserve_gpu(device, jobs_per_device, lambda: signal_to_send() is not None) as gpu:
+        count = start.processes if start.reserve else 0
+        with reserve_gpu(device, jobs_per_device, lambda: signal_to_send() is not None, count) as gpu:
             if gpu is None or not budget.admits(point):
-                return before.status
-            begun = time.monotonic()
-            environment = os.environ | gpu | _threads(parallel) | {PARENT: str(os.getpid())}
-            write_json(status_file(folder, point), record)
-            command = [sys.executable, *TRAIN, *point.overrides, *extra_overrides]
-            command += [f"run.dir={quoted(str(folder / point.folder))}", "run.if_exists=skip"]
-            code, output, sent = _run_command(command, folder / point.log, environment, signal_to_send, warm)
-        record |= {"exit_code": code, "finished": _now()}
-        record["seconds"] = round(before.seconds + time.monotonic() - begun, 1)
-        record["status"], record["reason"] = _status_and_reason(folder, point, code, output, sent)
-        if record["status"] == INTERRUPTED and budget.spent() and not (signals.seen or stop.exists()):
-            record["reason"] = SPENT
-        write_json(status_file(folder, point), record)
-    signals.pass_on()
-    return record["status"]
+                status = before.status
+            else:
+                environment = os.environ | gpu | _threads(parallel, start) | {PARENT: str(os.getpid())}
+                record = {"name": point.name, "log": point.log, "token": token, "seconds": before.seconds}
+                record |= {"attempts": before.attempts + 1} | start.record
+                command = start.command(folder, point, extra_overrides)
+                status = _attempt(
+                    folder, point, record, command, environment, signal_to_send, warm and not start.several
+                )
+                if status == INTERRUPTED and budget.spent() and not (signals.seen or stop.exists()):
+                    status = _by_budget(folder, point)
+    signals.pass_on()  # also where the point did not begin: a cluster's launcher then requeues the job
+    return status
+
+
+def _attempt(
+    folder: Path,
+    point: Point,
+    record: dict[str, Any],
+    command: list[str],
+    environment: dict[str, str],
+    signal_to_send: Callable[[], int | None],
+    warm: bool,
+) -> str:
+    """Run a point's process to its end, and record how it began and ended; return the point's status."""
+    begun, before = time.monotonic(), record["seconds"]
+    record |= {"status": RUNNING, "reason": None, "exit_code": None, "started": _now(), "finished": None}
+    write_json(status_file(folder, point), record)
+    code, output, sent = _run_command(command, folder / point.log, environment, signal_to_send, warm)
+    record |= {"exit_code": code, "finished": _now()}
+    record["seconds"] = round(before + time.monotonic() - begun, 1)
+    record["status"], record["reason"] = _status_and_reason(folder, point, code, output, sent)
+    write_json(status_file(folder, point), record)
+    return str(record["status"])
+
+
+def _by_budget(folder: Path, point: Point) -> str:
+    """Record that the end of the budget stopped a point."""
+    record = read_json(status_file(folder, point)) or {}
+    write_json(status_file(folder, point), record | {"reason": SPENT})
+    return INTERRUPTED
 
 
 def _signal_to_send(signals: StopSignals, stop: Path, token: str | None, budget: Budget) -> int | None:
@@ -107,13 +165,13 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def _threads(parallel: int) -> dict[str, str]:
-    """Share the cores among parallel jobs, unless the user has."""
-    if parallel == 1 or "OMP_NUM_THREADS" in os.environ:
+def _threads(parallel: int, start: Start) -> dict[str, str]:
+    """Share the cores among parallel jobs and their processes, unless the user has."""
+    if (parallel == 1 and not start.several) or "OMP_NUM_THREADS" in os.environ:
         return {}
     cores = usable_cores()
     jobs = cores if parallel < 1 else parallel
-    return {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
+    return {"OMP_NUM_THREADS": str(max(1, cores // (jobs * start.processes)))}
 
 
 @contextmanager
@@ -190,6 +248,8 @@ def _status_and_reason(folder: Path, point: Point, code: int, output: str, sent:
         return COMPLETE, None
     lines = [line.strip() for line in output.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
     told = [line for line in lines if line.startswith(("error:", "diverged:"))]
+    lost = [line for line in told if LOST_PEER in line]
+    told = [line for line in told if line not in lost]
     last = (told or lines or ["no output"])[-1][:500]
     stopped = -code if code < 0 else code - 128  # by the signal itself, where it came before the handlers
     if sent is not None and code != -signal.SIGKILL:
@@ -199,6 +259,10 @@ def _status_and_reason(folder: Path, point: Point, code: int, output: str, sent:
     if code < 0:
         name = signal.Signals(-code).name
         return KILLED, f"killed by {name}" + (" (often: out of memory)" if name == "SIGKILL" else "")
-    if code == EXIT_DIVERGED:
+    signum = next((match[1] for line in lines if (match := re.match(r"exitcode\s*: -(\d+) ", line))), None)
+    if code and not told and (lost or signum):  # of several: torchrun says how one of this machine ended
+        how = f"was killed by {signal.Signals(int(signum)).name}" if signum else "has ended without a word"
+        return KILLED, f"one of the run's processes {how}"
+    if code == EXIT_DIVERGED or (code and last.startswith("diverged:")):  # torchrun's own exit code is 1
         return DIVERGED, last
     return FAILED, last if code else f"exit code 0 without a complete result: {last}"

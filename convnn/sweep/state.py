@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from convnn.runs.record import read_result
-from convnn.runs.status import COMPLETE, FAILURES, INTERRUPTED, PARTIAL, RUNNING, TODO
-from convnn.runtime.files import is_locked, read_json
+from convnn.runs.status import CANCELLED, COMPLETE, FAILURES, INTERRUPTED, PARTIAL, RUNNING, TODO
+from convnn.runtime.files import read_json
+from convnn.runtime.locks import is_locked
 from convnn.sweep.plan import Point
 
 
@@ -18,7 +19,8 @@ class PointState:
     """Where a point stands."""
 
     status: str
-    """One of ``convnn.runs.status``: TODO, PARTIAL, RUNNING, INTERRUPTED, COMPLETE or one of FAILURES."""
+    """One of ``convnn.runs.status``: TODO, PARTIAL, QUEUED, RUNNING, INTERRUPTED, CANCELLED, COMPLETE or
+    one of FAILURES."""
     reason: str | None = None
     attempts: int = 0
     top1: float | None = None
@@ -54,7 +56,7 @@ def point_state(folder: Path, point: Point, *, locked_here: bool = False) -> Poi
     status = record.get("status")
     if status == RUNNING and (locked_here or not is_locked(lock_file(folder, point))):
         return PointState(INTERRUPTED, "its process ended without a word", attempts, seconds=seconds)
-    if status in (RUNNING, INTERRUPTED, *FAILURES):
+    if status in (RUNNING, INTERRUPTED, CANCELLED, *FAILURES):
         return PointState(status, record.get("reason"), attempts, seconds=seconds)
     begun = (folder / point.folder / "checkpoints").is_dir()
     return PointState(PARTIAL if begun else TODO, None, attempts, seconds=seconds)

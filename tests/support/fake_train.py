@@ -37,6 +37,12 @@ if fault == "exit":
     sys.exit(0)
 if fault == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
+if fault == "lost":
+    print("error: rank 1: another process of the run has ended (gloo)")
+    sys.exit(1)
+if fault == "torchrun":
+    print("  exitcode  : -9 (pid: 7)\n  error_file: <N/A>\n====")
+    sys.exit(1)
 if fault == "diverge":
     print("diverged: loss is not finite at step 3")
     sys.exit(3)

@@ -9,7 +9,7 @@ import pytest
 from sweeps import FAKE, point_of, wait_for
 
 from convnn.config.compose import CONF_DIR
-from convnn.runtime.files import lock
+from convnn.runtime.locks import lock
 from convnn.runtime.signals import StopSignals
 from convnn.sweep import gpus, process
 from convnn.sweep.process import run_point
@@ -28,6 +28,13 @@ def test_a_point_is_run_once_and_recorded(fake, tmp_path):
     assert point_state(tmp_path, point) == PointState("complete", None, 1, 53.0)
     assert run_point(tmp_path, point) == "complete"
     assert (tmp_path / point.folder / "calls").read_text() in ("None g\n", "0 g\n")
+
+
+@pytest.mark.parametrize("fault, how", [("lost", "has ended without a word"), ("torchrun", "was killed by SIGKILL")])
+def test_a_lost_process_of_several_is_no_failure_of_the_run(fault, how, fake, tmp_path):
+    point = point_of(f"data.name={fault}")
+    assert run_point(tmp_path, point) == "killed"
+    assert point_state(tmp_path, point).reason == f"one of the run's processes {how}"
 
 
 def test_a_locked_point_is_left_alone(fake, tmp_path):

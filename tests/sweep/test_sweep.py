@@ -13,6 +13,11 @@ from sweeps import ROOT, alive, statuses, sweep, wait_for
 from convnn.config.overrides import quoted
 from convnn.errors import ConfigError
 from convnn.sweep import gpus
+from convnn.sweep.budget import Budget
+from convnn.sweep.call import Sweep
+from convnn.sweep.options import SweepConfig
+from convnn.sweep.plan import Plan, Point
+from convnn.sweep.state import status_file
 from convnn.sweep.sweep import run_sweep
 
 SUBMITIT = pytest.param("submitit_local", marks=pytest.mark.slow)
@@ -114,6 +119,7 @@ def test_failed_points_can_be_left_alone(driver, tmp_path):
     "signum, launcher",
     [
         (signal.SIGTERM, "joblib"),
+        pytest.param(signal.SIGHUP, "basic", marks=pytest.mark.slow),
         (signal.SIGINT, "basic"),
         pytest.param(signal.SIGTERM, "basic", marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR2, "basic", marks=pytest.mark.slow),
@@ -130,7 +136,8 @@ def test_signals_leave_checkpoints_and_no_process(signum, launcher, driver, tmp_
     wait_for("sweep/points/*/ready", tmp_path)
     process.send_signal(signum)
     text, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum and "interrupted" in text and "the same command goes on" in text
+    code = 128 + (signal.SIGTERM if signum == signal.SIGHUP else signum)
+    assert process.returncode == code and "interrupted" in text and "the same command goes on" in text
     begun = len(list(tmp_path.glob("sweep/points/*/ready")))
     assert len(list(tmp_path.glob("sweep/points/*/checkpoints/last.pt"))) == begun
     found = [r["status"] for r in statuses(tmp_path, by="name").values()]
@@ -256,6 +263,30 @@ def test_a_point_that_waits_for_its_gpu_is_waited_for(driver, tmp_path, monkeypa
     texts = [p.communicate(timeout=60)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0], texts
     assert [len(p.read_text().splitlines()) for p in tmp_path.glob("sweep/points/*/calls")] == [1]
+
+
+def test_the_point_of_a_peer_that_died_is_taken_over(tmp_path):
+    """Another call held it as this one came to it, and is gone before this one has ended."""
+    point = Point("p", "0" * 16, ("seed=1",))
+    mine = Sweep(Plan([point], [], {}), tmp_path, SweepConfig(dir=str(tmp_path)), "me-1", [], Budget(tmp_path))
+    status_file(tmp_path, point).parent.mkdir()
+    for status, token, left in (("running", "other-2", True), ("running", "me-1", False), ("failed", "other-2", False)):
+        record = {"status": status, "token": token, "attempts": 1, "name": "p", "reason": None}
+        status_file(tmp_path, point).write_text(json.dumps(record))
+        assert bool(mine.left_by_others(lambda: False)) is left, (status, token)
+    assert mine.left_by_others(lambda: True) == []
+
+
+@pytest.mark.slow
+def test_submitit_on_this_machine_shares_gpus_and_cores(driver, tmp_path, monkeypatch):
+    """It hides all GPUs from a job without a number of them, and starts all jobs at once."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    code, text = sweep(driver, tmp_path, "seed=1,2,3", "+data.options.seconds=2", "hydra/launcher=submitit_local")
+    assert code == 0, text
+    seen = [path.read_text().split()[0] for path in tmp_path.glob("sweep/points/*/calls")]
+    assert len(seen) == 3 and set(seen) == {"4", "7"}
 
 
 @pytest.mark.parametrize("launcher", ["joblib", SUBMITIT])

@@ -1,5 +1,6 @@
 """Several processes train one model: two gloo processes on the CPU against one process."""
 
+import contextlib
 import json
 import os
 import re
@@ -127,6 +128,36 @@ LONG = [
     "train.mixup=0.3",
     "train.ema=0.9",
 ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_starts_a_run_anew_that_lost_a_process(rank, tmp_path):
+    """``--max-restarts`` with the default run.if_exists: the run goes on from its checkpoint, in one folder."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+    command += ["train.py", *LONG, f"run.dir={tmp_path}/run"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 300
+    while not (tmp_path / "run" / "checkpoints" / "last.pt").exists():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.02)
+    os.kill(worker(process.pid, rank), signal.SIGKILL)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    assert "resumed at epoch" in out, out
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "complete"
+    assert not [line for line in err.splitlines() if line.startswith("error:") and "another process" not in line], err
+
+
+def worker(parent, rank):
+    """Return the number of the process of a rank that torchrun has started."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            said = b"\0" + path.with_name("environ").read_bytes()
+            if int(path.read_text().rpartition(")")[2].split()[1]) == parent and f"\0RANK={rank}\0".encode() in said:
+                return int(path.parent.name)
+    raise AssertionError(f"no process of rank {rank}")
 
 
 def stop(folder, args, signum, whom):

@@ -19,7 +19,7 @@ from convnn.version import __version__
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("uv") is None, reason="uv builds the wheel")]
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("train", "sweep", "evaluate", "predict", "prepare-data", "report", "compare", "visualize", "export")
-PROGRAMS += ("reproduce",)
+PROGRAMS += ("reproduce", "status")
 QUICK = ["tracker=jsonl", "device=cpu"]
 
 

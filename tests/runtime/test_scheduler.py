@@ -1,0 +1,79 @@
+"""SLURM's commands and what they say."""
+
+import subprocess
+
+import pytest
+
+from convnn.errors import ConfigError
+from convnn.runtime.scheduler import Job, SchedulerError, Slurm
+from convnn.sweep.sbatch import batch_script, read_settings
+
+SQUEUE = """35|0|RUNNING|1|node1|None|
+35|1|COMPLETING|0|node2|None|
+35|7|PENDING|2||BeginTime|
+36|N/A|CANCELLED|0||Dependency|
+35|2|COMPLETED|0|node1|None|
+"""
+
+
+def test_the_queue_is_read():
+    calls = []
+    slurm = Slurm(lambda command, text: calls.append(list(command)) or SQUEUE)
+    jobs = slurm.jobs(["a-1", "b-2"])
+    assert "--name=a-1,b-2" in calls[0] and "--states=all" in calls[0]
+    assert jobs["35_0"] == Job("RUNNING", 1, "node1", "None") and jobs["36"].state == "CANCELLED"
+    assert [n for n, j in jobs.items() if j.alive] == ["35_0", "35_1", "35_7"]
+    assert [n for n, j in jobs.items() if j.waiting] == ["35_7"]
+    assert slurm.jobs([]) == {} and len(calls) == 1
+
+
+def test_accounts_are_read_where_there_are_some():
+    said = "35_0|COMPLETED\n35_[2-3,6%2]|CANCELLED by 0\n36|NODE_FAIL\n"
+    found = Slurm(lambda command, text: said).ended(["35_0", "35_2"])
+    assert found["35_0"] == "COMPLETED" and [found[f"35_{i}"] for i in (2, 3, 6)] == ["CANCELLED"] * 3
+
+    def disabled(command, text):
+        raise SchedulerError("sacct: Slurm accounting storage is disabled")
+
+    assert Slurm(disabled).ended(["35_0"]) == {}
+
+
+def test_a_job_is_handed_in():
+    given = []
+    assert Slurm(lambda command, text: given.append((list(command), text)) or "35;cluster\n").submit(["--x"], "s") == 35
+    assert given == [(["sbatch", "--parsable", "--x"], "s")]
+    with pytest.raises(SchedulerError, match="names no job"):
+        Slurm(lambda command, text: "").submit([], "")
+    assert Slurm(lambda command, text: "MaxArraySize            = 201\n").largest_array() == 201
+
+
+def test_errors_are_one_line(monkeypatch):
+    def run(command, **options):
+        assert not [key for key in options["env"] if key.startswith("SLURM_") and key != "SLURM_CONF"]
+        return subprocess.CompletedProcess(command, 1, "", "squeue: error: x\nslurm_load_jobs error: No contact\n")
+
+    monkeypatch.setenv("SLURM_JOB_ID", "3")
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(SchedulerError, match=r"^squeue: slurm_load_jobs error: No contact$"):
+        Slurm().jobs(["a"])
+    assert not Slurm().requeue("3_1")
+
+
+def test_settings_become_options_of_sbatch(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    own = ["hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=90", "hydra.launcher.gpus_per_node=2"]
+    own += ["hydra.launcher.mem_gb=8", "hydra.launcher.partition=long", "hydra.launcher.nodes=2"]
+    own += ["hydra.launcher.array_parallelism=7", "hydra.launcher.setup=[module load cuda]"]
+    own += ["+hydra.launcher.additional_parameters={mail-user: a@b.c, exclusive: true}"]
+    settings = read_settings(own)
+    wanted = ["--time=90", "--requeue", "--signal=USR2@120", "--ntasks-per-node=1", "--gpus-per-node=2", "--mem=8G"]
+    assert {*wanted, "--nodes=2", "--partition=long", "--mail-user=a@b.c", "--exclusive"} <= set(settings.options)
+    assert (settings.parallel, settings.nodes, settings.gpus) == (7, 2, 2) and settings.setup == ["module load cuda"]
+    assert not [o for o in settings.light if "gpu" in o] and "--partition=long" in settings.light
+    script = batch_script(tmp_path, "name", settings.setup, cpus=True)
+    assert script.startswith("#!/bin/bash\nmodule load cuda\nexec srun ") and "--cpus-per-task=$SLURM" in script
+    assert (
+        "--signal=USR2@15" in read_settings([own[0], "hydra.launcher.timeout_min=1"]).options
+    )  # time to train is left
+    with pytest.raises(ConfigError, match="tasks_per_node"):
+        read_settings([own[0], "hydra.launcher.tasks_per_node=2"])

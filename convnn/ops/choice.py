@@ -56,6 +56,8 @@ _times: dict[tuple[str, str], Times] = {}
 """By device and case: all that was measured, by this process or before it."""
 _used: dict[tuple[str, str], str] = {}
 """By device and case: what this process took."""
+_answers: dict[tuple[Case, tuple[str, ...]], str] = {}
+"""What was taken of these ways: asked in every step, so that it should cost no more than a look."""
 
 
 def fastest(case: Case, ways: Mapping[str, Callable[[], object]]) -> str:
@@ -69,6 +71,9 @@ def fastest(case: Case, ways: Mapping[str, Callable[[], object]]) -> str:
     usual = next(iter(ways))
     if len(ways) == 1 or not measures(case.device):
         return usual
+    answer = _answers.get((case, names := tuple(ways)))
+    if answer is not None:
+        return answer
     key = device_name(case.device), str(case)
     known = known_times(case)
     if not set(ways) <= set(known):
@@ -77,7 +82,7 @@ def fastest(case: Case, ways: Mapping[str, Callable[[], object]]) -> str:
         known = known | {name: _time(way, case) for name, way in ways.items() if name not in known}
         _times[key] = known
         _store(case.device)
-    _used[key] = best_of(known, ways)
+    _used[key] = _answers[case, names] = best_of(known, ways)
     return _used[key]
 
 

@@ -35,6 +35,7 @@ def forget(monkeypatch):
     """Begin a process anew."""
     monkeypatch.setattr(choice, "_times", {})
     monkeypatch.setattr(choice, "_used", {})
+    monkeypatch.setattr(choice, "_answers", {})
     choice._load.cache_clear()
 
 

@@ -289,7 +289,7 @@ def test_auto_takes_what_was_measured_to_be_fastest(winner, monkeypatch, tmp_pat
 
     expected = aggregate(backend="torch")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    for name, value in (("_times", {}), ("_used", {}), ("measures", lambda device: True)):
+    for name, value in (("_times", {}), ("_used", {}), ("_answers", {}), ("measures", lambda device: True)):
         monkeypatch.setattr(choice, name, value)
     choice._load.cache_clear()
     monkeypatch.setattr(backend, "engaged", lambda *given: True)

@@ -5,7 +5,7 @@ Shapes: B batch, H heads, Q queries, N tokens, K neighbours, D channels per head
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convnn.ops import choice
+from convnn.ops import choice, natten
 from convnn.ops.aggregation import (
     gather_tokens,
     max_of_neighbors,
@@ -88,21 +88,19 @@ def neighbor_aggregate(
         more = {"blend": blend, "groups": groups, "dropout": drop, "bias": bias}
         return aggregate_plainly(q, k, v, weight, found, geometry, selection, mixing, **more)  # type: ignore[arg-type]
 
-    attends = (
-        mixing.weighting == "softmax" and (weight is None or weight.ndim == 2) and bias is None and blocked is None
-    )
-    if not attends or not dispatch.attends(q, k, v, weight, selection, mixing, num=num, dropout=drop):
+    summed = mixing.weighting == "softmax" and (weight is None or weight.ndim == 2)
+    if not summed or bias is not None or blocked is not None:
         return plain(q, k, v, weight)
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, ordered: bool = False) -> Tensor:
-        how: dict[str, Any] = {"similarity": selection.similarity, "temperature": mixing.temperature}
-        return attention.attend_to_neighbors(q, k, v, found.index, found.valid, weight, ordered=ordered, **how)
-
-    if torch.compiler.is_compiling():  # where nothing can be measured
-        return kernel(q, k, v, weight)
-    ways: dict[str, Way] = {"torch": plain, "triton": kernel, "triton in order": partial(kernel, ordered=True)}
-    if mixing.backend == "triton":
-        del ways["torch"]
+    ways: dict[str, Way] = {} if mixing.backend == "triton" else {"torch": plain}
+    if dispatch.attends(q, k, v, weight, selection, mixing, num=num, dropout=drop):
+        how = {"similarity": selection.similarity, "temperature": mixing.temperature}
+        kernel = partial(_by_kernel, found, how)
+        if torch.compiler.is_compiling():  # where nothing can be measured
+            return kernel(q, k, v, weight)
+        ways |= {"triton": kernel, "triton in order": partial(kernel, ordered=True)}
+    window = drop == 0 and natten.serves(geometry, selection, mixing, blend, (k.shape[-1], v.shape[-1]))
+    if window and dispatch.measured(mixing.backend, v.device):
+        ways["natten"] = partial(_by_natten, geometry, selection.similarity, mixing.temperature)
     return ways[_fastest(ways, q, k, v, weight, num)](q, k, v, weight)
 
 
@@ -110,8 +108,10 @@ Way = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Aggregates q, k, v with slot weights."""
 
 
-def _fastest(ways: dict[str, Way], q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, num: int) -> str:
+def _fastest(ways: Mapping[str, Way], q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, num: int) -> str:
     """Return the fastest of several ways of attention to ``num`` neighbours, with its gradient where one is taken."""
+    if len(ways) == 1:
+        return next(iter(ways))
     b, h, queries, channels = q.shape
     given = q, k, v, weight
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
@@ -126,6 +126,31 @@ def _fastest(ways: dict[str, Way], q: Tensor, k: Tensor, v: Tensor, weight: Tens
     kind = " ".join(("training" if trained else "inference", "sum" if weight is None else "depthwise"))
     case = choice.Case("attention", v.device, v.dtype, sizes, kind)
     return choice.fastest(case, {name: partial(once, way) for name, way in ways.items()})
+
+
+def _by_kernel(
+    found: Neighbors,
+    how: dict[str, Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    ordered: bool = False,
+) -> Tensor:
+    return attention.attend_to_neighbors(q, k, v, found.index, found.valid, weight, ordered=ordered, **how)
+
+
+def _by_natten(
+    geometry: Geometry,
+    similarity: str,
+    temperature: float | Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+) -> Tensor:
+    assert weight is None
+    return natten.attend(q, k, v, geometry, similarity, temperature)
 
 
 def aggregate_plainly(

@@ -44,6 +44,11 @@ def engaged(backend: str, device: torch.device) -> bool:
     return backend == "triton" or (device.type == "cuda" and not torch.are_deterministic_algorithms_enabled())
 
 
+def measured(backend: str, device: torch.device) -> bool:
+    """Return whether several ways may be timed against one another."""
+    return backend == "auto" and not torch.compiler.is_compiling() and engaged(backend, device)
+
+
 def use_kernel(backend: str, device: torch.device, limit: str | None) -> bool:
     """Return whether the kernel of a step can compute it, for a backend that is ``engaged``.
 

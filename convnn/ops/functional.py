@@ -98,8 +98,8 @@ def neighbor_aggregate(
         if torch.compiler.is_compiling():  # where nothing can be measured
             return kernel(q, k, v, weight)
         ways |= {"triton": kernel, "triton in order": partial(kernel, ordered=True)}
-    window = drop == 0 and natten.serves(geometry, selection, mixing, blend, (k.shape[-1], v.shape[-1]))
-    if window and dispatch.measured(mixing.backend, v.device):
+    open_to_others = drop == 0 and dispatch.measured(mixing.backend, v.device)  # first: no graph asks what is installed
+    if open_to_others and natten.serves(geometry, selection, mixing, blend, (k.shape[-1], v.shape[-1])):
         ways["natten"] = partial(_by_natten, geometry, selection.similarity, mixing.temperature)
     return ways[_fastest(ways, q, k, v, weight, num)](q, k, v, weight)
 

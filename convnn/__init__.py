@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from convnn.ops.geometry import Geometry
     from convnn.ops.neighborhood import Neighborhood
     from convnn.ops.settings import Mixing, Selection
+    from convnn.train.finished import FinishedRun, load_run
 
 _HOME = {
     "ACmix2d": "nn.acmix",
@@ -45,6 +46,7 @@ _HOME = {
     "ConvNNAttention": "nn.attention",
     "DataConfig": "config.schema",
     "Dataset": "data.splits",
+    "FinishedRun": "train.finished",
     "GatedPositionalAttention": "nn.convit",
     "Geometry": "ops.geometry",
     "Heads": "nn.neighbor_attention",
@@ -60,6 +62,7 @@ _HOME = {
     "create_backbone": "models.backbones",
     "draw_neighbors": "figures.neighbors",
     "export_layers": "models.swap",
+    "load_run": "train.finished",
     "neighbor_aggregate": "ops.functional",
     "neighbor_layers": "models.swap",
     "neighbors_of": "models.inspect",
@@ -81,6 +84,7 @@ __all__ = [
     "ConvNNAttention",
     "DataConfig",
     "Dataset",
+    "FinishedRun",
     "GatedPositionalAttention",
     "Geometry",
     "Heads",
@@ -97,6 +101,7 @@ __all__ = [
     "create_backbone",
     "draw_neighbors",
     "export_layers",
+    "load_run",
     "neighbor_aggregate",
     "neighbor_layers",
     "neighbors_of",

@@ -43,30 +43,21 @@ class Options(RunOptions):
 def predict(argv: list[str]) -> None:
     """Predict, write the table, and print."""
     options: Options = script_options(Options, argv, USAGE)
-    folder, config = chosen_run(options)
+    chosen_run(options)
     place, table = Path(options.image), Path(options.csv) if options.csv else None
     if table is not None and (table.exists() or not table.parent.is_dir()):
         why = "is there already; choose another file" if table.exists() else "names a folder that is not there"
         raise ConfigError(f"csv={table} {why}")
-    config.device = options.device
     from convnn.data.files import image_files
 
-    paths = image_files(place)
-    import numpy as np
-
-    from convnn.data.files import files_split
-    from convnn.data.images import reading
+    image_files(place)  # refused before the model is built
     from convnn.runtime.files import write_atomically
+    from convnn.train.finished import load_run
     from convnn.train.predictions import csv_text
-    from convnn.train.predictions import predict as predict_images
-    from convnn.train.restore import load_run
 
-    run = load_run(config, folder, options.checkpoint, splits=(), other_data=bool(options.data_root))
-    base = place if place.is_dir() else place.parent
-    with reading("image="):
-        split = files_split(paths, np.zeros(len(paths)), run.shape, run.image_size)
-        step = run.checkpoint["step"]
-        _, found = predict_images(run.model, config, split, run.image_size, step=step, base=base)
+    device, root = options.device, options.data_root or None
+    run = load_run(options.run, checkpoint=options.checkpoint, device=device, data_root=root)
+    found = run.predict(place, named="image=")
     best = found.top(run.classes, options.top)
     if table is not None:
         rows = [(file, rank, *one) for file, ranked in best for rank, one in enumerate(ranked, 1)]

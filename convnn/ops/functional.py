@@ -118,14 +118,19 @@ def _fastest(ways: Mapping[str, Way], q: Tensor, k: Tensor, v: Tensor, weight: T
 
     def once(way: Way) -> None:
         own = [None if t is None else t.detach().requires_grad_(t.requires_grad and trained) for t in given]
-        y = way(*own)  # type: ignore[arg-type]
-        if trained:
-            torch.autograd.grad(y, [t for t in own if t is not None and t.requires_grad], torch.ones_like(y))
+        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):  # not those of a checkpoint around
+            y = way(*own)  # type: ignore[arg-type]
+            if trained:
+                torch.autograd.grad(y, [t for t in own if t is not None and t.requires_grad], torch.ones_like(y))
 
     sizes = choice.sized({"k": num}, items=b * h, queries=queries, tokens=k.shape[2], channels=channels + v.shape[-1])
     kind = " ".join(("training" if trained else "inference", "sum" if weight is None else "depthwise"))
     case = choice.Case("attention", v.device, v.dtype, sizes, kind)
     return choice.fastest(case, {name: partial(once, way) for name, way in ways.items()})
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _by_kernel(

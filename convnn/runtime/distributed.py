@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -92,7 +93,9 @@ def restarts() -> int:
 
 def launch_name() -> str | None:
     """Return the name by which a call of torchrun is known through its restarts; None without torchrun."""
-    return os.environ.get("TORCHELASTIC_RUN_ID") or None
+    name = os.environ.get("TORCHELASTIC_RUN_ID") or None
+    # Without --rdzv-id or --standalone every call has that name; its agent, our parent, lives through restarts.
+    return f"none, agent {os.getppid()} on {socket.gethostname()}" if name == "none" else name
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from convnn.errors import EXIT_FAILED, ConfigError
@@ -37,6 +37,8 @@ class Sweep:
     token: str
     command: list[str]
     budget: Budget
+    taken_over: set[tuple[str, str]] = field(default_factory=set)
+    """Points of other sweeps that this one has been given, and whose they were."""
 
     def states(self) -> dict[str, PointState]:
         """Return the state of every point, by fingerprint."""
@@ -97,8 +99,10 @@ class Sweep:
                 time.sleep(0.5)
             open_ = point_state(self.folder, point).status in (TODO, PARTIAL, INTERRUPTED)
             owner = (read_json(status_file(self.folder, point)) or {}).get("token", self.token)
-            if open_ and owner != self.token and not stopped():  # also of one that has died by now
-                left.append(point)
+            taken = point.fingerprint, owner
+            if open_ and owner != self.token and taken not in self.taken_over and not stopped():
+                self.taken_over.add(taken)  # once: it may be refused, as by a spent budget
+                left.append(point)  # also of a sweep that has died by now
         return left
 
     def opening(self, todo: Sequence[Point]) -> str:
@@ -143,7 +147,7 @@ class Sweep:
         counts = Counter(s.status for s in states.values())
         summary = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
         lines.append(f"sweep {self.folder}: {summary}")
-        left = sum(counts[status] for status in (TODO, PARTIAL, INTERRUPTED))
+        left = sum(counts[status] for status in (TODO, PARTIAL, INTERRUPTED, CANCELLED))
         if left and by_budget and self.options.budget:
             lines.append(f"sweep.budget={self.options.budget} leaves {left} points to another call")
         if self.todo():

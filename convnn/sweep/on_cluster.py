@@ -120,7 +120,8 @@ class ClusterSweep(Sweep):
                         if end is not None and not self._cancel(signals, end):
                             break
                     elif self.budget.spent():
-                        self.scheduler.cancel(n for f, n in self.cluster.alive.items() if states[f].status == QUEUED)
+                        mine = {f: n for f, n in self.cluster.alive.items() if f in self.cluster.own}
+                        self.scheduler.cancel(n for f, n in mine.items() if states[f].status == QUEUED)
                     states = self.states()
                     display.show(states | self._lost(states))
                     if self.cluster.lost and signals.seen is None and not self.budget.spent():
@@ -165,8 +166,8 @@ class ClusterSweep(Sweep):
         """After Ctrl-C, cancel this call's jobs once; return whether to wait for them any longer."""
         mine = [key for key in self.cluster.alive if key in self.cluster.own]
         if "cancelled" not in self._said:
-            self._said.add("cancelled")
             numbers = self.cluster.cancel(mine)
+            self._said.add("cancelled")  # only now: where the scheduler did not answer it is asked again
             print(
                 f"Ctrl-C: {len(numbers)} job{'s' * (len(numbers) != 1)} cancelled; those that run leave a checkpoint",
                 flush=True,

@@ -1,5 +1,7 @@
 """What several processes share, tried without starting any: batches, draws, refusals."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -136,3 +138,15 @@ def test_batch_normalisation_is_synchronised_on_gpus_only(monkeypatch):
         assert kinds(*plain) is torch.nn.BatchNorm2d
     with pytest.raises(ConfigError, match="sync_batchnorm=true needs GPUs"):
         kinds(2, "cpu", "true")
+
+
+def test_a_call_of_torchrun_is_told_from_the_next(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert distributed.launch_name() is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-7")
+    assert distributed.launch_name() == "job-7"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # of every call with --master-port alone
+    first = distributed.launch_name()
+    assert first == distributed.launch_name() and str(os.getppid()) in first
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert distributed.launch_name() != first

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from oracles import _pick
 
 from convnn.errors import ConfigError
@@ -126,6 +127,8 @@ CROWDS = {
     "all equal": torch.ones(600),
     "equal above": (RISING % 50 == 3).float(),
     "steps": RISING // 100,
+    # Ties that fit, and then more that are better than there is room for.
+    "better after equal": torch.where(RISING < 25, 0.0, torch.where((RISING % 64 < 8) & (RISING > 63), 1.0, -1.0)),
     "zeros of both signs": torch.tensor([0.0, -0.0]).repeat(300),
 }
 
@@ -310,6 +313,37 @@ def test_auto_takes_what_was_measured_to_be_fastest(winner, monkeypatch, tmp_pat
     taken = {case.split()[0]: found["way"] for case, found in choice.choices().items() if "kernel" not in case}
     assert taken == {"selection": "torch" if winner == "torch" else "triton", "attention": winner}
     assert len(list(tmp_path.glob("convnn/*.json"))) == 1
+
+
+def test_what_is_measured_within_a_checkpoint_is_computed_again_alike(monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 12, 4, device=DEVICE, requires_grad=True) for _ in range(3))
+    mixing = Mixing(weighting="softmax", aggregation="sum", backend="auto")
+
+    def aggregate(q, k, v):
+        return neighbor_aggregate(q, k, v, Geometry(3, 4), Selection(k=4, similarity="dot"), mixing)
+
+    expected = torch.autograd.grad(aggregate(q, k, v).square().sum(), (q, k, v))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name, value in (("_times", {}), ("_used", {}), ("_answers", {}), ("measures", lambda device: True)):
+        monkeypatch.setattr(choice, name, value)
+    monkeypatch.setattr(choice, "milliseconds", lambda way: (way(), 1.0)[1])
+    choice._load.cache_clear()
+    monkeypatch.setattr(backend, "engaged", lambda *given: True)
+    y = torch.utils.checkpoint.checkpoint(aggregate, q, k, v, use_reentrant=False)
+    found = torch.autograd.grad(y.square().sum(), (q, k, v))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
+    assert all(None not in entry["ms"].values() for entry in choice.choices().values()) and choice.choices()
+
+
+def test_nothing_has_no_gradient():
+    q, weight = torch.randn(0, 1, 6, 3, device=DEVICE, requires_grad=True), torch.ones(3, 4, device=DEVICE)
+    index = torch.zeros(0, 1, 6, 4, dtype=torch.int64, device=DEVICE)
+    for ordered in (False, True):
+        leaf = weight.clone().requires_grad_()
+        how = {"similarity": "dot", "temperature": 1.0, "ordered": ordered}
+        y = attention.attend_to_neighbors(q, q, q, index, None, leaf, **how)
+        assert y.shape == (0, 1, 6, 3) and torch.autograd.grad(y.sum(), leaf)[0].abs().sum() == 0
 
 
 def test_what_is_not_served_is_refused():

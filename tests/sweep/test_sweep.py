@@ -274,6 +274,7 @@ def test_the_point_of_a_peer_that_died_is_taken_over(tmp_path):
         record = {"status": status, "token": token, "attempts": 1, "name": "p", "reason": None}
         status_file(tmp_path, point).write_text(json.dumps(record))
         assert bool(mine.left_by_others(lambda: False)) is left, (status, token)
+        assert mine.left_by_others(lambda: False) == []  # once: where the point is refused, it stays as it is
     assert mine.left_by_others(lambda: True) == []
 
 

@@ -171,7 +171,7 @@ def _backward_in_order(inputs: Inputs, dy: Tensor, scale: float) -> Gradients:
         if weight is None:
             return dq, dk, dv, lse.new_empty(0)
         rows, step = b * h * count, block_size(2048 // blocks["BC"], 1, 32)
-        each = -(-rows // (PARTS * step)) * step
+        each = max(step, -(-rows // (PARTS * step)) * step)
         dw = lse.new_empty(-(-rows // each), c, num)
         attend_weight_kernel[(len(dw) * num,)](
             v, index, dy, weighs, dw, h, count, c, num, rows, each, *strides[6:12], BQ=step, BC=blocks["BC"]

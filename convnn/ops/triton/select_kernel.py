@@ -270,7 +270,7 @@ def select_kernel(
             buckets = tl.where(same, float("-inf"), buckets)
         bound = tl.where(row_ok, bound, float("inf"))
 
-        found = tl.full((BQ,), LIST + 1, tl.int32)
+        found, again = tl.full((BQ,), LIST + 1, tl.int32), 0
         while tl.max(found, axis=0) > LIST:
             beyond = tl.where(row_ok, _above(bound), float("inf"))
             tl.debug_barrier()
@@ -290,9 +290,9 @@ def select_kernel(
                 if not EVEN:
                     hit = hit & (token < M)[None, :]
                 more = tl.sum(hit.to(tl.int32), axis=1)
-                if tl.max(found + more, axis=0) > LIST:  # many are equal: of those that only reach it K suffice
+                if (again > 0) | (tl.max(found + more, axis=0) > LIST):  # of those that only reach it K suffice
                     # Not said by hit, or Triton brings that into the layout of a running sum each time.
-                    missed = (score < wanted[:, None]) | (token >= M)[None, :]
+                    missed = (score < wanted[:, None]) | (token >= M)[None, :] | (score != score)
                     order = found[:, None] + tl.cumsum(1 - missed.to(tl.int32), axis=1)
                     hit = hit & ((score > bound[:, None]) | (order <= K))
                     more = tl.sum(hit.to(tl.int32), axis=1)
@@ -303,6 +303,7 @@ def select_kernel(
             if tl.max(found, axis=0) > LIST:
                 crowd, _chosen = _ordered(held, line, tokens, found, LIST, LISTED)
                 bound = _raised(bound, crowd, found > LIST, K)
+            again = 1  # at most K that only reach the bound are held then, so that it must rise
 
         key, survivor = _ordered(held, line, tokens, found, LIST, LISTED)
         out = index + (item * Q + row) * K

@@ -1,15 +1,20 @@
 """Points as jobs of a cluster, with a scheduler of the test's own: nothing is lost, nothing is submitted twice."""
 
 import json
+import signal
+from types import SimpleNamespace
 
 import pytest
 from fake_slurm import FakeScheduler
 
 from convnn.runtime.scheduler import Job, SchedulerError
 from convnn.sweep.attempts import next_record
+from convnn.sweep.budget import Budget
 from convnn.sweep.cluster import Cluster
+from convnn.sweep.on_cluster import ClusterSweep
+from convnn.sweep.options import SweepConfig
 from convnn.sweep.overview import overview
-from convnn.sweep.plan import Point
+from convnn.sweep.plan import Plan, Point
 from convnn.sweep.sbatch import Settings
 from convnn.sweep.state import status_file
 from convnn.sweep.submission import chunks, read_submissions
@@ -203,3 +208,28 @@ def test_the_overview_of_a_large_sweep_is_short(tmp_path):
     submit(cluster)
     short, long = (overview(tmp_path, points, everything=e, scheduler=cluster.scheduler)[0] for e in (False, True))
     assert len(short) == 22 and short[20] == "queued      40 more; all=true lists them" and len(long) == 61
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_spent_budget_cancels_what_this_call_has_queued_alone(own, tmp_path, monkeypatch):
+    scheduler, signals, looks = FakeScheduler(), SimpleNamespace(seen=None), []
+
+    def call(token, budget):
+        given = Plan(POINTS[:2], [], {}), tmp_path, SweepConfig(dir=str(tmp_path)), token, [], budget
+        return ClusterSweep(*given, settings=SETTINGS, scheduler=scheduler)
+
+    first = call("a-1", Budget(tmp_path))
+    first._submit(first._wanted)
+    spent = Budget(tmp_path, deadline=0.0)
+    second = first if own else call("b-2", spent)
+    second.budget = spent
+
+    def wait(*_):
+        looks.append(1)
+        signals.seen = signal.SIGTERM if len(looks) > 1 else None
+        return signals.seen is None
+
+    monkeypatch.setattr(second, "_wait", wait)
+    second._follow(second.states(), signals)
+    states = [state.status for state in second.states().values()]
+    assert states == (["cancelled"] * 2 if own else ["queued"] * 2)

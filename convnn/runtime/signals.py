@@ -14,14 +14,19 @@ from typing import Any
 
 PARENT = "CONVNN_PARENT"
 """Environment variable by which sweep.py tells a run its process number."""
+AGENT = "TORCHELASTIC_RUN_ID"
+"""Environment variable of the processes that torchrun's agent starts."""
 
 
 def follow_parent() -> None:
-    """End with the sweep that started this process, however that ends (Linux): TERM comes, and leaves a checkpoint."""
+    """End with the sweep or the torchrun that started this process, however that ends (Linux).
+
+    TERM comes, and leaves a checkpoint.
+    """
     parent = os.environ.get(PARENT)
-    if parent and sys.platform == "linux":
+    if (parent or AGENT in os.environ) and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if os.getppid() != int(parent):
+        if parent and os.getppid() != int(parent):
             sys.exit(128 + signal.SIGTERM)
 
 

@@ -38,6 +38,7 @@ TITLES = {
     "config": "Configuration",
     "data": "Data",
     "figures": "Figures",
+    "train": "Finished runs",
     "errors": "Errors",
 }
 

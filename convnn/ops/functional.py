@@ -91,13 +91,14 @@ def neighbor_aggregate(
     summed = mixing.weighting == "softmax" and (weight is None or weight.ndim == 2)
     if not summed or bias is not None or blocked is not None:
         return plain(q, k, v, weight)
-    ways: dict[str, Way] = {} if mixing.backend == "triton" else {"torch": plain}
+    ways: dict[str, Way] = {"torch": plain}
     if dispatch.attends(q, k, v, weight, selection, mixing, num=num, dropout=drop):
         how = {"similarity": selection.similarity, "temperature": mixing.temperature}
         kernel = partial(_by_kernel, found, how)
         if torch.compiler.is_compiling():  # where nothing can be measured
             return kernel(q, k, v, weight)
-        ways |= {"triton": kernel, "triton in order": partial(kernel, ordered=True)}
+        kernels: dict[str, Way] = {"triton": kernel, "triton in order": partial(kernel, ordered=True)}
+        ways = kernels if mixing.backend == "triton" else ways | kernels
     open_to_others = drop == 0 and dispatch.measured(mixing.backend, v.device)  # first: no graph asks what is installed
     if open_to_others and natten.serves(geometry, selection, mixing, blend, (k.shape[-1], v.shape[-1])):
         ways["natten"] = partial(_by_natten, geometry, selection.similarity, mixing.temperature)

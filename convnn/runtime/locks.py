@@ -102,7 +102,10 @@ class Lock:
 
     def is_of(self, path: Path) -> bool:
         """Return whether the file that was locked is still the one of this name."""
-        return path.exists() and path.stat().st_ino == os.fstat(self._file.fileno()).st_ino
+        try:
+            return path.stat().st_ino == os.fstat(self._file.fileno()).st_ino
+        except FileNotFoundError:
+            return False
 
     def clear(self) -> None:
         """Let the file say of nobody that he had it."""
@@ -240,7 +243,7 @@ def _begun(pid: int) -> str:
 
 def _is_shared(path: Path) -> bool:
     """Return whether other machines may write into a file's folder."""
-    return _NETWORK.fullmatch(_type_of(path.stat().st_dev)) is not None
+    return _NETWORK.fullmatch(_type_of(path.parent.stat().st_dev)) is not None  # the file may go at any moment
 
 
 @lru_cache(maxsize=64)

@@ -171,6 +171,10 @@ def test_operations_are_counted_on_the_plain_path():
             layer(x)
         flops.append(counter.get_total_flops())
     assert flops[0] == flops[1] > 0
+    attention = ConvNNAttention(8, 2, 5, backend="triton")  # whose softmax has a kernel
+    with FlopCounterMode(display=False) as counter:
+        attention(torch.randn(1, 9, 8))
+    assert counter.get_total_flops() > 0
 
 
 def test_an_exported_graph_is_of_the_plain_path(monkeypatch):

@@ -37,7 +37,7 @@ def test_all_stages_on_a_cpu(tmp_path, call):
     for name in found:
         rows = lines(tmp_path / "out", name)
         assert rows and all(row["torch"] and row["commit"] and row["date"] for row in rows), name
-    assert [row["outcome"] for row in lines(tmp_path / "out", "tests")] == ["passed"]
+    assert {row["outcome"] for row in lines(tmp_path / "out", "tests")} == {"passed"}
     assert {row["case"] for row in lines(tmp_path / "out", "resume")} == {"ResNet", "ViT"}
     assert [row["graph_breaks"] for row in lines(tmp_path / "out", "compile")] == ["0", "0"]
     assert lines(tmp_path / "out", "rows")[0]["status"].startswith("SHORTENED")

@@ -9,7 +9,7 @@ import os
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import library, nn
 
 from convnn import ConfigError, ConvNN2d, ConvNNAttention, swap_layers
 from convnn.ops.geometry import Geometry
@@ -42,7 +42,7 @@ def test_attention_is_what_torch_takes_for_an_operator(full, ordered):
     tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if GPU and not ordered:  # which sums atomically, and so never gives the same digits twice
         tests = tests[:3]
-    torch.library.opcheck(attention.attend, arguments, test_utils=tests)
+    library.opcheck(attention.attend, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize("blend", [0.5, 1.0])
@@ -51,7 +51,7 @@ def test_selection_is_what_torch_takes_for_an_operator(blend, monkeypatch):
     monkeypatch.setattr(select, "best_keys", lambda *a: calls.append(a) or best_keys(*a))
     x = torch.randn(1, 2, 12, 4, device=DEVICE)
     select_neighbors(x, x, Geometry(3, 4), Selection(k=4), blend=blend, backend="triton")
-    torch.library.opcheck(best_keys, calls[0])
+    library.opcheck(best_keys, calls[0])
 
 
 def test_a_second_derivative_is_refused():

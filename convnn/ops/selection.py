@@ -145,10 +145,13 @@ def rank(search: Search) -> Neighbors:
     return Neighbors(*found)  # type: ignore[arg-type]
 
 
+def _rank_precisely(search: Search) -> Neighbors:
+    return rank(replace(search, q=precise(search.q), k=precise(search.k)))
+
+
 def _fastest(search: Search) -> Neighbors:
     """Do what ``rank`` does, by plain torch or the kernel, whichever was measured to be faster."""
-    plain = replace(search, q=precise(search.q), k=precise(search.k))
-    ways = {"torch": partial(rank, plain), "triton": partial(select.best_tokens, search)}
+    ways = {"torch": partial(_rank_precisely, search), "triton": partial(select.best_tokens, search)}
     selection, (b, h, queries, channels) = search.selection, search.q.shape
     candidates = search.k.shape[2] if search.candidates is None else len(search.candidates)
     sizes = choice.sized({"k": selection.k}, items=b * h, queries=queries, candidates=candidates, channels=channels)

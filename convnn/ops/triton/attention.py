@@ -266,36 +266,14 @@ def _programs(q: Tensor, blocks: dict[str, int]) -> int:
 
 
 @attend.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    valid: Tensor | None,
-    weight: Tensor | None,
-    temperature: Tensor | None,
-    scale: float,
-    ordered: bool,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, index: Tensor, valid: Any, weight: Tensor | None, *_: Any) -> Any:
     return _outputs(q, v, weight)
 
 
 @attend_backward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    valid: Tensor | None,
-    weight: Tensor | None,
-    temperature: Tensor | None,
-    lse: Tensor,
-    dy: Tensor,
-    scale: float,
-    ordered: bool,
-) -> Gradients:
+def _(q: Tensor, k: Tensor, v: Tensor, index: Tensor, valid: Any, weight: Tensor | None, *_: Any) -> Gradients:
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-    return dq, dk, dv, lse.new_empty(0) if weight is None else weight.new_empty(weight.shape)
+    return dq, dk, dv, q.new_empty(0, dtype=torch.float32) if weight is None else weight.new_empty(weight.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -67,27 +67,33 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(capability, dtype, tmp_p
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from convnn.ops.triton import kernels, select_kernel
+    from convnn.ops.triton import bucket_kernel, kernels, score_kernel, select_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     flags = dict.fromkeys(["BIASED", "LISTED", "RANGED", "MIXED", "EUCLIDEAN", "COSINE", "WIDEN"], False)
-    plain = {"BQ": 32, "BM": 64, "BD": 32, "BK": 16, "SELF": 0} | flags
+    plain = {"BQ": 32, "BM": 64, "BD": 32, "BK": 16, "SELF": 0, "DOUBTED": False} | flags
     attend = {"BQ": 32, "BD": 64, "BC": 64, "MASKED": True, "WEIGHED": True, "TEMPERED": True}
     atomic = {"BK": 16, "ORDERED": False}
     wide = {"BQ": 2, "BD": 1024, "BC": 1024, "BK": 64} | dict.fromkeys(["MASKED", "WEIGHED", "TEMPERED"], False)
     sorts = flags | {"BQ": 64, "BM": 64, "BD": 64, "NB": 64, "ONE": True, "LIST": 32, "EVEN": False, "SELF": 1}
     sorts |= {"PTX": dtype != "fp32", "COSINE": True}
+    buckets = flags | {"BQ": 64, "BM": 32, "BD": 64, "ONE": True, "EVEN": True, "BITS": 5, "SELF": 1, "COSINE": True}
     by_features = {"bias", "tokens", "share", "floor", "row_steps", "column_steps", "low", "high"}
     blended = dict.fromkeys(["BIASED", "LISTED", "RANGED", "MIXED"], True) | {"ONE": False, "COSINE": False, "SELF": 0}
     edges, sums = {"weighs_of", "score_grads"}, {"dk", "dv", "dw"}
     tokens = {"BE": 16, "BD": 64, "BC": 64, "WEIGHED": True}
+    near = {"tokens", "doubt"}
+    far = {"inverse_q", "inverse_k", "bias", "row_steps", "column_steps"} | near
+    both = dict.fromkeys(["COSINE", "LISTED", "RANGED", "MIXED", "DOUBTED"], True) | {"SELF": 1}
     cases = [
-        (kernels.topk_kernel, plain, {"inverse_q", "inverse_k", "bias", "tokens", "row_steps", "column_steps"}),
-        (kernels.topk_kernel, plain | dict.fromkeys(["COSINE", "LISTED", "RANGED", "MIXED"], True) | {"SELF": 1}, ()),
-        (kernels.topk_kernel, plain | dict.fromkeys(["BIASED", "RANGED", "MIXED", "EUCLIDEAN"], True), {"tokens"}),
+        (kernels.topk_kernel, plain, far),
+        (kernels.topk_kernel, plain | both, ()),
+        (kernels.topk_kernel, plain | dict.fromkeys(["BIASED", "RANGED", "MIXED", "EUCLIDEAN"], True), near),
         (select_kernel.select_kernel, sorts, by_features),
         (select_kernel.select_kernel, sorts | blended | {"BM": 32, "NB": 32, "PTX": False}, {"inverse_k"}),
-        (select_kernel.inverse_norm_kernel, {"BR": 32, "BD": 128}, ()),
+        (bucket_kernel.bucket_kernel, buckets, by_features),
+        (bucket_kernel.bucket_kernel, buckets | blended | {"EVEN": False}, {"inverse_k"}),
+        (score_kernel.inverse_norm_kernel, {"BR": 32, "BD": 128}, ()),
         (kernels.attend_kernel, attend, ()),
         (kernels.attend_backward_kernel, attend | atomic, edges),
         (kernels.attend_backward_kernel, attend | atomic | {"ORDERED": True}, sums),
@@ -98,7 +104,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(capability, dtype, tmp_p
     ]
     pointers = {"index": "*i64", "own": "*i64", "tokens": "*i64", "valid": "*u8", "scale": "fp32", "alike": "fp32"}
     pointers |= dict.fromkeys(["q", "k", "v", "y", "dy"], f"*{dtype}")
-    pointers |= {"edges": "*i64", "start": "*i64", "held": "*i64", "counts": "*i32", "x": f"*{dtype}"}
+    pointers |= {"edges": "*i64", "start": "*i64", "held": "*i64", "counts": "*i32", "doubt": "*i32", "x": f"*{dtype}"}
     floats = "inverse_q inverse_k bias share floor row_steps column_steps low high weight lse dq dk dv dw"
     floats += " inverse weighs_of score_grads temperature"
     pointers |= dict.fromkeys(floats.split(), "*fp32")
@@ -202,9 +208,9 @@ def test_triton_is_imported_only_when_a_kernel_runs():
     for path in (ROOT / "convnn").rglob("*.py"):
         top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
         names = {a.name for node in top for a in node.names} | {getattr(node, "module", None) for node in top}
-        kernels = {"convnn.ops.triton.kernels", "convnn.ops.triton.select_kernel"}
-        if path.name not in ("kernels.py", "select_kernel.py"):
-            assert not names & ({"triton"} | kernels), path.name
+        if path.name != "kernels.py" and not path.name.endswith("_kernel.py"):
+            kernels = {name for name in names if f"{name}".startswith("convnn.ops.triton") and "kernel" in f"{name}"}
+            assert not kernels and "triton" not in names, path.name
 
 
 @pytest.mark.slow

@@ -96,7 +96,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("way", [0, select.MERGE], ids=["filter", "merge"])
+WAYS = [0, 1, 2] if DEVICE == "cpu" else [*range(len(select.WAYS))]  # in the interpreter tiles are of no account
+ways = pytest.mark.parametrize("way", WAYS, ids=[select.WAYS[way][0].replace(" ", "-") for way in WAYS])
+
+
+@ways
 @pytest.mark.parametrize("case", CASES)
 def test_selection(case, way, monkeypatch):
     geometry, options, num, blend, heads, channels, dtype = CASES[case]
@@ -132,22 +136,22 @@ CROWDS = {
     "zeros of both signs": torch.tensor([0.0, -0.0]).repeat(300),
 }
 
+FEW = Geometry(20, 30, stride=(7, 5))
 
-@pytest.mark.parametrize("way", [*range(len(select.TILES)), select.MERGE])
+
+@ways
 @pytest.mark.parametrize("name", CROWDS)
 def test_selection_among_many_that_are_as_good(name, way, monkeypatch):
-    if DEVICE == "cpu" and way > 0:
-        pytest.skip("the tiles differ in speed only")
     monkeypatch.setattr(select, "_fastest", lambda *operands: way)
     x = torch.stack([CROWDS[name], torch.ones(600)], dim=-1)[None, None].to(DEVICE)
     for k, self_first in ((1, False), (4, False), (9, True), (64, False)):
         selection = Selection(k=k, similarity="dot", self_first=self_first)
-        arguments = torch.ones_like(x), x, Geometry(20, 30), selection
+        arguments = torch.ones(1, 1, len(FEW.query_index()), 2, device=DEVICE), x, FEW, selection
         ours, plain = (select_neighbors(*arguments, backend=name).index for name in ("triton", "torch"))
         assert torch.equal(ours, plain), k
 
 
-@pytest.mark.parametrize("way", [0, select.MERGE])
+@ways
 def test_what_is_no_number_chooses_some_token(way, monkeypatch):
     monkeypatch.setattr(select, "_fastest", lambda *operands: way)
     x = torch.randn(1, 1, 30, 3, device=DEVICE)
@@ -155,6 +159,28 @@ def test_what_is_no_number_chooses_some_token(way, monkeypatch):
     selection = Selection(k=5, similarity="dot", self_first=False)
     index = select_neighbors(x, x, Geometry(5, 6), selection, backend="triton").index
     assert (index >= 0).all() and (index < 30).all()
+
+
+@pytest.mark.parametrize("blend", [0.5, 1.0])
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+def test_who_is_in_doubt_among_buckets(similarity, blend, monkeypatch):
+    torch.manual_seed(0)
+    geometry, selection = Geometry(20, 32, stride=(4, 1)), Selection(k=9, similarity=similarity)
+    x = torch.randn(1, 1, 640, 8)
+    x[0, 0, 128:136] = x[0, 0, 128]  # the nearest of one another, and all of the same score
+    x = x.to(DEVICE)
+    doubts = []
+    monkeypatch.setattr(select, "_fastest", lambda *operands: 2)
+    monkeypatch.setattr(select, "_merge", lambda *arguments: doubts.append(arguments[-1].clone()))
+    ours, plain = (
+        select_neighbors(x[:, :, geometry.query_index()], x, geometry, selection, blend=blend, backend=name).index[0, 0]
+        for name in ("triton", "torch")
+    )
+    sure = doubts[0][0] == 0
+    assert torch.equal(ours[sure], plain[sure])
+    assert sure.sum() >= 145  # of 160: five buckets' best are nearly always enough
+    if blend == 1:
+        assert not sure[32:40].any()  # the queries that are alike
 
 
 def test_alike_candidates_are_chosen_by_position():

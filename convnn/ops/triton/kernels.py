@@ -57,11 +57,11 @@ def _candidates(tokens, start, M, BM: tl.constexpr, LISTED: tl.constexpr):
 
 @triton.jit
 def topk_kernel(
-    q, k, inverse_q, inverse_k, bias, own, tokens, share, floor, row_steps, column_steps, index, low, high,
+    q, k, inverse_q, inverse_k, bias, own, tokens, share, floor, row_steps, column_steps, index, low, high, doubt,
     Q, N, M, D, K, prefix, columns, rows, extent, alike,
     BQ: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
     COSINE: tl.constexpr, BIASED: tl.constexpr, LISTED: tl.constexpr, SELF: tl.constexpr,
-    RANGED: tl.constexpr, MIXED: tl.constexpr, EUCLIDEAN: tl.constexpr, WIDEN: tl.constexpr,
+    RANGED: tl.constexpr, MIXED: tl.constexpr, EUCLIDEAN: tl.constexpr, WIDEN: tl.constexpr, DOUBTED: tl.constexpr,
 ):  # fmt: skip
     """Write the K best candidates of each query in order: higher score first, ties to the lower token.
 
@@ -85,6 +85,7 @@ def topk_kernel(
         index: output, (B, Q, K) int64.
         low: output if RANGED, (B, Q) float32: least similarity among the candidates.
         high: output if RANGED: the largest, infinite where all are alike.
+        doubt: (B, Q) int32, if DOUBTED: blocks of queries for which all are 0 keep what is written.
         alike: see ``convnn.ops.similarity.ALIKE``.
         WIDEN: make float32 of the inputs first: the interpreter cannot multiply bfloat16.
     """
@@ -93,6 +94,9 @@ def topk_kernel(
     item = (program // blocks).to(tl.int64)
     row = ((program % blocks) * BQ + tl.arange(0, BQ)).to(tl.int64)
     row_ok = row < Q
+    if DOUBTED:
+        if tl.max(tl.load(doubt + item * Q + row, mask=row_ok, other=0), axis=0) == 0:  # noqa: SIM102
+            return
     itself = tl.load(own + row, mask=row_ok, other=-1)
     if RANGED:
         least = tl.full((BQ,), float("inf"), tl.float32)

@@ -6,6 +6,7 @@ Shapes: B batch, H heads, Q queries, N tokens, M candidates, K neighbours, D cha
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -27,34 +28,34 @@ ROOM = 32, 128
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the kernel that bounds, filters and sorts divides its work."""
+    """How a kernel divides its work."""
 
     queries: int
     candidates: int
-    warps: int
-    programs: int
-    """On each multiprocessor."""
     registers: int | None = None
     """At most so many for a thread; None: as many as there are."""
+    warps: int = 4
     stages: int = 3
 
     def __str__(self) -> str:
         limit = "" if self.registers is None else f", {self.registers} registers"
-        return f"{self.queries}x{self.candidates}, {self.warps} warps, {self.programs} programs{limit}"
+        return f"{self.queries}x{self.candidates}{limit}"
 
 
-TILES = (Tiles(64, 64, 4, 3, 168),)
-"""The best of twelve on an H200, in 16 bits."""
+FILTER = Tiles(64, 64, 168)
+"""Of the kernel that bounds, filters and sorts: the best of twelve on an H200, in 16 bits."""
+FILTERS = 3
+"""Programs of it on each multiprocessor."""
+BUCKETS = Tiles(64, 32, 128), Tiles(64, 32)
+"""Of the kernel that keeps the best of each bucket. No GPU has timed it yet."""
+MERGE = Tiles(32, 64)
+"""Of the kernel that keeps the best as it goes."""
 
 CHANNELS = {2: 128, 4: 32}
 """Channels multiplied at once, at most, by the bytes of a number."""
 
-
-MERGE, FASTEST = -1, -2
-"""In place of a number of ``TILES``: the kernel that keeps the best as it goes; what was measured to be fastest."""
-
-WAYS = {number: f"triton {tiles}" for number, tiles in enumerate(TILES)} | {MERGE: "triton merge"}
-"""What each is called; the first is taken where nothing is measured."""
+FASTEST = -1
+"""In place of a number of ``WAYS``: what was measured to be fastest."""
 
 
 def best_tokens(search: Search, way: int = FASTEST) -> Neighbors:
@@ -135,11 +136,9 @@ def best_keys(
         "EUCLIDEAN": euclidean,
         "WIDEN": q.dtype == torch.bfloat16 and interpreted(),
     }
+    _name, kernel, tiles = WAYS[way]
     with on_device(q.device):
-        if way == MERGE:
-            _merge(q, k, bias, common, num, numbers, flags)
-        else:
-            _filter(q, k, bias, common, num, numbers, flags, TILES[way])
+        kernel(q, k, bias, common, num, numbers, flags, tiles)
     return index, low, high
 
 
@@ -149,11 +148,22 @@ def _fastest(q: Tensor, k: Tensor, *rest: Any) -> int:
     available = k.shape[1] if candidates is None else len(candidates)
     sizes = choice.sized({"k": num}, items=len(q), queries=q.shape[1], candidates=available, channels=q.shape[2])
     kind = "by features" if share is None else "blended"
-    numbers = {name: number for number, name in WAYS.items()}
-    if not (_own_stores(q, block_size(q.shape[1], 16, 64), block_size(available, 16, 64)) or interpreted()):
-        return MERGE  # what the other does in small blocks and in float32 no GPU has shown to be right
-    ways = {name: partial(best_keys, q, k, *rest, number) for name, number in numbers.items()}
-    return numbers[choice.fastest(choice.Case("selection kernel", q.device, q.dtype, sizes, kind), ways)]
+    ways = {
+        name: partial(best_keys, q, k, *rest, number)
+        for number, (name, kernel, tiles) in enumerate(WAYS)
+        if _serves(kernel, tiles, q, available, num)
+    }
+    name = choice.fastest(choice.Case("selection kernel", q.device, q.dtype, sizes, kind), ways)
+    return next(number for number, way in enumerate(WAYS) if way[0] == name)
+
+
+def _serves(kernel: Callable[..., None], tiles: Tiles, q: Tensor, candidates: int, num: int) -> bool:
+    """Return whether a kernel is worth a measurement."""
+    if kernel is _filter:  # what it does in small blocks and in float32 no GPU has shown to be right
+        return interpreted() or _own_stores(q, *(block_size(size, 16, 64) for size in (q.shape[1], candidates)))
+    if kernel is _buckets:  # with more neighbours, or more blocks, most queries are in doubt
+        return 2 * num <= tiles.candidates < candidates <= 256 * tiles.candidates
+    return True
 
 
 @best_keys.register_fake
@@ -181,23 +191,42 @@ def _filter(
     """Run the kernel that bounds, filters and sorts."""
     from convnn.ops.triton.select_kernel import select_kernel
 
-    items, count, channels = q.shape
-    if common[1] is not None:
-        k, bias = k[:, common[1]].contiguous(), None if bias is None else bias[..., common[1]].contiguous()
-    inverse = _inverse_norm(k) if flags["COSINE"] else None
-    available = k.shape[1]
-    bq, bm = block_size(count, 16, tiles.queries), block_size(available, 16, tiles.candidates)
-    bd, room = block_size(channels, 16, CHANNELS[q.element_size()]), block_size(3 * num, *ROOM)
-    blocks = -(-count // bq) * items
-    programs = min(blocks, tiles.programs * _multiprocessors(q.device))
-    held = q.new_empty(programs, bq, room, dtype=torch.int64)
-    counts = q.new_empty(programs, bq, dtype=torch.int32)
+    count, channels = q.shape[1:]
+    k, bias, inverse = _listed(k, bias, common[1], flags["COSINE"])
+    blocks, sizes = _blocks(q, k.shape[1], tiles)
+    room = block_size(3 * num, *ROOM)
+    programs = min(blocks, FILTERS * _multiprocessors(q.device))
+    held = q.new_empty(programs, sizes["BQ"], room, dtype=torch.int64)
+    counts = q.new_empty(programs, sizes["BQ"], dtype=torch.int32)
     select_kernel[(programs,)](
-        q, k, inverse, bias, *common, held, counts, count, available, channels, num, blocks, *numbers,
-        BQ=bq, BM=bm, BD=bd, NB=min(bm, block_size(4 * num, 32)), ONE=channels <= bd, LIST=room,
-        EVEN=available % bm == 0, PTX=_own_stores(q, bq, bm), **flags,
-        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
+        q, k, inverse, bias, *common, held, counts, count, k.shape[1], channels, num, blocks, *numbers,
+        NB=min(sizes["BM"], block_size(4 * num, 32)), LIST=room, PTX=_own_stores(q, sizes["BQ"], sizes["BM"]),
+        **sizes, **flags, num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
+
+
+def _buckets(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    common: tuple[Any, ...],
+    num: int,
+    numbers: tuple[Any, ...],
+    flags: dict[str, Any],
+    tiles: Tiles,
+) -> None:
+    """Run the kernel that keeps the best of each bucket, then for queries in doubt the one that keeps the best."""
+    from convnn.ops.triton.bucket_kernel import bucket_kernel
+
+    doubt = q.new_empty(q.shape[:2], dtype=torch.int32)
+    kept, kept_bias, inverse = _listed(k, bias, common[1], flags["COSINE"])
+    blocks, sizes = _blocks(q, kept.shape[1], tiles)
+    bits = (-(-kept.shape[1] // sizes["BM"]) - 1).bit_length()
+    bucket_kernel[(blocks,)](
+        q, kept, inverse, kept_bias, *common, doubt, *q.shape[1:2], kept.shape[1], q.shape[2], num, *numbers,
+        BITS=bits, **sizes, **flags, num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
+    )  # fmt: skip
+    _merge(q, k, bias, common, num, numbers, flags, Tiles(16, MERGE.candidates), doubt)
 
 
 def _merge(
@@ -208,18 +237,46 @@ def _merge(
     num: int,
     numbers: tuple[Any, ...],
     flags: dict[str, Any],
+    tiles: Tiles,
+    doubt: Tensor | None = None,
 ) -> None:
-    """Run the kernel that keeps the best as it goes."""
+    """Run the kernel that keeps the best as it goes; with ``doubt``, for blocks of queries in which there is some."""
     from convnn.ops.triton.kernels import topk_kernel
 
     items, count, channels = q.shape
     available = k.shape[1] if common[1] is None else len(common[1])
     inverses = (_inverse_norm(x) if flags["COSINE"] else None for x in (q, k))
-    bq, bm = block_size(count, 16, 32), block_size(available, 16, 64)
+    bq, bm = block_size(count, 16, tiles.queries), block_size(available, 16, tiles.candidates)
     topk_kernel[(-(-count // bq) * items,)](
-        q, k, *inverses, bias, *common, count, k.shape[1], available, channels, num, *numbers,
-        BQ=bq, BM=bm, BD=block_size(channels, 16, 32), BK=block_size(num - flags["SELF"] or 1), **flags,
+        q, k, *inverses, bias, *common, doubt, count, k.shape[1], available, channels, num, *numbers,
+        BQ=bq, BM=bm, BD=block_size(channels, 16, 32), BK=block_size(num - flags["SELF"] or 1),
+        DOUBTED=doubt is not None, **flags,
     )  # fmt: skip
+
+
+WAYS = tuple(
+    (f"triton {kernel.__name__.strip('_')} {tiles}", kernel, tiles)
+    for kernel, tiles in ((_filter, FILTER), (_merge, MERGE), *((_buckets, tiles) for tiles in BUCKETS))
+)
+"""What each is called, its kernel and tiles; the first that serves is taken where nothing is measured."""
+
+
+def _listed(
+    k: Tensor, bias: Tensor | None, candidates: Tensor | None, cosine: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return keys and bias of the candidates alone, and the inverse lengths of the keys."""
+    if candidates is not None:
+        k, bias = k[:, candidates].contiguous(), None if bias is None else bias[..., candidates].contiguous()
+    return k, bias, _inverse_norm(k) if cosine else None
+
+
+def _blocks(q: Tensor, candidates: int, tiles: Tiles) -> tuple[int, dict[str, int | bool]]:
+    """Return the number of blocks of queries in all items, and the sizes of blocks as constants of a kernel."""
+    items, count, channels = q.shape
+    bq, bm = block_size(count, 16, tiles.queries), block_size(candidates, 16, tiles.candidates)
+    bd = block_size(channels, 16, CHANNELS[q.element_size()])
+    sizes = {"BQ": bq, "BM": bm, "BD": bd, "ONE": channels <= bd, "EVEN": candidates % bm == 0}
+    return -(-count // bq) * items, sizes
 
 
 def _own_stores(q: Tensor, bq: int, bm: int) -> bool:
@@ -257,7 +314,7 @@ def _steps(terms: Terms, geometry: Geometry, distance: str) -> list[Tensor | Non
 
 def _inverse_norm(x: Tensor) -> Tensor:
     """Return 1 / length along the last axis in float32, 0 where ``convnn.ops.similarity.unit`` gives zeros."""
-    from convnn.ops.triton.select_kernel import inverse_norm_kernel
+    from convnn.ops.triton.score_kernel import inverse_norm_kernel
 
     inverse = x.new_empty(x.shape[:-1], dtype=torch.float32)
     bd = block_size(x.shape[-1], 16, 128)

@@ -12,81 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from convnn.ops.triton.score_kernel import blended, inverse_norms, queries, scores, spread
+
 _EMPTY = tl.constexpr(-(2**63))
 """Key of an empty slot: below every key that a score can have."""
-
-
-@triton.jit
-def inverse_norm_kernel(x, inverse, R, D, BR: tl.constexpr, BD: tl.constexpr):
-    """Write 1 / length of each row of x, (R, D), in float32; 0 where ``convnn.ops.similarity.unit`` gives zeros."""
-    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    total = tl.zeros((BR,), tl.float32)
-    for start in range(0, D, BD):
-        d = start + tl.arange(0, BD)
-        part = tl.load(x + row[:, None] * D + d[None, :], mask=(row < R)[:, None] & (d < D)[None, :], other=0.0)
-        part = part.to(tl.float32)
-        total += tl.sum(part * part, axis=1)
-    length = tl.sqrt_rn(total)
-    tl.store(inverse + row, tl.where(length <= 1e-12, 0.0, tl.div_rn(1.0, length)), mask=row < R)
-
-
-@triton.jit
-def _queries(q, row, row_ok, d, D, WIDEN: tl.constexpr):
-    a = tl.load(q + row[:, None] * D + d[None, :], mask=row_ok[:, None] & (d < D)[None, :], other=0.0)
-    return a.to(tl.float32) if WIDEN else a
-
-
-@triton.jit
-def _scores(
-    q, k, first, inverse_q, inverse_k, bias, item, row, row_ok, token, M, D,
-    BQ: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, ONE: tl.constexpr,
-    COSINE: tl.constexpr, RANGED: tl.constexpr, BIASED: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """Return the scores of a block of queries and candidates of one item, (BQ, BM) float32."""
-    ok = token < M
-    score = tl.zeros((BQ, BM), tl.float32)
-    if ONE:
-        d = tl.arange(0, BD)
-        b = tl.load(k + token[None, :] * D + d[:, None], mask=ok[None, :] & (d < D)[:, None], other=0.0)
-        score = tl.dot(first, b.to(tl.float32) if WIDEN else b, score, input_precision="ieee")
-    else:
-        for start in range(0, D, BD):
-            d = start + tl.arange(0, BD)
-            a = _queries(q, row, row_ok, d, D, WIDEN)
-            b = tl.load(k + token[None, :] * D + d[:, None], mask=ok[None, :] & (d < D)[:, None], other=0.0)
-            score = tl.dot(a, b.to(tl.float32) if WIDEN else b, score, input_precision="ieee")
-    if COSINE:
-        score *= tl.load(inverse_k + item * M + token, mask=ok, other=0.0)[None, :]
-        if RANGED:
-            score *= inverse_q[:, None]
-        else:  # the length of a query does not change its order, unless it counts as 0
-            score = tl.where((inverse_q == 0.0)[:, None], 0.0, score)
-    if BIASED:
-        score += tl.load(bias + item * M + token, mask=ok, other=0.0)[None, :]
-    return score
-
-
-@triton.jit
-def _blended(
-    score, least, scale, away, row_steps, column_steps, own_row, own_column, token, M, prefix, columns, rows, extent,
-    tokens, LISTED: tl.constexpr, EUCLIDEAN: tl.constexpr,
-):  # fmt: skip
-    """Blend scores with distance, see ``convnn.ops.similarity.blend_scores``."""
-    ok = token < M
-    if LISTED:
-        token = tl.load(tokens + token, mask=ok, other=0).to(tl.int32)
-    place = tl.maximum(token - prefix, 0)
-    across = tl.load(row_steps + own_row[:, None] * rows + (place // columns)[None, :], mask=ok[None, :], other=0.0)
-    along = tl.load(
-        column_steps + own_column[:, None] * columns + (place % columns)[None, :], mask=ok[None, :], other=0.0
-    )
-    if EUCLIDEAN:
-        distance = tl.sqrt_rn(across + along)
-        distance = tl.div_rn(distance, extent + tl.zeros_like(distance))
-    else:  # both are shares of the extent
-        distance = tl.maximum(across, along)
-    distance = tl.where((token < prefix)[None, :], float("inf"), distance)
-    return (score - least[:, None]) * scale[:, None] - away * distance
 
 
 @triton.jit
@@ -212,33 +141,20 @@ def select_kernel(
         item = (block // per_item).to(tl.int64)
         row = (block % per_item) * BQ + tl.arange(0, BQ)
         row_ok = row < Q
-        queries, keys = q + item * Q * D, k + item * M * D
+        own_queries, keys = q + item * Q * D, k + item * M * D
         itself = tl.load(own + row, mask=row_ok, other=-1).to(tl.int32)
-        first = _queries(queries, row, row_ok, tl.arange(0, BD), D, WIDEN) if ONE else None
+        first = queries(own_queries, row, row_ok, tl.arange(0, BD), D, WIDEN) if ONE else None
         inverse_q = tl.zeros((BQ,), tl.float32)
         if COSINE:
-            for start in range(0, D, BD):
-                part = _queries(queries, row, row_ok, start + tl.arange(0, BD), D, True)
-                inverse_q += tl.sum(part * part, axis=1)
-            inverse_q = tl.sqrt_rn(inverse_q)
-            inverse_q = tl.where(inverse_q <= 1e-12, 0.0, tl.div_rn(1.0, inverse_q))
+            inverse_q = inverse_norms(own_queries, row, row_ok, D, BQ, BD)
 
         least = tl.zeros((BQ,), tl.float32)
         most, scale, away = least, least, 0.0
         own_row, own_column = itself, itself
         if RANGED:
-            bottom = tl.full((BQ, BM), float("inf"), tl.float32)
-            ceiling = tl.full((BQ, BM), float("-inf"), tl.float32)
-            for start in range(0, M, BM):
-                token = start + tl.arange(0, BM)
-                score = _scores(queries, keys, first, inverse_q, inverse_k, bias, item, row, row_ok, token, M, D,
-                                BQ, BM, BD, ONE, COSINE, RANGED, BIASED, WIDEN)  # fmt: skip
-                bottom = tl.minimum(bottom, tl.where((token < M)[None, :], score, float("inf")))
-                ceiling = tl.maximum(ceiling, tl.where((token < M)[None, :], score, float("-inf")))
-            least, most = tl.min(bottom, axis=1), tl.max(ceiling, axis=1)
             lowest = tl.load(floor + item * Q + row, mask=row_ok, other=0.0)
-            lowest = tl.maximum(lowest, alike * tl.maximum(tl.abs(least), tl.abs(most)))
-            most = tl.where(most - least <= lowest, float("inf"), most)
+            least, most = spread(own_queries, keys, first, inverse_q, inverse_k, bias, lowest, item, row, row_ok, M, D,
+                                 alike, BQ, BM, BD, ONE, EVEN, COSINE, BIASED, WIDEN)  # fmt: skip
             tl.store(low + item * Q + row, least, mask=row_ok)
             tl.store(high + item * Q + row, most, mask=row_ok)
         if MIXED:
@@ -251,11 +167,11 @@ def select_kernel(
         best = tl.full((BQ, BM), float("-inf"), tl.float32)
         for start in range(0, M, BM):
             token = start + tl.arange(0, BM)
-            score = _scores(queries, keys, first, inverse_q, inverse_k, bias, item, row, row_ok, token, M, D,
-                            BQ, BM, BD, ONE, COSINE, RANGED, BIASED, WIDEN)  # fmt: skip
+            score = scores(own_queries, keys, first, inverse_q, inverse_k, bias, item, row, row_ok, token, M, D,
+                           BQ, BM, BD, ONE, EVEN, COSINE, BIASED, WIDEN)  # fmt: skip
             if MIXED:
-                score = _blended(score, least, scale, away, row_steps, column_steps, own_row, own_column, token, M,
-                                 prefix, columns, rows, extent, tokens, LISTED, EUCLIDEAN)  # fmt: skip
+                score = blended(score, least, scale, away, row_steps, column_steps, own_row, own_column, token, M,
+                                prefix, columns, rows, extent, tokens, LISTED, EUCLIDEAN)  # fmt: skip
             if not EVEN:
                 score = tl.where((token < M)[None, :], score, float("-inf"))
             best = tl.maximum(best, score)
@@ -279,11 +195,11 @@ def select_kernel(
             found = tl.zeros((BQ,), tl.int32)
             for start in range(0, M, BM):
                 token = start + tl.arange(0, BM)
-                score = _scores(queries, keys, first, inverse_q, inverse_k, bias, item, row, row_ok, token, M, D,
-                                BQ, BM, BD, ONE, COSINE, RANGED, BIASED, WIDEN)  # fmt: skip
+                score = scores(own_queries, keys, first, inverse_q, inverse_k, bias, item, row, row_ok, token, M, D,
+                               BQ, BM, BD, ONE, EVEN, COSINE, BIASED, WIDEN)  # fmt: skip
                 if MIXED:
-                    score = _blended(score, least, scale, away, row_steps, column_steps, own_row, own_column, token, M,
-                                     prefix, columns, rows, extent, tokens, LISTED, EUCLIDEAN)  # fmt: skip
+                    score = blended(score, least, scale, away, row_steps, column_steps, own_row, own_column, token, M,
+                                    prefix, columns, rows, extent, tokens, LISTED, EUCLIDEAN)  # fmt: skip
                 # Once K candidates reach the bound, later ones have to pass it: of equal ones the first count.
                 wanted = tl.where(found < K, bound, beyond)
                 hit = score >= wanted[:, None]

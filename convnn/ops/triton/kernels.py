@@ -95,7 +95,8 @@ def topk_kernel(
     row = ((program % blocks) * BQ + tl.arange(0, BQ)).to(tl.int64)
     row_ok = row < Q
     if DOUBTED:
-        if tl.max(tl.load(doubt + item * Q + row, mask=row_ok, other=0), axis=0) == 0:  # noqa: SIM102
+        in_doubt = tl.max(tl.load(doubt + item * Q + row, mask=row_ok, other=0), axis=0)
+        if in_doubt == 0:
             return
     itself = tl.load(own + row, mask=row_ok, other=-1)
     if RANGED:

@@ -28,6 +28,7 @@ def inverse_norm_kernel(x, inverse, R, D, BR: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def queries(q, row, row_ok, d, D, WIDEN: tl.constexpr):
+    """Return some channels of a block of queries, (BQ, channels)."""
     a = tl.load(q + row[:, None] * D + d[None, :], mask=row_ok[:, None] & (d < D)[None, :], other=0.0)
     return a.to(tl.float32) if WIDEN else a
 

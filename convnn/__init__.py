@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from convnn.ops.geometry import Geometry
     from convnn.ops.neighborhood import Neighborhood
     from convnn.ops.settings import Mixing, Selection
-    from convnn.train.finished import FinishedRun, load_run
+    from convnn.train.exported import load_exported
+    from convnn.train.finished import FinishedRun, LoadedModel, load_run
 
 _HOME = {
     "ACmix2d": "nn.acmix",
@@ -52,6 +53,7 @@ _HOME = {
     "Heads": "nn.neighbor_attention",
     "HybridConvNN2d": "nn.hybrid",
     "HybridConvNNAttention": "nn.hybrid",
+    "LoadedModel": "train.finished",
     "Mixing": "ops.settings",
     "Neighborhood": "ops.neighborhood",
     "OperatorConfig": "config.schema",
@@ -62,6 +64,7 @@ _HOME = {
     "create_backbone": "models.backbones",
     "draw_neighbors": "figures.neighbors",
     "export_layers": "models.swap",
+    "load_exported": "train.exported",
     "load_run": "train.finished",
     "neighbor_aggregate": "ops.functional",
     "neighbor_layers": "models.swap",
@@ -90,6 +93,7 @@ __all__ = [
     "Heads",
     "HybridConvNN2d",
     "HybridConvNNAttention",
+    "LoadedModel",
     "Mixing",
     "Neighborhood",
     "OperatorConfig",
@@ -101,6 +105,7 @@ __all__ = [
     "create_backbone",
     "draw_neighbors",
     "export_layers",
+    "load_exported",
     "load_run",
     "neighbor_aggregate",
     "neighbor_layers",

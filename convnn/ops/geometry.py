@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from convnn.ops.precision import has_float64
+from convnn.ops.topk import stable_argsort
 
 Pair = tuple[int, int]
 LEAN = 0.25
@@ -263,4 +264,4 @@ def window_order(kernel: Pair) -> Tensor:
     geometry = Geometry(kernel[0], kernel[1], kernel=kernel)
     here = torch.device("cpu")  # wherever a model is being built: these are numbers to look at
     distance = geometry.distance(geometry.query_index(here), torch.arange(geometry.num_tokens, device=here))
-    return distance.sort(stable=True).indices
+    return stable_argsort(distance)

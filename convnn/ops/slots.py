@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from convnn.ops.geometry import Geometry, window_order
+from convnn.ops.topk import stable_argsort
 
 
 def in_slots(
@@ -19,7 +20,7 @@ def in_slots(
         if valid is None:
             return index.sort(dim=-1).values, None
         # Fillers last: they would stand between neighbours, and shift their slots.
-        order = index.masked_fill(~valid, geometry.num_tokens).argsort(dim=-1, stable=True)
+        order = stable_argsort(index.masked_fill(~valid, geometry.num_tokens))
         return index.gather(-1, order), valid.gather(-1, order)
     if slots == "window":
         slot = window_slots(index, queries, geometry, valid)
@@ -54,8 +55,8 @@ def window_slots(index: Tensor, queries: Tensor, geometry: Geometry, valid: Tens
     inside = inside & (slot < k)
     inside = inside if valid is None else inside & valid
     taken = torch.zeros_like(index).scatter_add_(-1, slot.where(inside, 0), inside.long())
-    free = taken.argsort(dim=-1, stable=True)  # free slots first, in order
-    outsiders = inside.long().argsort(dim=-1, stable=True)  # positions in the ranking, outsiders first
+    free = stable_argsort(taken)  # free slots first, in order
+    outsiders = stable_argsort(inside.long())  # positions in the ranking, outsiders first
     slot_of = torch.empty_like(index).scatter_(-1, outsiders, free)
     return torch.where(inside, slot, slot_of)
 

@@ -18,6 +18,17 @@ def runs_at_once() -> bool:
     return not torch._C._are_functorch_transforms_active()
 
 
+def _becomes_onnx() -> bool:
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+def stable_argsort(values: Tensor) -> Tensor:
+    """Return the indices that put the last axis in ascending order, ties to the lower index."""
+    if _becomes_onnx():  # see ``_packed_topk``
+        return values.topk(values.shape[-1], dim=-1, largest=False).indices
+    return values.argsort(dim=-1, stable=True)
+
+
 def stable_topk(score: Tensor, k: int) -> Tensor:
     """Return the indices of the k largest of the last axis, larger first, ties to the lower index.
 
@@ -65,7 +76,7 @@ def _repaired(score: Tensor, values: Tensor, index: Tensor) -> Tensor:
 
 def _packed_topk(score: Tensor, k: int) -> Tensor:
     """Return ``stable_topk`` by one key per score."""
-    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+    if _becomes_onnx():
         # ONNX has neither a view of other bits nor a stable sort; its TopK puts the lower index first by itself.
         return score.topk(k, dim=-1).indices
     if score.dtype != torch.float32 or torch.jit.is_tracing():  # whose graphs have no view of other bits

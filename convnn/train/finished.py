@@ -30,8 +30,8 @@ Images = Tensor | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 
 @dataclass
-class FinishedRun:
-    """What ``load_run`` returns."""
+class LoadedModel:
+    """A trained model with all that it takes to use it; what ``load_exported`` returns."""
 
     folder: Path
     config: Config
@@ -46,21 +46,6 @@ class FinishedRun:
     """Side in pixels of what the model takes."""
     step: int
     """Of the checkpoint."""
-    result: dict[str, Any]
-    """result.json: status, accuracies, times; empty for a run that has not ended."""
-
-    @property
-    def metrics(self) -> pandas.DataFrame:
-        """metrics.jsonl, a row for each epoch.
-
-        Raises:
-            ConfigError: without pandas.
-        """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ConfigError("run.metrics needs pandas; install it (pip install convnn[report])") from error
-        return pandas.DataFrame(read_metrics(self.folder / "metrics.jsonl"))
 
     def predict(self, images: Images, named: str = "images=") -> Predictions:
         """Return the classes that the model gives to images, with their probabilities.
@@ -94,6 +79,27 @@ class FinishedRun:
                 raise ConfigError("images is an empty list")
             paths, base = np.array(listed), None
         return files_split(paths, np.zeros(len(paths)), self.shape, self.image_size), base
+
+
+@dataclass
+class FinishedRun(LoadedModel):
+    """What ``load_run`` returns."""
+
+    result: dict[str, Any]
+    """result.json: status, accuracies, times; empty for a run that has not ended."""
+
+    @property
+    def metrics(self) -> pandas.DataFrame:
+        """metrics.jsonl, a row for each epoch.
+
+        Raises:
+            ConfigError: without pandas.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ConfigError("run.metrics needs pandas; install it (pip install convnn[report])") from error
+        return pandas.DataFrame(read_metrics(self.folder / "metrics.jsonl"))
 
 
 def load_run(

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import MISSING
-
-from convnn.cli.program import RunOptions, chosen_run, path, run_program, script_options
+from convnn.cli.program import RunOptions, chosen_run, names_and_options, path, run_program
 from convnn.errors import ConfigError
 from convnn.ops.settings import number
 from convnn.text import aligned
 
 USAGE = """
-usage: uv run scripts/predict.py run=DIR image=FILE_OR_FOLDER [top=N] [csv=FILE] [checkpoint=last|best]
-       convnn-predict run=DIR image=FILE_OR_FOLDER ...     the same where convnn is installed
+usage: uv run scripts/predict.py run=DIR FILE_OR_FOLDER [FILE_OR_FOLDER ...] [top=N] [csv=FILE] [checkpoint=last|best]
+       convnn-predict run=DIR FILE_OR_FOLDER ...     the same where convnn is installed
 
 Prints the class that a run's model gives to each image, and its probability. Images are read, scaled and cut as in an
 evaluation. The run's data is not needed.
@@ -30,8 +29,8 @@ Exit codes: 0 done, 1 the checkpoint cannot be used or the file not be written, 
 class Options(RunOptions):
     """Arguments of this script."""
 
-    image: str = path(MISSING)
-    """An image file, or a folder: all image files in it, at any depth."""
+    image: str | None = path()
+    """An image file, or a folder: all image files in it, at any depth; the same as its name alone."""
     top: int = number(1, 1)
     """Print so many classes of each image, the likeliest first."""
     csv: str | None = path()
@@ -42,22 +41,27 @@ class Options(RunOptions):
 
 def predict(argv: list[str]) -> None:
     """Predict, write the table, and print."""
-    options: Options = script_options(Options, argv, USAGE)
+    names, options = names_and_options(Options, argv, USAGE)
     chosen_run(options)
-    place, table = Path(options.image), Path(options.csv) if options.csv else None
+    places = [*names, *([Path(options.image)] if options.image else [])]
+    table = Path(options.csv) if options.csv else None
+    if not places:
+        raise ConfigError("name an image file or a folder; see --help")
     if table is not None and (table.exists() or not table.parent.is_dir()):
         why = "is there already; choose another file" if table.exists() else "names a folder that is not there"
         raise ConfigError(f"csv={table} {why}")
     from convnn.data.files import image_files
 
-    image_files(place)  # refused before the model is built
+    found_files = [image_files(place) for place in places]  # refused before the model is built
     from convnn.runtime.files import write_atomically
     from convnn.train.finished import load_run
     from convnn.train.predictions import csv_text
 
     device, root = options.device, options.data_root or None
     run = load_run(options.run, checkpoint=options.checkpoint, device=device, data_root=root)
-    found = run.predict(place, named="image=")
+    # Names are relative to a folder that stands alone; of several places, to the present one.
+    images = places[0] if len(places) == 1 else [os.fsdecode(file) for files in found_files for file in files]
+    found = run.predict(images, named="image=")
     best = found.top(run.classes, options.top)
     if table is not None:
         rows = [(file, rank, *one) for file, ranked in best for rank, one in enumerate(ranked, 1)]

@@ -168,17 +168,27 @@ def script_options(schema: type, argv: Sequence[str], usage: str) -> Any:
         raise ConfigError(f"{getattr(error, 'full_key', '')}: {missing}") from error
 
 
+def names_and_options(schema: type, argv: Sequence[str], usage: str) -> tuple[list[Path], Any]:
+    """Read a script's arguments: files and folders by their names, all others as of ``script_options``.
+
+    Raises:
+        ConfigError: as of ``script_options``.
+    """
+    names = [arg for arg in argv if not arg.startswith("-") and ("=" not in arg or Path(arg).exists())]
+    options = script_options(schema, [arg for arg in argv if arg not in names], usage)
+    return [Path(expanded(name, "DIR")) for name in names], options
+
+
 def folders_and_options(schema: type, argv: Sequence[str], usage: str) -> tuple[list[Path], Any]:
-    """Read a script's arguments: folders by their names, all others as of ``script_options``.
+    """Do so for folders that hold runs.
 
     Raises:
         ConfigError: as of ``script_options``, or if no folder is named.
     """
-    names = [arg for arg in argv if not arg.startswith("-") and ("=" not in arg or Path(arg).is_dir())]
-    options = script_options(schema, [arg for arg in argv if arg not in names], usage)
+    names, options = names_and_options(schema, argv, usage)
     if not names:
         raise ConfigError("name a folder that holds runs; see --help")
-    return [Path(expanded(name, "DIR")) for name in names], options
+    return names, options
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from convnn.runs.status import CANCELLED, COMPLETE, FAILURES, INTERRUPTED, PARTIAL, QUEUED, RUNNING, TODO
+from convnn.runs.status import CANCELLED, COMPLETE, FAILURES, INTERRUPTED, PARTIAL, PRUNED, QUEUED, RUNNING, TODO
 from convnn.runtime.scheduler import Scheduler, SchedulerError, Slurm
 from convnn.sweep.cluster import Cluster
 from convnn.sweep.plan import Point, read_plan, to_point
@@ -15,7 +15,7 @@ from convnn.sweep.submission import read_submissions
 
 MOST = 20
 """Points of a state that are listed."""
-_ORDER = (COMPLETE, RUNNING, QUEUED, INTERRUPTED, PARTIAL, TODO, CANCELLED, *FAILURES)
+_ORDER = (COMPLETE, RUNNING, QUEUED, INTERRUPTED, PRUNED, PARTIAL, TODO, CANCELLED, *FAILURES)
 
 
 def overview(

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from convnn.config.overrides import quoted
 from convnn.errors import EXIT_DIVERGED, EXIT_FAILED
-from convnn.runs.status import COMPLETE, DIVERGED, FAILED, INTERRUPTED, KILLED, RUNNING
+from convnn.runs.status import COMPLETE, DIVERGED, FAILED, INTERRUPTED, KILLED, PRUNED, RUNNING
 from convnn.runtime.distributed import LOST_PEER, usable_cores
 from convnn.runtime.files import read_json, write_json
 from convnn.runtime.locks import lock
@@ -27,7 +27,7 @@ from convnn.sweep import warm as warm_points
 from convnn.sweep.budget import SPENT, Budget
 from convnn.sweep.gpus import reserve_gpu
 from convnn.sweep.plan import Point
-from convnn.sweep.state import lock_file, point_state, status_file, stop_file, sweep_has_ended
+from convnn.sweep.state import lock_file, point_state, prune_file, status_file, stop_file, sweep_has_ended
 
 TRAIN = ("-m", "convnn.cli.train")
 """How Python is told to train; tests put a stand-in here."""
@@ -106,7 +106,9 @@ def run_point(
         if before.status == COMPLETE or stop.exists() or sweep_has_ended(token) or not budget.admits(point):
             return before.status
         signals = stack.enter_context(_worker_signals())
-        signal_to_send = partial(_signal_to_send, signals, stop, token, budget)
+        prune = prune_file(folder, point)
+        prune.unlink(missing_ok=True)  # which a search that was killed has left
+        signal_to_send = partial(_signal_to_send, signals, (stop, prune), token, budget)
         count = start.processes if start.reserve else 0
         with reserve_gpu(device, jobs_per_device, lambda: signal_to_send() is not None, count) as gpu:
             if gpu is None or not budget.admits(point):
@@ -119,8 +121,8 @@ def run_point(
                 status = _attempt(
                     folder, point, record, command, environment, signal_to_send, warm and not start.several
                 )
-                if status == INTERRUPTED and budget.spent() and not (signals.seen or stop.exists()):
-                    status = _by_budget(folder, point)
+                if status == INTERRUPTED and not (signals.seen or stop.exists()):
+                    status = _told_why(folder, point, budget)
     signals.pass_on()  # also where the point did not begin: a cluster's launcher then requeues the job
     return status
 
@@ -146,18 +148,23 @@ def _attempt(
     return str(record["status"])
 
 
-def _by_budget(folder: Path, point: Point) -> str:
-    """Record that the end of the budget stopped a point."""
-    record = read_json(status_file(folder, point)) or {}
-    write_json(status_file(folder, point), record | {"reason": SPENT})
-    return INTERRUPTED
+def _told_why(folder: Path, point: Point, budget: Budget) -> str:
+    """Record that a search or the end of the budget stopped a point, if one did; return the point's status."""
+    status, reason = INTERRUPTED, SPENT if budget.spent() else None
+    with suppress(OSError):
+        status, reason = PRUNED, prune_file(folder, point).read_text()
+        prune_file(folder, point).unlink()
+    if reason is not None:
+        record = read_json(status_file(folder, point)) or {}
+        write_json(status_file(folder, point), record | {"status": status, "reason": reason})
+    return status
 
 
-def _signal_to_send(signals: StopSignals, stop: Path, token: str | None, budget: Budget) -> int | None:
+def _signal_to_send(signals: StopSignals, asked: Sequence[Path], token: str | None, budget: Budget) -> int | None:
     """Return the signal for a run that is to stop, or None: TERM, which ends it at once while it still imports."""
     if signals.seen == signal.SIGUSR2:
         return signal.SIGUSR2
-    ends = signals.seen or stop.exists() or sweep_has_ended(token) or budget.spent()
+    ends = signals.seen or any(map(Path.exists, asked)) or sweep_has_ended(token) or budget.spent()
     return signal.SIGTERM if ends else None
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from convnn.runs.record import read_result
-from convnn.runs.status import CANCELLED, COMPLETE, FAILURES, INTERRUPTED, PARTIAL, RUNNING, TODO
+from convnn.runs.status import CANCELLED, COMPLETE, FAILURES, INTERRUPTED, PARTIAL, PRUNED, RUNNING, TODO
 from convnn.runtime.files import read_json
 from convnn.runtime.locks import is_locked
 from convnn.sweep.plan import Point
@@ -19,7 +19,7 @@ class PointState:
     """Where a point stands."""
 
     status: str
-    """One of ``convnn.runs.status``: TODO, PARTIAL, QUEUED, RUNNING, INTERRUPTED, CANCELLED, COMPLETE or
+    """One of ``convnn.runs.status``: TODO, PARTIAL, QUEUED, RUNNING, INTERRUPTED, PRUNED, CANCELLED, COMPLETE or
     one of FAILURES."""
     reason: str | None = None
     attempts: int = 0
@@ -39,6 +39,11 @@ def lock_file(folder: Path, point: Point) -> Path:
     return folder / "status" / f"{point.fingerprint}.lock"
 
 
+def prune_file(folder: Path, point: Point) -> Path:
+    """Return the file that asks whoever runs a point to stop it, as a search sees no promise in it; it says why."""
+    return folder / "status" / f"{point.fingerprint}.prune"
+
+
 def point_state(folder: Path, point: Point, *, locked_here: bool = False) -> PointState:
     """Return a point's state from what lies in the sweep's folder; a complete result counts more than all else.
 
@@ -56,7 +61,7 @@ def point_state(folder: Path, point: Point, *, locked_here: bool = False) -> Poi
     status = record.get("status")
     if status == RUNNING and (locked_here or not is_locked(lock_file(folder, point))):
         return PointState(INTERRUPTED, "its process ended without a word", attempts, seconds=seconds)
-    if status in (RUNNING, INTERRUPTED, CANCELLED, *FAILURES):
+    if status in (RUNNING, INTERRUPTED, CANCELLED, PRUNED, *FAILURES):
         return PointState(status, record.get("reason"), attempts, seconds=seconds)
     begun = (folder / point.folder / "checkpoints").is_dir()
     return PointState(PARTIAL if begun else TODO, None, attempts, seconds=seconds)

@@ -25,6 +25,7 @@ from convnn.sweep.overview import overview
 from convnn.sweep.plan import keep_known_names, make_plan
 from convnn.sweep.same_data import check_points
 from convnn.sweep.sbatch import read_settings
+from convnn.sweep.search import run_search
 from convnn.sweep.state import stop_file
 
 _REFUSED = {
@@ -62,8 +63,10 @@ def run_sweep(argv: Sequence[str], command: Sequence[str] | None = None) -> int:
     for arg in argv:
         if key_of(arg) in _REFUSED:
             raise ConfigError(f"{arg}: {_REFUSED[key_of(arg)]}")
-    _check_launcher(launcher)
+    more = _check_launcher(launcher)
     options = sweep_options(own, launcher)
+    if "hydra/sweeper=optuna" in launcher:
+        return run_search(options, given, [*launcher, *more], command or ["sweep.py", *argv])
     if any(key_of(o) == "hydra/sweeper" for o in launcher):
         return _sweep_with_other_sweeper(options, given, launcher)
     return carry_out(options, given, launcher, command or ["sweep.py", *argv])

@@ -257,7 +257,13 @@ def test_predictions_are_those_of_an_evaluation(alone, capsys, tmp_path):
         assert float(row["probability"]) == pytest.approx(shares.max(), abs=1e-4)
     assert float(rows[0]["probability"]) + float(rows[1]["probability"]) == pytest.approx(1, abs=2e-4)
     predict([f"run={where}", f"image={images}/dog/1.png", "device=cpu"])
-    assert re.search(r"1\.png +(cat|dog) +0\.\d{4}\n$", capsys.readouterr().out)
+    one = capsys.readouterr().out.split()[-2:]
+    assert re.fullmatch(r"(cat|dog) 0\.\d{4}", " ".join(one))
+    predict([f"run={where}", f"{images}/cat", f"{images}/dog/1.png", "device=cpu", f"image={images}/dog/0.png"])
+    several = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    names = [f"cat/{i}.png" for i in range(4)] + ["dog/1.png", "dog/0.png"]
+    assert [Path(line[0]).resolve() for line in several] == [(images / name).resolve() for name in names]
+    assert several[4][1:] == one
 
 
 def test_grey_runs_take_image_files(tmp_path, capsys):
@@ -277,7 +283,8 @@ BAD = {
     "image={images}/none.png": "image={images}/none.png: there is no such file or folder",
     "image={where}/checkpoints": "image={where}/checkpoints holds no image files",
     "image={where}/config.yaml": "image={where}/config.yaml cannot be read as an image",
-    "": "image: is required; see --help",
+    "": "name an image file or a folder; see --help",
+    "{images} {images}/none.png": "image={images}/none.png: there is no such file or folder",
     "image={images} top=0": "top=0 must lie in",
     "image={images} csv={where}/config.yaml": "csv={where}/config.yaml is there already; choose another file",
     "image={images} csv={where}/x/y.csv": "csv={where}/x/y.csv names a folder that is not there",

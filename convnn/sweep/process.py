@@ -106,8 +106,7 @@ def run_point(
         if before.status == COMPLETE or stop.exists() or sweep_has_ended(token) or not budget.admits(point):
             return before.status
         signals = stack.enter_context(_worker_signals())
-        prune = prune_file(folder, point)
-        prune.unlink(missing_ok=True)  # which a search that was killed has left
+        (prune := prune_file(folder, point)).unlink(missing_ok=True)  # which a search that was killed has left
         signal_to_send = partial(_signal_to_send, signals, (stop, prune), token, budget)
         count = start.processes if start.reserve else 0
         with reserve_gpu(device, jobs_per_device, lambda: signal_to_send() is not None, count) as gpu:

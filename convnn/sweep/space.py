@@ -66,18 +66,16 @@ def _distribution(override: Override) -> BaseDistribution:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     value = override.value()
+    kind: Any
     try:
         if isinstance(value, IntervalSweep):
-            low, high, log = value.start, value.end, "log" in value.tags
-            whole = isinstance(low, int) and isinstance(high, int)
-            return IntDistribution(low, high, log) if whole else FloatDistribution(float(low), float(high), log)
+            kind = IntDistribution if isinstance(value.start, int) and isinstance(value.end, int) else FloatDistribution
+            return kind(value.start, value.end, "log" in value.tags)
         if override.is_range_sweep():
-            numbers = list(override.sweep_iterator())
+            numbers: list[Any] = list(override.sweep_iterator())
+            kind = IntDistribution if all(isinstance(number, int) for number in numbers) else FloatDistribution
             step = abs(numbers[1] - numbers[0]) if len(numbers) > 1 else 1
-            low, high = min(numbers), max(numbers)
-            if all(isinstance(number, int) for number in numbers):
-                return IntDistribution(low, high, step=step)
-            return FloatDistribution(low, high, step=step)
+            return kind(min(numbers), max(numbers), step=step)
         return CategoricalDistribution([str(text) for text in override.sweep_string_iterator()])
     except (ValueError, IndexError, TypeError) as error:
         raise ConfigError(f"{override.input_line} cannot be searched: {error}") from error

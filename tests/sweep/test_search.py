@@ -78,7 +78,8 @@ def test_a_killed_search_loses_and_doubles_nothing(search, tmp_path):
     driver = stand_in_for_train(tmp_path / "path", STAND_IN)
     killed = sweep(driver, tmp_path, *arguments, "+data.options.seconds=0.4", wait=False)
     end = time.monotonic() + 300
-    while not any("\n" in path.read_text() for path in tmp_path.glob("sweep/points/*/metrics.jsonl")):
+    journal = tmp_path / "sweep" / JOURNAL
+    while not journal.exists() or '"intermediate_value"' not in journal.read_text():
         assert time.monotonic() < end and killed.poll() is None
         time.sleep(0.05)
     killed.kill()

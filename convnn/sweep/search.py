@@ -72,7 +72,7 @@ def run_search(options: SweepConfig, given: Sequence[str], launcher: Sequence[st
     held = lock(folder / ".search.lock", wait=1.0)
     if held is None:
         raise ConfigError(f"sweep.dir={folder}: another search goes on there; wait for it, or choose another folder")
-    with contextlib.closing(held):  # type: ignore[type-var]
+    with contextlib.closing(held):
         token = f"{platform.node()}-{os.getpid()}"
         own = [o for o in launcher if key_of(o) != "hydra/sweeper" and not key_of(o).startswith("hydra.sweeper.")]
         budget = Budget.from_now(folder, options.budget)

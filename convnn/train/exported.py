@@ -165,7 +165,7 @@ def _plain(found: Restored, config: Config) -> tuple[nn.Module, dict[str, Any] |
 
 def _description(found: Restored, config: Config, described: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return what timm, and the Hub, read of config.json."""
-    values = {"architecture": config.backbone.name.partition(".")[0], "num_classes": len(found.classes)}
+    values: dict[str, Any] = {"architecture": config.backbone.name.partition(".")[0], "num_classes": len(found.classes)}
     if described is None:
         return values
     source = {key: value for key, value in timm.get_pretrained_cfg(config.backbone.name).to_dict().items()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from convnn.figures.neighbors import draw_neighbors
     from convnn.models.backbones import create_backbone
     from convnn.models.inspect import neighbors_of
+    from convnn.models.measuring import measure_choices
     from convnn.models.schedule import apply_schedule
     from convnn.models.swap import export_layers, neighbor_layers, swap_layers
     from convnn.models.tokens import set_token_grid
@@ -66,6 +67,7 @@ _HOME = {
     "export_layers": "models.swap",
     "load_exported": "train.exported",
     "load_run": "train.finished",
+    "measure_choices": "models.measuring",
     "neighbor_aggregate": "ops.functional",
     "neighbor_layers": "models.swap",
     "neighbors_of": "models.inspect",
@@ -107,6 +109,7 @@ __all__ = [
     "export_layers",
     "load_exported",
     "load_run",
+    "measure_choices",
     "neighbor_aggregate",
     "neighbor_layers",
     "neighbors_of",

@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
     draw(rows, title).savefig(out / "benchmark.png", dpi=110)
     for case, found in choice.choices().items():
         times = ", ".join(f"{way} {ms:.3f}" for way, ms in found["ms"].items() if ms is not None)
-        print(f"auto took {found['way']} for {case} (ms: {times})")
+        print(f"auto took {found['way']} for {case} ({f'ms: {times}' if times else 'not measured'})")
     print(f"written: {out / 'benchmark.csv'}, {out / 'benchmark.png'}")
 
 

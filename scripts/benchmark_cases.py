@@ -23,7 +23,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from benchmark_tensors import noise, real
+from benchmark_tensors import Compiled, noise, real
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
@@ -201,8 +201,8 @@ def operator_cases(
         attention[f"ConvNNAttention sum{named}"] = partial(attend, aggregation="sum")
         attention[f"ConvNNAttention depthwise{named}"] = attend
     if compiled:
-        conv["ConvNN2d blend 1 compiled"] = lambda: _compiled(ConvNN2d(64, 128, 9))
-        attention["ConvNNAttention depthwise compiled"] = lambda h: _compiled(ConvNNAttention(dim, h, 9))
+        conv["ConvNN2d blend 1 compiled"] = lambda: Compiled(ConvNN2d(64, 128, 9))
+        attention["ConvNNAttention depthwise compiled"] = lambda h: Compiled(ConvNNAttention(dim, h, 9))
     cases = []
     for backward in (False, True):
         what = "forward+backward" if backward else "forward"
@@ -220,11 +220,6 @@ def operator_cases(
                 for name, make in attention.items()
             ]
     return cases
-
-
-def _compiled(layer: nn.Module) -> nn.Module:
-    layer.compile()
-    return layer
 
 
 _CANDIDATES: dict[str, dict[str, Any]] = {"all": {}, "random 32": {"candidates": "random", "num_candidates": 32}}
@@ -295,7 +290,7 @@ def backend_cases(quick: bool, device: torch.device) -> list[Case]:
 
 def _layer_of(name: str, heads: int) -> nn.Module:
     layer = ConvNNAttention(192, heads, 9, backend=_BACKENDS[name])
-    return _compiled(layer) if name.endswith("compiled") else layer
+    return Compiled(layer) if name.endswith("compiled") else layer
 
 
 def _step_of(step: str, name: str, batch: int, side: int, k: int, dtype: torch.dtype) -> Callable[[torch.device], Step]:

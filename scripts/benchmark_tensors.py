@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convnn import measure_choices
+
 
 def photographs(count: int, side: int) -> tuple[Tensor, Tensor]:
     """Return crops of scikit-learn's two photographs, normalised, (count, 3, side, side), and of which each is.
@@ -55,3 +57,19 @@ def noise(*shape: int) -> Tensor:
 def real(count: int, channels: int, side: int, _: int) -> Tensor:
     """Return images if they are to have three channels, else activations."""
     return photographs(count, side)[0] if channels == 3 else activations(count, channels, side)
+
+
+class Compiled(nn.Module):
+    """A compiled layer. What its graph chooses among is measured on its first input."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        """Compile it when it is first called."""
+        super().__init__()
+        self.layer, self.graph, self.known = layer, torch.compile(layer), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the layer does."""
+        if not self.known:
+            self.known = True
+            measure_choices(self.layer, x)
+        return self.graph(x)

@@ -208,6 +208,11 @@ class NeighborLayer(nn.Module):
         value = self.blend_value()
         return value if isinstance(value, float) else value.detach().mean().item()
 
+    @property
+    def end(self) -> bool | None:
+        """Which end of the spectrum the layer stands at: True by features, False by position, None between them."""
+        return None if self.blend_logit is not None else self._by_features
+
     def blend_value(self) -> float | Tensor:
         """Return the blend as the operator takes it: a number, or the learned (1,) or (H,) between 0.001 and 0.999.
 

@@ -2,6 +2,10 @@
 
 Nothing is known in advance of a GPU. The ways are timed on the tensors of the first call; the winner is kept for the
 process and in a file beside torch's own, one for each device and its versions of torch and triton.
+
+A graph of ``torch.compile`` has cases of its own, since torch's operations are other kernels there. Nothing can be
+measured while it is traced: what is known then is looked up, and costs the graph nothing. ``for_graphs`` measures such
+cases beforehand, in a pass through the network that is not compiled.
 """
 
 from __future__ import annotations
@@ -10,7 +14,10 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -18,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from convnn.errors import first_line
 
@@ -25,6 +33,8 @@ log = logging.getLogger("convnn")
 
 REPEATS = 3
 """Runs of each way that are timed, after one that is not; the least counts."""
+GRAPH_SECONDS = 300.0
+"""Of a process, for cases of graphs: each compiles plain torch, for some ten seconds. The next process goes on."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,83 @@ _answers: dict[tuple[Case, tuple[str, ...]], str] = {}
 """What was taken of these ways: asked in every step, so that it should cost no more than a look."""
 
 
+_for_graphs: ContextVar[bool] = ContextVar("for_graphs", default=False)
+_spent_on_graphs = 0.0
+"""Seconds."""
+
+
+@contextmanager
+def for_graphs() -> Iterator[None]:
+    """Measure inside what a graph of ``torch.compile`` would choose among, plain torch being compiled for it."""
+    token = _for_graphs.set(True)
+    try:
+        yield
+    finally:
+        _for_graphs.reset(token)
+
+
+def measures_for_graphs() -> bool:
+    """Return whether ``for_graphs`` is at work."""
+    return _for_graphs.get()
+
+
+def as_in_graphs(way: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a way of plain torch as ``for_graphs`` times it: compiled by itself, and else as it is."""
+    if torch.compiler.is_compiling() or not _for_graphs.get():
+        return way
+    return torch.compile(way, fullgraph=True, dynamic=False)
+
+
+def pick(
+    step: str,
+    like: Tensor,
+    kind: str,
+    exact: Mapping[str, int],
+    rough: Mapping[str, int],
+    ways: Mapping[str, Callable[[], object]],
+) -> str:
+    """Return the name of the fastest way, by measurement where that is not known yet; see ``fastest``.
+
+    Args:
+        step: what is computed.
+        like: a tensor of the device and precision.
+        kind: what else tells cases apart.
+        exact: sizes that do.
+        rough: sizes that do by their next power of two.
+        ways: by name, the one that is taken unmeasured first. In a graph of ``torch.compile`` none is called, and sizes
+            that are not fixed leave it at the first.
+    """
+    if len(ways) == 1:
+        return next(iter(ways))
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        sizes = *exact.values(), *rough.values()
+        if not all(has_static_value(size) for size in sizes):
+            return next(iter(ways))
+        names = *exact, *rough
+        return _looked_up(step, like.device, like.dtype, kind, len(exact), names, sizes, tuple(ways))
+    kind = f"{kind} compiled" if _for_graphs.get() else kind
+    return fastest(Case(step, like.device, like.dtype, sized(exact, **rough), kind), ways)
+
+
+@torch.compiler.assume_constant_result  # of numbers and names: the table is no part of a graph
+def _looked_up(
+    step: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    kind: str,
+    num_exact: int,
+    names: tuple[str, ...],
+    sizes: tuple[int, ...],
+    ways: tuple[str, ...],
+) -> str:
+    named = list(zip(names, sizes, strict=True))
+    case = Case(step, device, dtype, sized(dict(named[:num_exact]), **dict(named[num_exact:])), f"{kind} compiled")
+    taken = _used[device_name(device), str(case)] = best_of(known_times(case), dict.fromkeys(ways))
+    return taken
+
+
 def fastest(case: Case, ways: Mapping[str, Callable[[], object]]) -> str:
     """Return the name of the fastest way, and measure where that is not known yet.
 
@@ -77,9 +164,10 @@ def fastest(case: Case, ways: Mapping[str, Callable[[], object]]) -> str:
     key = device_name(case.device), str(case)
     known = known_times(case)
     if not set(ways) <= set(known):
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if capturing or (_for_graphs.get() and _spent_on_graphs > GRAPH_SECONDS):
             return usual
-        known = known | {name: _time(way, case) for name, way in ways.items() if name not in known}
+        known = known | _time_all({name: way for name, way in ways.items() if name not in known}, case)
         _times[key] = known
         _store(case.device)
     _used[key] = _answers[case, names] = best_of(known, ways)
@@ -109,6 +197,28 @@ def known_times(case: Case) -> Times:
 def choices() -> dict[str, Any]:
     """Return what this process took: by case the way, and the milliseconds of all that were timed."""
     return {case: {"way": way, "ms": _times.get((device, case), {})} for (device, case), way in _used.items()}
+
+
+def table() -> dict[tuple[str, str], Times]:
+    """Return all that is known, to be given to ``adopt`` by the other processes of a group."""
+    return dict(_times)
+
+
+def adopt(times: dict[tuple[str, str], Times]) -> None:
+    """Choose by what another process measured: all of a group then compile the same graph."""
+    _times.update(times)
+    _answers.clear()
+
+
+def _time_all(ways: Mapping[str, Callable[[], object]], case: Case) -> Times:
+    global _spent_on_graphs
+    begin = time.monotonic()
+    with torch.random.fork_rng([case.device] if torch.cuda.is_initialized() else []):  # dropout draws as ever
+        times = {name: _time(way, case) for name, way in ways.items()}
+    if _for_graphs.get():
+        _spent_on_graphs += time.monotonic() - begin
+        log.info("measured for graphs in %.0f s: %s", time.monotonic() - begin, case)
+    return times
 
 
 def _time(way: Callable[[], object], case: Case) -> float | None:

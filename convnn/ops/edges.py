@@ -41,7 +41,7 @@ def summed_in_order(always: bool) -> Iterator[None]:
 
     Args:
         always: over the transposed graph, in the same order each time; else with ``index_add_``, whose order on a GPU
-            is that of chance, except under torch's deterministic algorithms.
+            is that of chance, except under torch's deterministic algorithms, and which sorts no edges.
     """
     token = _in_order.set(always)
     try:
@@ -86,11 +86,22 @@ class Edges:
 
     def scatter_sum(self, values: Tensor, weights: Tensor | None) -> Tensor:
         """Return each token's sum of ``weights`` (E, K) times the queries that take it: (E, D) -> (T, D)."""
+        if not (self.ordered or in_cache(values)):
+            return self._scatter_by_chance(values, weights)
         edges, start = self._by_token()
         # Edge number e K + r is slot r of query e.
         queries = edges.div(self.rows.shape[1], rounding_mode="floor")
         weights = None if weights is None else weights.flatten()[edges]
         return F.embedding_bag(queries, values, start, mode="sum", per_sample_weights=weights)
+
+    def _scatter_by_chance(self, values: Tensor, weights: Tensor | None) -> Tensor:
+        total = self.zeros_for_tokens(values.new_empty(self.num_tokens, values.shape[1]))
+        k = self.rows.shape[1]
+        for part in self.parts(values, k * values.shape[1]):
+            own = values[part, None].expand(-1, k, -1)
+            own = own.contiguous() if weights is None else own * weights[part, :, None]
+            self.add_to_tokens(total, part, own, None)
+        return total.to(values.dtype)
 
     def dot(self, queries: Tensor, table: Tensor) -> Tensor:
         """Return the products of each query with its tokens: (E, D), (T, D) -> (E, K)."""

@@ -23,7 +23,7 @@ from convnn.ops.aggregation import (
     walks_edges,
     with_own_scores,
 )
-from convnn.ops.edges import Edges
+from convnn.ops.edges import Edges, in_cache, summed_in_order
 from convnn.ops.geometry import Geometry
 from convnn.ops.neighbors import Neighbors
 from convnn.ops.selection import select_neighbors
@@ -89,45 +89,72 @@ def neighbor_aggregate(
         return aggregate_plainly(q, k, v, weight, found, geometry, selection, mixing, **more)  # type: ignore[arg-type]
 
     summed = mixing.weighting == "softmax" and (weight is None or weight.ndim == 2)
-    if not summed or bias is not None or blocked is not None:
-        return plain(q, k, v, weight)
-    ways: dict[str, Way] = {"torch": plain}
-    if dispatch.attends(q, k, v, weight, selection, mixing, num=num, dropout=drop):
+    fused = summed and bias is None and blocked is None
+    kernels: dict[str, Way] = {}
+    if fused and dispatch.attends(q, k, v, weight, selection, mixing, num=num, dropout=drop):
         how = {"similarity": selection.similarity, "temperature": mixing.temperature}
         kernel = partial(_by_kernel, found, how)
-        if torch.compiler.is_compiling():  # where nothing can be measured
-            return kernel(q, k, v, weight)
-        kernels: dict[str, Way] = {"triton": kernel, "triton in order": partial(kernel, ordered=True)}
-        ways = kernels if mixing.backend == "triton" else ways | kernels
-    open_to_others = drop == 0 and dispatch.measured(mixing.backend, v.device)  # first: no graph asks what is installed
-    if open_to_others and natten.serves(geometry, selection, mixing, blend, (k.shape[-1], v.shape[-1])):
-        ways["natten"] = partial(_by_natten, geometry, selection.similarity, mixing.temperature)
-    return ways[_fastest(ways, q, k, v, weight, num)](q, k, v, weight)
+        kernels = {"triton": kernel, "triton in order": partial(kernel, ordered=True)}
+        if mixing.backend == "triton":
+            return kernels[_fastest("attention", mixing, kernels, q, k, v, weight, num)](q, k, v, weight)
+    if torch.compiler.is_compiling():
+        ways = kernels | {"torch": plain}  # unmeasured, the kernel: it makes no block of neighbours
+    else:
+        ways = {"torch": plain} | kernels
+    if dispatch.measured(mixing.backend, v.device) and not choice.measures_for_graphs():
+        if walks_edges(v) and not in_cache(v) and _needs_gradient(q, k, v, weight):
+            ways["torch atomic"] = partial(_by_chance, plain)
+        if fused and drop == 0 and natten.serves(geometry, selection, mixing, blend, (k.shape[-1], v.shape[-1])):
+            ways["natten"] = partial(_by_natten, geometry, selection.similarity, mixing.temperature)
+    step = "attention" if fused else "aggregation"
+    return ways[_fastest(step, mixing, ways, q, k, v, weight, num)](q, k, v, weight)
 
 
 Way = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Aggregates q, k, v with slot weights."""
 
 
-def _fastest(ways: Mapping[str, Way], q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, num: int) -> str:
-    """Return the fastest of several ways of attention to ``num`` neighbours, with its gradient where one is taken."""
+def _fastest(
+    step: str,
+    mixing: Mixing,
+    ways: Mapping[str, Way],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    num: int,
+) -> str:
+    """Return the fastest of several ways to mix ``num`` neighbours, with its gradient where one is taken."""
     if len(ways) == 1:
         return next(iter(ways))
     b, h, queries, channels = q.shape
     given = q, k, v, weight
-    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    trained = _needs_gradient(*given)
 
     def once(way: Way) -> None:
         own = [None if t is None else t.detach().requires_grad_(t.requires_grad and trained) for t in given]
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):  # not those of a checkpoint around
             y = way(*own)  # type: ignore[arg-type]
             if trained:
-                torch.autograd.grad(y, [t for t in own if t is not None and t.requires_grad], torch.ones_like(y))
+                leaves = [t for t in own if t is not None and t.requires_grad]
+                torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
 
-    sizes = choice.sized({"k": num}, items=b * h, queries=queries, tokens=k.shape[2], channels=channels + v.shape[-1])
     kind = " ".join(("training" if trained else "inference", "sum" if weight is None else "depthwise"))
-    case = choice.Case("attention", v.device, v.dtype, sizes, kind)
-    return choice.fastest(case, {name: partial(once, way) for name, way in ways.items()})
+    if step == "aggregation":
+        kind = " ".join(("training" if trained else "inference", mixing.weighting, mixing.aggregation))
+    total = channels + v.shape[-1] + (0 if weight is None or weight.ndim == 2 else len(weight))
+    rough = {"items": b * h, "queries": queries, "tokens": k.shape[2], "channels": total}
+    timed = {name: partial(once, choice.as_in_graphs(way) if name == "torch" else way) for name, way in ways.items()}
+    return choice.pick(step, v, kind, {"k": num}, rough, timed)
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _by_chance(plain: Way, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None) -> Tensor:
+    with summed_in_order(False):
+        return plain(q, k, v, weight)
 
 
 def _as_it_is(x: Tensor) -> Tensor:

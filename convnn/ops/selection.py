@@ -82,8 +82,7 @@ def select_neighbors(
         if unknown:
             best = without_data
         elif not by_position and fits and dispatch.selects(backend, q, k, selection):
-            # In a graph nothing can be measured, and the kernel needs no scores of all pairs.
-            best = select.best_tokens if backend == "triton" or torch.compiler.is_compiling() else _fastest
+            best = select.best_tokens if backend == "triton" else _fastest
         else:
             q, k = precise(q), precise(k)
         found = []
@@ -151,12 +150,21 @@ def _rank_precisely(search: Search) -> Neighbors:
 
 def _fastest(search: Search) -> Neighbors:
     """Do what ``rank`` does, by plain torch or the kernel, whichever was measured to be faster."""
-    ways = {"torch": partial(_rank_precisely, search), "triton": partial(select.best_tokens, search)}
+
+    def plain() -> tuple[Tensor | None, ...]:
+        found = _rank_precisely(search)
+        return found.index, found.valid, found.low, found.high
+
+    ways: dict[str, Callable[[], object]] = {"torch": choice.as_in_graphs(plain)}
+    ways["triton"] = partial(select.best_tokens, search)
+    if torch.compiler.is_compiling():  # unmeasured, the kernel: it needs no scores of all pairs
+        ways = dict(reversed(ways.items()))
     selection, (b, h, queries, channels) = search.selection, search.q.shape
     candidates = search.k.shape[2] if search.candidates is None else len(search.candidates)
-    sizes = choice.sized({"k": selection.k}, items=b * h, queries=queries, candidates=candidates, channels=channels)
+    rough = {"items": b * h, "queries": queries, "candidates": candidates, "channels": channels}
     kind = f"{selection.similarity} {'by features' if at_end(search.blend, 1) else 'blended'}"
-    return ways[choice.fastest(choice.Case("selection", search.q.device, search.q.dtype, sizes, kind), ways)]()
+    way = choice.pick("selection", search.q, kind, {"k": selection.k}, rough, ways)
+    return select.best_tokens(search) if way == "triton" else _rank_precisely(search)
 
 
 def without_data(search: Search) -> Neighbors:

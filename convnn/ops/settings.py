@@ -124,7 +124,7 @@ class Mixing:
     of its selection score. Always on where the blend is learned."""
     backend: str = choice("auto", "torch", "triton")
     """What computes: ``torch``: its own operations, along edges (``ops.edges``); ``triton``: its kernels on CUDA, or an
-    error; ``auto``: on CUDA whichever is measured to be faster, else ``torch``."""
+    error; ``auto``: on CUDA whichever is measured to be faster, in compiled graphs too, else ``torch``."""
 
 
 T = TypeVar("T")

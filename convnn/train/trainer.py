@@ -38,7 +38,8 @@ from convnn.runs.data_record import DataRecord
 from convnn.runs.folder import RunFolder
 from convnn.runs.metrics import describe_row
 from convnn.runtime import distributed
-from convnn.runtime.device import check_compiler, compiled, make_autocast, pick_device, seed_step
+from convnn.runtime.device import check_compiler, make_autocast, pick_device, seed_step
+from convnn.train.compiling import compiled_by_choice
 from convnn.train.divergence import DivergenceCheck
 from convnn.train.evaluate import Meter, evaluate
 from convnn.train.kept import TestOutputs
@@ -80,7 +81,7 @@ class Trainer:
             idle = parameters_without_gradient(self.model, config.schedule, dataset.train.shape[0], self.image_size)
             self.forward = distributed.data_parallel(self.model, self.device, bool(idle))
         if config.train.compile:
-            self.forward = compiled(self.forward, config.train.compile)
+            self.forward = compiled_by_choice(self.model, self.forward, config.train.compile)
 
     def _build(self, dataset: Dataset) -> None:
         config, train = self.config, self.config.train

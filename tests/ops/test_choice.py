@@ -132,3 +132,59 @@ def test_nothing_is_measured_while_a_graph_is_captured(times, monkeypatch):
     assert choice.fastest(case(), ways("torch", "a")) == "a"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert choice.fastest(case(), ways("torch", "a")) == "a"  # what is known is used
+
+
+def picked(x, names=("torch", "a"), **rough):
+    """Return the way that ``pick`` takes of ways with these names."""
+    return choice.pick("mixing", x, "kind", {"k": 3}, {"items": x.shape[0]} | rough, ways(*names))
+
+
+def test_a_graph_looks_up_what_was_measured_for_it(times, monkeypatch):
+    times |= {"torch": 3.0, "a": 1.0, "b": 2.0}
+    monkeypatch.setattr(choice, "measures", lambda device: not torch.compiler.is_compiling())
+    monkeypatch.setattr(choice, "as_in_graphs", lambda way: way)
+
+    def step(x):
+        return x + {"b": 20, "torch": 1, "a": 10}[picked(x, ("b", "torch", "a"))]
+
+    def compiled(count, **options):
+        torch.compiler.reset()
+        return torch.compile(step, backend="eager", fullgraph=True, **options)(torch.zeros(count))[0]
+
+    assert compiled(4) == 20 and times["ran"] == []  # nothing is known: the first
+    assert choice.choices() == {"mixing kind compiled k=3 items=4 float32": {"way": "b", "ms": {}}}
+    assert picked(torch.zeros(4), ("torch", "a", "b")) == "a"
+    assert compiled(4) == 20  # what was measured outside of graphs is no answer
+    with choice.for_graphs():
+        assert picked(torch.zeros(4), ("torch", "a", "b")) == "a"
+    assert len(times["ran"]) == 6
+    assert compiled(4) == compiled(3) == 10 and compiled(9) == 20  # the same power of two, and another
+    assert compiled(4, dynamic=True) == 20  # whose sizes are not known
+    assert len(times["ran"]) == 6 and "mixing kind k=3 items=4 float32" in choice.choices()
+
+
+def test_compiling_for_graphs_has_an_end(times, monkeypatch):
+    times |= {"torch": 3.0, "a": 1.0}
+    monkeypatch.setattr(choice, "measures", lambda device: True)
+    monkeypatch.setattr(choice, "GRAPH_SECONDS", -1.0)
+    with choice.for_graphs():
+        assert picked(torch.zeros(4)) == "torch" and times["ran"] == []
+    assert picked(torch.zeros(4)) == "a"
+
+
+def test_plain_torch_is_compiled_for_graphs_alone(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda way, **options: calls.append(options) or "compiled")
+    assert choice.as_in_graphs("way") == "way"
+    with choice.for_graphs():
+        assert choice.as_in_graphs("way") == "compiled"
+    assert calls == [{"fullgraph": True, "dynamic": False}] and not choice.measures_for_graphs()
+
+
+def test_a_group_chooses_by_the_table_of_one(times, monkeypatch):
+    times |= {"torch": 3.0, "a": 1.0}
+    monkeypatch.setattr(choice, "measures", lambda device: True)
+    assert picked(torch.zeros(4)) == "a"
+    (case,) = choice.table()
+    choice.adopt({case: {"torch": 1.0, "a": 2.0}})
+    assert picked(torch.zeros(4)) == "torch" and len(times["ran"]) == 2

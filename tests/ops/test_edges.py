@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from convnn import ConvNN2d, ConvNNAttention
-from convnn.ops import aggregation, edge_functions, edges, functional, native
+from convnn.ops import aggregation, choice, edge_functions, edges, functional, native
 from convnn.ops.topk import stable_topk
 
 OPTIONS = [
@@ -265,6 +265,48 @@ def test_gradients_are_summed_in_order(options, monkeypatch):
     assert not seen.names & ADDS_BY_CHANCE
     with walking("chunks", monkeypatch):
         bitwise_equal(layer, x, 5)
+
+
+@pytest.mark.parametrize("options", [{}, {"aggregation": "sum", "weighting": "softmax"}])
+@pytest.mark.parametrize("winner", ["torch", "torch atomic"])
+def test_the_order_of_sums_is_measured(winner, options, monkeypatch, tmp_path):
+    """In training, with ``auto``, where sums are not in a core's cache; the way that won is the one that runs."""
+    torch.manual_seed(0)
+    layer, x = ConvNN2d(4, 4, 5, **options), torch.randn(2, 4, 5, 6)
+    expected = results(layer, x)
+    layer.zero_grad()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name, value in (("_times", {}), ("_used", {}), ("_answers", {}), ("measures", lambda device: True)):
+        monkeypatch.setattr(choice, name, value)
+    choice._load.cache_clear()
+    timed = []
+
+    def time(way, case):
+        way()
+        timed.append(case)
+        return float((timed.count(case) == 1) != (winner == "torch"))
+
+    monkeypatch.setattr(choice, "_time", time)
+    monkeypatch.setattr(functional.dispatch, "measured", lambda backend, device: backend == "auto")
+    monkeypatch.setattr(functional, "in_cache", lambda _: False)
+    added, add_rows = [], native.add_rows
+    monkeypatch.setattr(native, "add_rows", lambda *given: added.append(1) or add_rows(*given))
+    with walking("chunks", monkeypatch):
+        results(layer, x)
+        layer.zero_grad()
+        added.clear()
+        found = results(layer, x)
+        assert bool(added) == (winner == "torch atomic") and len(timed) == 2
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+        with torch.no_grad():
+            layer(x)
+        layer.backend = "torch"
+        added.clear()
+        results(layer, x)
+    assert not added and len(timed) == 2
+    ((case, entry),) = choice.choices().items()
+    assert entry["way"] == winner and case.split()[:2] == ["attention" if options else "aggregation", "training"]
 
 
 def bitwise_equal(layer, x, times):

@@ -11,11 +11,12 @@ import timm
 import torch
 from torch import library, nn
 
-from convnn import ConfigError, ConvNN2d, ConvNNAttention, swap_layers
+from convnn import ConfigError, ConvNN2d, ConvNNAttention, measure_choices, swap_layers
+from convnn.ops import choice
 from convnn.ops.geometry import Geometry
 from convnn.ops.selection import select_neighbors
 from convnn.ops.settings import Selection
-from convnn.ops.triton import attention, select
+from convnn.ops.triton import attention, dispatch, select
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 GPU = DEVICE == "cuda"
@@ -112,6 +113,46 @@ def test_a_swapped_network_compiles_in_one_graph_with_kernels(kind, backend, mon
         assert torch.allclose(a, b, atol=1e-3 if GPU else 1e-5, rtol=1e-4)
     names = {"convnn.attend.default", "convnn.best_keys.default"} if kind == "vit" else {"convnn.best_keys.default"}
     assert len(seen) == 1 and names <= seen[0]
+
+
+@pytest.mark.parametrize("winner", ["torch", "triton", "triton in order"])
+def test_a_graph_has_what_was_measured_to_be_fastest_in_one(winner, monkeypatch, tmp_path):
+    model, x = swapped("vit")
+    expected = model(x)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name, value in (("_times", {}), ("_used", {}), ("_answers", {})):
+        monkeypatch.setattr(choice, name, value)
+    choice._load.cache_clear()
+    monkeypatch.setattr(choice, "measures", lambda device: not torch.compiler.is_compiling())
+    monkeypatch.setattr(dispatch, "engaged", lambda *given: True)
+    if not GPU:  # minutes of compilation else
+        monkeypatch.setattr(choice, "as_in_graphs", lambda way: way)
+    timed = []
+
+    def time(way, case):
+        way()
+        timed.append(case.step)
+        mine = timed.count(case.step) - 1
+        if case.step == "attention":
+            return float(["torch", "triton", "triton in order"][mine] != winner)
+        return float((mine == 0) != (winner == "torch"))  # of selection plain torch comes first
+
+    monkeypatch.setattr(choice, "_time", time)
+    found = measure_choices(model, x)
+    targets = []
+
+    def noted(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=noted)
+    assert torch.allclose(compiled(x), expected, atol=1e-4)
+    assert {case.split()[0]: entry["way"] for case, entry in found.items() if "kernel" not in case} == {
+        "attention": winner,
+        "selection": "torch" if winner == "torch" else "triton",
+    }
+    assert ("convnn.attend.default" in targets) == ("convnn.best_keys.default" in targets) == (winner != "torch")
 
 
 def test_an_exported_graph_is_of_torchs_own_operations():

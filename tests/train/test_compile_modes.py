@@ -1,6 +1,7 @@
 """``train.compile``: its modes, and how many graphs a moving blend and a smaller last batch take."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from training import rows
 from convnn import ConfigError, ConvNN2d, ConvNNAttention
 from convnn.config.identity import fingerprint, identity
 from convnn.runtime.device import compiled
+from convnn.train import compiling
 from convnn.train.run import run
 
 GPU = torch.cuda.is_available()
@@ -31,6 +33,26 @@ def test_modes_fix_the_shapes(monkeypatch):
     for mode in (True, "reduce-overhead", "max-autotune"):
         assert compiled(lambda x: x + 1, mode)(torch.ones(())) == 2
     assert calls == [{}, *({"mode": m, "dynamic": False} for m in ("reduce-overhead", "max-autotune"))]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_a_graph_will_need_is_measured_before_it_is_made(processes, monkeypatch):
+    """At the first step of each size, k and end of the blend; in a group, where sizes differ, without the size."""
+    world = SimpleNamespace(size=processes)
+    for name, value in (("world", lambda: world), ("broadcast", lambda table: table)):
+        monkeypatch.setattr(compiling.distributed, name, value)
+    monkeypatch.setattr(compiling, "compiled", lambda forward, mode: forward)
+    events = []
+    monkeypatch.setattr(compiling, "measure_choices", lambda model, images: events.append("measured"))
+    model = nn.Sequential(ConvNN2d(3, 4, 5))
+    step = compiling.compiled_by_choice(model, lambda images: events.append("ran") or images, True)
+    met = []
+    for blend, k, size in ((0.0, 5, 4), (0.0, 5, 4), (0.3, 5, 4), (0.6, 5, 4), (1.0, 5, 4), (1.0, 4, 4), (1.0, 4, 3)):
+        model[0].set_spectrum(blend=blend, k=k)
+        step(torch.randn(size, 3, 4, 5))
+        met.append(events == ["measured", "ran"])
+        events.clear()
+    assert met == [True, False, True, False, True, True, processes == 1]
 
 
 @pytest.mark.long

@@ -30,7 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from gpu_stages import ROOT, STAGES, Context, Row, Stage, Unit, read_csv, script
+from gpu_stages import STAGES
+from gpu_units import ROOT, Context, Row, Stage, Unit, read_csv, script
 
 from convnn.cli.program import path, run_program, script_options
 from convnn.errors import EXIT_FAILED, ConfigError
@@ -187,12 +188,13 @@ class Check:
             print(f"{stage.name}: done before: {line['verdict']}, {line['says']}")
             return
         begin, failed, begun = time.monotonic(), [], False
-        for unit in units:
+        for place, unit in enumerate(units):
             left = limit - (time.monotonic() - begin)
             if unit.name in done or left < unit.least:
                 continue
             begun = True
-            ended, rows = self._run(stage, unit, left)
+            others = sum(later.name not in done for later in units[place + 1 :])
+            ended, rows = self._run(stage, unit, left, max(unit.least, left / (1 + others)))
             self._keep_rows(stage, unit, rows)
             if ended is True:
                 done.append(unit.name)
@@ -208,16 +210,23 @@ class Check:
             flush=True,
         )
 
-    def _run(self, stage: Stage, unit: Unit, seconds: float) -> tuple[bool | None, list[Row]]:
-        """Run a unit; return whether it came to its end (None: it was cut off) and its rows."""
+    def _run(self, stage: Stage, unit: Unit, limit: float, share: float) -> tuple[bool | None, list[Row]]:
+        """Run a unit; return whether it came to its end (None: it was cut off) and its rows.
+
+        Args:
+            stage: that it is a part of.
+            unit: what to run.
+            limit: seconds after which it is cut off.
+            share: seconds that it is told to take, so that those behind it get theirs.
+        """
         folder = self.work / stage.name / "".join(c if c.isalnum() else "-" for c in unit.name)
         if stage.name not in ("rows", "fast"):  # whose runs go on where they stopped
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + limit
         ended: bool | None = True
         with (folder / "log").open("w") as log:
-            for command in unit.commands(folder, seconds):
+            for command in unit.commands(folder, share):
                 code = _call(command, log, unit.environment, deadline)
                 if code not in unit.ends:
                     stopped = code is None or (stage.name == "rows" and code == EXIT_FAILED)

@@ -2,99 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import gpu_verdicts as verdicts
-from gpu_verdicts import Row
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@dataclass(frozen=True)
-class Context:
-    """What all stages are told."""
-
-    device: str
-    """``cuda`` or ``cpu``."""
-    gpus: int
-    tiny: bool
-    data: tuple[str, ...] | None
-    """Overrides that name CIFAR-10's images; None: there are none."""
-    row_epochs: int | None
-    seed: int
-
-    def arm(self, *overrides: str) -> list[str]:
-        """Return the overrides of a run that leaves nothing but numbers."""
-        own = ["tracker=jsonl", "diagnostics.enabled=false", "checkpoint.predictions=off", f"seed={self.seed}"]
-        return [*overrides, *own, f"device={self.device}"]
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A part of a stage: commands that run one after another, and what they leave."""
-
-    name: str
-    commands: Callable[[Path, float], list[list[str]]]
-    """Given a folder of its own and the seconds that are left."""
-    read: Callable[[Path], list[Row]]
-    """Rows, perhaps of half the work, from the folder."""
-    least: float = 15.0
-    """Seconds below which it is not begun."""
-    ends: tuple[int, ...] = (0,)
-    """Exit codes of a unit that came to its end."""
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Something to be found out."""
-
-    name: str
-    about: str
-    weight: float
-    """Its share of the time that is left, beside those of the stages after it."""
-    units: Callable[[Context], list[Unit]]
-    judge: Callable[[list[Row]], tuple[str, str]]
-    """``pass``, ``fail`` or ``figure``, and a line that says so."""
-
-
-def script(name: str) -> list[str]:
-    """Return the beginning of the command of a program of this repository."""
-    return [sys.executable, str(ROOT / name)]
-
-
-def read_csv(path: Path) -> list[Row]:
-    """Return the rows of a CSV file; none if there is no file."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _read_rows(folder: Path) -> list[Row]:
-    path = folder / "rows.json"
-    return json.loads(path.read_text()) if path.is_file() else []
-
-
-def _steps(folder: Path, **plan: Any) -> list[str]:
-    """Write a plan for gpu_steps.py; return the arguments of its process."""
-    (folder / "plan.json").write_text(json.dumps(plan))
-    return [str(ROOT / "scripts" / "gpu_steps.py"), str(folder)]
-
+from gpu_units import ROOT, Context, Row, Stage, Unit, read_csv, read_rows, script, steps
 
 # ------------------------------------------------------------------------------------------------------------- tests
 
 
 def _test_units(context: Context) -> list[Unit]:
     pytest = [sys.executable, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider"]
-    workers = f"-n{0 if context.tiny else min(4, os.cpu_count() or 1)}"
+    workers = f"-n{0 if context.tiny else min(12, os.cpu_count() or 1)}"
     checks = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/support").glob("kernel*_checks.py"))
     marked = sorted(
         str(path.relative_to(ROOT))
@@ -119,6 +41,49 @@ def _test_units(context: Context) -> list[Unit]:
         return Unit(name, lambda *_: [[*pytest, *words]], verdicts.read_tests, 10, (0, 1, 5), environment)
 
     return [unit(name, words) for name, words in plans.items()]
+
+
+# ----------------------------------------------------------------------------------------------- kernels, beforehand
+
+
+def _warm_units(context: Context) -> list[Unit]:
+    """Have what later stages run compiled by processes side by side. What they time, alone on no GPU, is forgotten."""
+    found = _ratio_arms(context)
+    if not context.tiny:
+        found |= {f"compile, {case}": arms for case, arms in _compile_arms(context).items()}
+    arms = {f"{case}: {arm}": context.arm(*words) for case, own in found.items() for arm, words in own.items()}
+    workers = 2 if context.tiny else min(8, os.cpu_count() or 1)
+
+    def commands(folder: Path, seconds: float) -> list[list[str]]:
+        jobs = {}
+        for number, (name, words) in enumerate(arms.items()):
+            jobs[name] = [sys.executable, *steps(folder / str(number), kind="first", arm=words)]
+        if not context.tiny:
+            for unit in _layer_units(context):
+                (words,) = unit.commands(folder / unit.name.replace(" ", "-"), 0.0)
+                jobs[f"layers, {unit.name}"] = [*(w for w in words if w != "repeats=10"), "repeats=1"]
+        plan = {"kind": "warm", "jobs": jobs, "workers": workers, "seconds": seconds - 5}
+        return [[sys.executable, *steps(folder, **plan)]]
+
+    return [Unit("kernels", commands, read_rows, 0 if context.tiny else 20)]
+
+
+# ----------------------------------------------------------------------------------------------------------- indices
+
+
+def _index_units(context: Context) -> list[Unit]:
+    environment = {"TRITON_INTERPRET": "1"} if context.device == "cpu" else {}
+    size = (2, 4, 64) if context.tiny else (256, 32, 10_000_000)  # maps at once, their side, rows in all
+
+    def unit(case: str) -> Unit:
+        def commands(folder: Path, seconds: float) -> list[list[str]]:
+            plan = {"kind": "indices", "case": case, "device": context.device, "size": size, "seconds": seconds - 12}
+            return [[sys.executable, *steps(folder, **plan, seed=context.seed)]]
+
+        return Unit(case, commands, read_rows, 0 if context.tiny else 15, (0,), environment)
+
+    cases = ("ties",) if context.tiny else ("ties", "bfloat16", "float32", "many channels")
+    return [unit(case) for case in cases]
 
 
 # ------------------------------------------------------------------------------------------------------ benchmarks
@@ -170,6 +135,7 @@ def _input_units(context: Context) -> list[Unit]:
 
 
 VGG = ("backbone=vgg11_bn", "swap=all_conv", "operator=hybrid", "train.batch_size=256", "optim=paper")
+VGG_WHOLE = ("backbone=vgg11_bn", "swap=all_conv", "operator=convnn", "train.batch_size=256", "optim=paper")
 VIT = (
     "backbone=vit_tiny_224",
     "swap=all_attention",
@@ -194,9 +160,9 @@ def _timed(context: Context, case: str, arms: dict[str, Sequence[str]], block: i
 
     def commands(folder: Path, seconds: float) -> list[list[str]]:
         plan = {"kind": "steps", "case": case, "arms": own, "block": block, "rounds": rounds, "seconds": seconds - 12}
-        return [[sys.executable, *_steps(folder, **plan)]]
+        return [[sys.executable, *steps(folder, **plan)]]
 
-    return Unit(case, commands, _read_rows, least)
+    return Unit(case, commands, read_rows, least)
 
 
 def _by_backend(base: Sequence[str], context: Context) -> dict[str, Sequence[str]]:
@@ -205,33 +171,49 @@ def _by_backend(base: Sequence[str], context: Context) -> dict[str, Sequence[str
     return plain | {name: [*base, f"operator.backend={name}"] for name in backends}
 
 
-def _ratio_units(context: Context) -> list[Unit]:
+def _ratio_arms(context: Context) -> dict[str, dict[str, Sequence[str]]]:
     if context.tiny:
-        return [_timed(context, "ResNet", _by_backend([*LITTLE_RESNET, *_LITTLE_NOISE], context), 1, 0)]
-    return [
-        _timed(context, "VGG-11 hybrid", _by_backend([*VGG, *_NOISE], context), 5, 25),
-        _timed(context, "ViT-Tiny/224", _by_backend([*VIT, *_NOISE], context), 5, 25),
-    ]
+        return {"ResNet": _by_backend([*LITTLE_RESNET, *_LITTLE_NOISE], context)}
+    cases = {"VGG-11 hybrid": VGG, "VGG-11": VGG_WHOLE, "ViT-Tiny/224": VIT}
+    return {case: _by_backend([*base, *_NOISE], context) for case, base in cases.items()}
+
+
+def _ratio_units(context: Context) -> list[Unit]:
+    block, least = (1, 0) if context.tiny else (5, 25)
+    return [_timed(context, case, arms, block, least) for case, arms in _ratio_arms(context).items()]
+
+
+def _compile_arms(context: Context) -> dict[str, dict[str, Sequence[str]]]:
+    """Return the arms of each case, those that say most first."""
+
+    def compiled(base: Sequence[str], *words: str, mode: str = "true") -> list[str]:
+        return [*base, *words, f"train.compile={mode}"]
+
+    if context.tiny:
+        base = [*_LITTLE_NOISE, *LITTLE_VIT]
+        return {"ViT": {"uncompiled": base, "auto": compiled(base)}}
+    vit, resnet = [*VIT, *_NOISE, "+backbone.kwargs.depth=4"], [*RESNET, *_NOISE]
+    return {
+        "ViT-Tiny/224, 4 blocks": {
+            "uncompiled": vit,
+            "auto": compiled(vit),
+            "torch": compiled(vit, "operator.backend=torch"),
+            "triton": compiled(vit, "operator.backend=triton"),
+            "auto, reduce-overhead": compiled(vit, mode="reduce-overhead"),
+            "auto, moving k": compiled(vit, "schedule=shrink_k", "schedule.k.end=4"),
+        },
+        "ResNet-18": {
+            "uncompiled": resnet,
+            "auto": compiled(resnet),
+            "auto, moving blend": compiled(resnet, "schedule=cosine"),
+        },
+    }
 
 
 def _compile_units(context: Context) -> list[Unit]:
-    def arms(base: Sequence[str]) -> dict[str, Sequence[str]]:
-        found: dict[str, Sequence[str]] = {"plain path": [*base, "operator.backend=torch"]}
-        if context.device == "cuda":
-            found["kernels"] = [*base, "operator.backend=triton"]
-        found["plain path compiled"] = [*base, "operator.backend=torch", "train.compile=true"]
-        if context.device == "cuda":
-            found["kernels compiled"] = [*base, "operator.backend=triton", "train.compile=true"]
-            found["auto compiled"] = [*base, "operator.backend=auto", "train.compile=true"]
-            found["auto, reduce-overhead"] = [*base, "operator.backend=auto", "train.compile=reduce-overhead"]
-            found["auto compiled, moving blend"] = [*base, "schedule=cosine", "train.compile=true"]
-        return found
-
-    if context.tiny:
-        return [_timed(context, "ViT", arms([*_LITTLE_NOISE, *LITTLE_VIT]), 1, 0)]
+    rounds = 1 if context.tiny else 5
     return [
-        _timed(context, "ViT-Tiny/224, 4 blocks", arms([*VIT, *_NOISE, "+backbone.kwargs.depth=4"]), 5, 30),
-        _timed(context, "ResNet-18", arms([*RESNET, *_NOISE]), 5, 40),
+        _timed(context, case, arms, rounds, 0 if context.tiny else 40) for case, arms in _compile_arms(context).items()
     ]
 
 
@@ -249,13 +231,17 @@ def _resume_units(context: Context) -> list[Unit]:
             "spectrum": ["backbone=resnet_tiny", "operator=spectrum", "swap=all_conv", "schedule=cosine", *small],
             "attention": ["backbone=vit_mini", "operator=convnn_attention", "swap=all_attention", *small],
         }
-    arms = {name: context.arm(*words, *common) for name, words in cases.items()}
 
-    def commands(folder: Path, seconds: float) -> list[list[str]]:
-        words = [sys.executable, *_steps(folder, kind="begin_resume", arms=arms)]
-        return [words, [*words, "end_resume"]]
+    def unit(name: str, words: list[str]) -> Unit:
+        arms = {name: context.arm(*words, *common)}
 
-    return [Unit("exact", commands, _read_rows, 0 if context.tiny else 25)]
+        def commands(folder: Path, seconds: float) -> list[list[str]]:
+            begin = [sys.executable, *steps(folder, kind="begin_resume", arms=arms)]
+            return [begin, [*begin, "end_resume"]]
+
+        return Unit(name, commands, read_rows, 0 if context.tiny else 25)
+
+    return [unit(*case) for case in cases.items()]
 
 
 def _group_units(context: Context) -> list[Unit]:
@@ -263,9 +249,9 @@ def _group_units(context: Context) -> list[Unit]:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
 
         def commands(folder: Path, seconds: float) -> list[list[str]]:
-            return [[*launch, *_steps(folder, kind="group", device=context.device)]]
+            return [[*launch, *steps(folder, kind="group", device=context.device)]]
 
-        return Unit(f"{processes} process{'es' * (processes > 1)}", commands, _read_rows, 0 if context.tiny else 15)
+        return Unit(f"{processes} process{'es' * (processes > 1)}", commands, read_rows, 0 if context.tiny else 15)
 
     if context.tiny:
         return [unit(2)]
@@ -346,19 +332,18 @@ def _row_units(context: Context) -> list[Unit]:
 
 
 STAGES = (
+    Stage("warm", "kernels compiled by processes side by side, before anything is timed", 2.5, _warm_units,
+          verdicts.judge_warm),
     Stage("tests", "the CUDA tests", 5, _test_units, verdicts.judge_tests),
+    Stage("indices", "neighbours of 10 million rows by the kernel beside plain torch's", 2, _index_units,
+          verdicts.judge_indices),
+    Stage("ratio", "steps and memory of VGG-11 and ViT-Tiny beside the plain ones'", 4, _ratio_units,
+          verdicts.judge_steps),
     Stage("layers", "layers beside F.conv2d, fused attention and a naive one", 4, _layer_units, verdicts.judge_layers),
-    Stage(
-        "ratio",
-        "steps of VGG-11 and ViT-Tiny beside the plain ones'",
-        4,
-        _ratio_units,
-        verdicts.judge_steps,
-    ),
     Stage("resume", "exact resume under train.deterministic=true", 3, _resume_units, verdicts.judge_resume),
-    Stage("input", "the share of the input in a step", 1.5, _input_units, verdicts.judge_input),
-    Stage("compile", "train.compile with and without kernels", 4, _compile_units, verdicts.judge_compile),
-    Stage("nccl", "NCCL with one process, and two where there are two GPUs", 1.5, _group_units, verdicts.judge_groups),
-    Stage("fast", "experiment=cifar10_fast", 8, _fast_units, verdicts.judge_fast),
+    Stage("compile", "train.compile with and without kernels", 5, _compile_units, verdicts.judge_compile),
+    Stage("input", "the share of the input in a step", 1, _input_units, verdicts.judge_input),
+    Stage("nccl", "NCCL with one process, and two where there are two GPUs", 1, _group_units, verdicts.judge_groups),
+    Stage("fast", "experiment=cifar10_fast", 5, _fast_units, verdicts.judge_fast),
     Stage("rows", "rows of the paper's tables", 6, _row_units, verdicts.judge_rows),
-)
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the stages of gpu_check.py measure in processes of their own: steps, an exact resume, a process group.
+"""What the stages of gpu_check.py do in processes of their own: steps, indices, an exact resume, a process group.
 
 usage: python scripts/gpu_steps.py FOLDER [KIND]     reads FOLDER/plan.json, writes FOLDER/rows.json
 """
@@ -10,14 +10,17 @@ import json
 import os
 import signal
 import statistics
+import subprocess
 import sys
 import time
 import traceback
 import warnings
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_indices import compare_indices
 from torch._dynamo.utils import counters, get_compilation_metrics
 
 from convnn.config.compose import compose_config
@@ -92,6 +95,7 @@ class Arm:
         times = [1000 * s for s in self.seconds]
         low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
         middle = statistics.median(times)
+        memory = self.trainer.report.memory
         return {
             "step_ms": round(middle, 3),
             "step_ms_q1": round(low, 3),
@@ -101,6 +105,7 @@ class Arm:
             "cifar_epoch_seconds": round(50 * middle / self.trainer.config.train.batch_size, 2),
             "steps_per_epoch": self.trainer.steps_per_epoch,
             "peak_mib": None if self.peak is None else round(self.peak / 2**20, 1),
+            "counted_mib": None if memory is None else round(memory.extra / 2**20, 1),
             "first_seconds": round(self.first, 1),
             "waits_per_step": self.waits,
             **self.counts,
@@ -141,6 +146,46 @@ def _time_arm(plan: Row, overrides: list[str], folder: Path, until: float) -> Ro
         note = f"{type(error).__name__}: {first_line(error)}"
         traceback.print_exc()
     return (arm.row() if arm is not None and arm.seconds else {}) | {"note": note}
+
+
+def first_step(plan: Row, folder: Path) -> list[Row]:
+    """Take the first steps of a configuration, in which kernels are chosen and compiled."""
+    set_determinism("false")
+    Arm(compose_config(plan["arm"]), folder / "run", 1)
+    return []
+
+
+def warm(plan: Row, folder: Path) -> list[Row]:
+    """Run commands side by side, for what they leave in the caches of compilers.
+
+    What they time beside one another says nothing, so that their table of choices is not the usual one.
+    """
+    until = time.monotonic() + plan["seconds"]
+    rows: list[Row] = []
+
+    def run_job(name: str) -> Row:
+        begin, place = time.monotonic(), f"{list(plan['jobs']).index(name)}"
+        environment = os.environ | {"TORCH_HOME": str(folder / f"home {place}")}
+        with (folder / f"log {place}").open("w") as log:
+            try:
+                left = max(0.1, until - begin)
+                code: int | str = subprocess.run(
+                    plan["jobs"][name], env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=left
+                ).returncode
+            except subprocess.TimeoutExpired:
+                code = "cut off"
+        return {"case": name, "code": code, "seconds": round(time.monotonic() - begin, 1)}
+
+    with ThreadPoolExecutor(plan["workers"]) as pool:
+        for done in as_completed([pool.submit(run_job, name) for name in plan["jobs"]]):
+            rows.append(done.result())
+            write(folder, rows)
+    return rows
+
+
+def indices(plan: Row, folder: Path) -> list[Row]:
+    """Compare neighbours by the kernel with plain torch's."""
+    return compare_indices(plan, folder, write)
 
 
 def begin_resume(plan: Row, folder: Path) -> list[Row]:
@@ -264,7 +309,8 @@ def write(folder: Path, rows: list[Row]) -> None:
     aside.replace(folder / "rows.json")
 
 
-KINDS = {"steps": time_arms, "begin_resume": begin_resume, "end_resume": end_resume, "group": in_a_group}
+KINDS = {"first": first_step, "warm": warm, "indices": indices, "steps": time_arms, "begin_resume": begin_resume,
+         "end_resume": end_resume, "group": in_a_group}  # fmt: skip
 
 
 def main(folder: Path, kind: str | None) -> None:

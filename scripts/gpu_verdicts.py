@@ -33,6 +33,24 @@ def judge_tests(rows: list[Row]) -> tuple[str, str]:
     return "pass" if counts["passed"] and not bad else "fail", text + (f": {', '.join(bad[:5])}" if bad else "")
 
 
+def judge_warm(rows: list[Row]) -> tuple[str, str]:
+    """Say how many processes came to their end; one that did not leaves its kernels to the stage that needs them."""
+    failed = [row["case"] for row in rows if str(row["code"]) != "0"]
+    text = f"{len(rows) - len(failed)} of {len(rows)} ended"
+    return "figure", text + (f"; not: {', '.join(failed)}" if failed else "")
+
+
+def judge_indices(rows: list[Row]) -> tuple[str, str]:
+    """No row differs by more than the rounding of float32 allows; where sums are exact, none differs at all."""
+    parts = [
+        f"{row['case']}: {row['differ']} of {row['rows']} rows differ, {row['unexplained']} by more than rounding "
+        f"(largest {float(row['largest']):.2g} of what it allows)"
+        for row in rows
+    ]
+    good = bool(rows) and all(int(row["unexplained"]) == 0 and int(row["rows"]) for row in rows)
+    return "pass" if good else "fail", "; ".join(parts) or "nothing was compared"
+
+
 def judge_layers(rows: list[Row]) -> tuple[str, str]:
     """Say for each group how our fastest full-feature layer compares with the limit that stands first."""
     best: dict[str, Row] = {}
@@ -61,6 +79,9 @@ def judge_steps(rows: list[Row]) -> tuple[str, str]:
         timed = [row for row in rows if row["case"] == case and row.get("step_ms")]
         for row in timed[1:]:
             memory = f", memory x{float(row['peak_ratio']):.2f}" if row.get("peak_ratio") else ""
+            if memory and row.get("counted_mib"):
+                allowed = 1.5 * float(timed[0]["peak_mib"]) + float(row["counted_mib"])
+                memory += f" ({float(row['peak_mib']):.0f} MiB, {allowed:.0f} allowed)"
             parts.append(f"{case} {row['arm']} x{float(row['ratio']):.2f}{memory}")
     notes = [f"{row['case']} {row['arm']}: {row['note']}" for row in rows if row.get("note")]
     return "figure" if parts else "fail", "; ".join(parts + notes) or "nothing was timed"

@@ -131,20 +131,24 @@ def check_compiler(device: torch.device, mode: bool | str = True) -> None:
         raise ConfigError(f"{key} needs a C++ compiler such as g++; {way}") from error
 
 
-GRAPHS = 64
-"""Graphs of one model at most: one for each k of a schedule, each end of the blend, each size of batch."""
+GRAPHS = 1024
+"""Graphs of one model at most, after which torch runs it uncompiled: each end of the blend and each size of batch has
+one, and where shapes are fixed each k of a schedule."""
 
 
 def compiled(model: Callable[[Tensor], Tensor], mode: bool | str) -> Callable[[Tensor], Tensor]:
     """Return the model as ``train.compile`` says.
 
-    With a named mode the shapes of each graph are fixed, as CUDA graphs need them: a smaller last batch has its own.
-    What such a graph returns is overwritten by the next step.
+    With ``true`` what changes becomes a variable of the second graph: the size of the batch, and the k of a layer.
+    With a named mode the shapes of each graph are fixed, as CUDA graphs need them: a smaller last batch has its own,
+    and so has each k. What such a graph returns is overwritten by the next step.
     """
     from torch._dynamo import config
 
     config.recompile_limit = max(config.recompile_limit, GRAPHS)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, GRAPHS)
     if isinstance(mode, bool):
+        config.allow_unspec_int_on_nn_module = True  # else each k is a constant of a graph
         return torch.compile(model) if mode else model
     graph = torch.compile(model, mode=mode, dynamic=False)
 

@@ -35,9 +35,9 @@ def test_modes_fix_the_shapes(monkeypatch):
     assert calls == [{}, *({"mode": m, "dynamic": False} for m in ("reduce-overhead", "max-autotune"))]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_what_a_graph_will_need_is_measured_before_it_is_made(processes, monkeypatch):
-    """At the first step of each size, k and end of the blend; in a group, where sizes differ, without the size."""
+@pytest.mark.parametrize("mode, processes", [(True, 1), ("reduce-overhead", 1), ("reduce-overhead", 2)])
+def test_what_a_graph_will_need_is_measured_before_it_is_made(mode, processes, monkeypatch, caplog):
+    """At the first step of each end of the blend; with fixed shapes also of each k, and of each size in one process."""
     world = SimpleNamespace(size=processes)
     for name, value in (("world", lambda: world), ("broadcast", lambda table: table)):
         monkeypatch.setattr(compiling.distributed, name, value)
@@ -45,14 +45,17 @@ def test_what_a_graph_will_need_is_measured_before_it_is_made(processes, monkeyp
     events = []
     monkeypatch.setattr(compiling, "measure_choices", lambda model, images: events.append("measured"))
     model = nn.Sequential(ConvNN2d(3, 4, 5))
-    step = compiling.compiled_by_choice(model, lambda images: events.append("ran") or images, True)
+    step = compiling.compiled_by_choice(model, lambda images: events.append("ran") or images, mode)
     met = []
-    for blend, k, size in ((0.0, 5, 4), (0.0, 5, 4), (0.3, 5, 4), (0.6, 5, 4), (1.0, 5, 4), (1.0, 4, 4), (1.0, 4, 3)):
+    moves = (0.0, 5, 4), (0.0, 5, 4), (0.3, 5, 4), (0.6, 5, 4), (1.0, 5, 4), (1.0, 4, 4), (1.0, 3, 4), (1.0, 3, 3)
+    for blend, k, size in moves:
         model[0].set_spectrum(blend=blend, k=k)
         step(torch.randn(size, 3, 4, 5))
         met.append(events == ["measured", "ran"])
         events.clear()
-    assert met == [True, False, True, False, True, True, processes == 1]
+    fixed = mode is not True
+    assert met == [True, False, True, False, True, fixed, fixed, fixed and processes == 1]
+    assert caplog.text.count("compiles anew for each k") == int(fixed)
 
 
 @pytest.mark.long
@@ -72,6 +75,33 @@ def test_a_run_with_a_moving_blend_and_a_smaller_last_batch(tmp_path, monkeypatc
     assert found[0] == pytest.approx(found[1], rel=1e-4)
     # The first step at blend 0, the last, smaller, at 1, and between them one graph for each of both sizes.
     assert len(graphs) == 4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode, number", [(True, 2), ("reduce-overhead", 4)])
+def test_a_moving_k_is_a_variable_where_shapes_may_change(mode, number, monkeypatch):
+    graphs, compile_ = [], torch.compile
+
+    def counted(model, mode=None, **options):
+        return compile_(model, backend=lambda graph, _: graphs.append(1) or graph, fullgraph=True, **options)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    for name in ("recompile_limit", "accumulated_recompile_limit", "allow_unspec_int_on_nn_module"):
+        monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    layer, x = nn.Sequential(ConvNN2d(3, 4, 7, weighting="softmax")), torch.randn(2, 3, 4, 5)
+    step = compiled(layer, mode)
+    for k in (7, 6, 4, 3):
+        layer[0].set_spectrum(k=k)
+        results = []
+        for function in (layer, step):
+            y = function(x)
+            results.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+    assert len(graphs) == number
+    torch.compiler.reset()
 
 
 @pytest.mark.gpu

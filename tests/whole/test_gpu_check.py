@@ -7,8 +7,11 @@ import time
 
 import gpu_verdicts as verdicts
 import pytest
+import torch
 from gpu_check import KEY, Check
-from gpu_stages import ROWS, STAGES, Context, Stage, Unit
+from gpu_indices import Case, differences
+from gpu_stages import ROWS, STAGES
+from gpu_units import Context, Stage, Unit
 from helpers import write_image_folder
 from programs import assert_refused
 
@@ -32,13 +35,16 @@ def test_all_stages_on_a_cpu(tmp_path, call):
     found = {row["stage"]: row for row in lines(tmp_path / "out")}
     assert code == 0, (err, found)
     assert list(found) == [stage.name for stage in STAGES]
-    assert {name for name, row in found.items() if row["verdict"] == "pass"} == {"tests", "resume", "nccl"}
+    passed = {"tests", "indices", "resume", "nccl"}
+    assert {name for name, row in found.items() if row["verdict"] == "pass"} == passed
     assert {row["verdict"] for row in found.values()} == {"pass", "figure"}
     for name in found:
         rows = lines(tmp_path / "out", name)
         assert rows and all(row["torch"] and row["commit"] and row["date"] for row in rows), name
     assert {row["outcome"] for row in lines(tmp_path / "out", "tests")} == {"passed"}
     assert {row["case"] for row in lines(tmp_path / "out", "resume")} == {"ResNet", "ViT"}
+    assert {row["code"] for row in lines(tmp_path / "out", "warm")} == {"0"}
+    assert [row["rows"] for row in lines(tmp_path / "out", "indices")] == ["64"]
     assert [row["graph_breaks"] for row in lines(tmp_path / "out", "compile")] == ["0", "0"]
     assert lines(tmp_path / "out", "rows")[0]["status"].startswith("SHORTENED")
 
@@ -100,6 +106,21 @@ def test_a_stage_that_was_cut_off_goes_on(check, tmp_path):
     assert only(check())["done"] == "x; y; z" and only(check())["says"] == "1,4,5"
 
 
+def test_parts_are_told_their_share_and_may_take_what_is_left(check, tmp_path):
+    told = []
+
+    def given(name, least=0.0):
+        def commands(folder, seconds):
+            told.append((name, round(seconds)))
+            return [[sys.executable, "-c", ""]]
+
+        return Unit(name, commands, lambda _: [{"a": 1}], least)
+
+    check().carry_out(stage(given("x"), given("y", least=250.0), given("z")), CPU, 400)
+    assert [name for name, _ in told] == ["x", "y", "z"] and told[0][1] == 133 and told[1][1] == 250
+    assert told[2][1] > 300 and only(check())["done"] == "x; y; z"
+
+
 def test_what_fails_is_said_and_tried_again(check, capsys):
     check().carry_out(stage(unit("x", "write({'a': 1}); raise SystemExit('it is broken')"), unit("y", "")), CPU, 60)
     line = only(check())
@@ -117,7 +138,7 @@ def test_what_has_no_data_or_no_time_is_left(check):
 
 
 def test_what_cannot_work_is_refused(call):
-    words = {"device=cpu": "tiny=true", "stages=some": "matches none of tests, layers", "data=none": "no such file"}
+    words = {"device=cpu": "tiny=true", "stages=some": "matches none of warm, tests", "data=none": "no such file"}
     for word, hint in words.items():
         assert_refused(call, "scripts/gpu_check.py", [word], hint)
 
@@ -140,6 +161,27 @@ def test_a_log_of_pytest_is_read(tmp_path):
     assert verdicts.judge_tests(rows[2:])[0] == "fail" and verdicts.judge_tests(rows[:1]) == ("pass", "1 passed")
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_rows_that_differ_are_explained_by_rounding_or_not(similarity):
+    case = Case(similarity, 8, torch.float32)
+    x = case.draw(2, 16, torch.Generator().manual_seed(0), torch.device("cpu"))
+    x[1, 0, 4] = x[1, 0, 5] * (1 + 2**-22)
+    score = x.double() @ x.double().mT
+    if similarity == "cosine":
+        score /= x.double().norm(dim=-1)[..., None] * x.double().norm(dim=-1)[..., None, :]
+    best = score.argsort(-1, descending=True)[..., :6]
+    assert differences(x, best, best, case)[0] == 0
+    near, wrong = best.clone(), best.clone()
+    near[1] = torch.where(best[1] == 4, 5, torch.where(best[1] == 5, 4, best[1]))
+    wrong[0, 0, 3, :2] = best[0, 0, 3, :2].flip(0)
+    number, far = differences(x, best, near, case)
+    assert number == len(far) == int((best[1] != near[1]).any(-1).sum()) > 0 and 0 < far.max() <= 1
+    number, far = differences(x, best, wrong, case)
+    assert number == 1 and far.item() > 1
+    exact = Case(similarity, 8, torch.float32, exact=True)
+    assert (differences(x, best, near, exact)[1] > 1).all()
+
+
 def test_verdicts():
     """Rows are as a CSV file has them."""
     row = {"case": "c", "stopped_at_step": "9", "steps": "16", "tensors": "5", "unequal": "0", "equal_metrics": "True"}
@@ -153,6 +195,14 @@ def test_verdicts():
     steps = [{"case": "V"} | dict(zip(columns, arm, strict=True)) for arm in arms]
     assert verdicts.judge_steps(steps) == ("figure", "V auto x1.50, memory x1.25; V triton: none")
     assert verdicts.judge_steps(steps[2:])[0] == "fail"
+    held = {"peak_mib": "1000", "counted_mib": ""}, {"peak_mib": "1250", "counted_mib": "300"}
+    known = [row | own for row, own in zip(steps, held, strict=False)]
+    assert verdicts.judge_steps(known)[1] == "V auto x1.50, memory x1.25 (1250 MiB, 1800 allowed)"
+    warm = [{"case": "a", "code": "0"}, {"case": "b", "code": "cut off"}]
+    assert verdicts.judge_warm(warm) == ("figure", "1 of 2 ended; not: b")
+    rows = {"case": "c", "rows": "100", "differ": "3", "unexplained": "0", "largest": "0.25"}
+    assert verdicts.judge_indices([rows])[0] == "pass" and verdicts.judge_indices([])[0] == "fail"
+    assert verdicts.judge_indices([rows, rows | {"unexplained": "1"}])[0] == "fail"
     shares = [{"group": "input share", "case": case, "ms_median": ms} for case, ms in (("still", "9"), ("new", "10"))]
     assert verdicts.judge_input(shares) == ("figure", "the input takes 10.0 % of a step of 10.00 ms")
     one = {"case": "1 process(es)", "backend": "nccl", "processes": "1", "apart": "0.0", "as_without": "True"}

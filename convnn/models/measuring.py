@@ -26,6 +26,7 @@ def measure_choices(model: nn.Module, images: Tensor) -> dict[str, Any]:
     Returns:
         By case the way that was taken and the milliseconds of each, as in ``env.json``.
     """
+    model = getattr(model, "_orig_mod", model)  # of what torch.compile returned
     if choice.measures(images.device):
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         try:

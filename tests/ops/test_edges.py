@@ -198,7 +198,7 @@ def test_topk_with_and_without_ties(compiled, monkeypatch):
             assert torch.equal(stable_topk(score, k), want[..., :k])
 
 
-@pytest.mark.parametrize("path", ["cache", "chunks"])
+@pytest.mark.parametrize("path", ["cache", "chunks", "unordered"])
 def test_no_block_of_neighbours_is_held(path, monkeypatch):
     """Forward and backward pass allocate nothing of the size of the gathered neighbours."""
 
@@ -214,12 +214,16 @@ def test_no_block_of_neighbours_is_held(path, monkeypatch):
 
     monkeypatch.setattr("convnn.ops.scores.CHUNK_SCORES", {"cpu": 1 << 12})
     monkeypatch.setitem(PATHS, "cache", {"BLOCK": 1 << 12})
-    monkeypatch.setitem(PATHS, "chunks", {"CHUNK_BYTES": 1 << 14})
+    for name in ("chunks", "unordered"):
+        monkeypatch.setitem(PATHS, name, {"CHUNK_BYTES": 1 << 14})
     tokens, width, k = 400, 32, 16
     for layer, x in (
         (ConvNN2d(width, width, k, padding=0), torch.randn(1, width, 20, 20)),
         (ConvNN2d(width, width, k, padding=0, aggregation="edge"), torch.randn(1, width, 20, 20)),
         (ConvNN2d(width, width, k, padding=0, weighting="score", similarity="euclidean"), torch.randn(1, 32, 20, 20)),
+        (ConvNN2d(width, width, k, padding=0, candidates="random", num_candidates=20), torch.randn(1, 32, 20, 20)),
+        (ConvNN2d(width, width, k, padding=0, aggregation="max_relative"), torch.randn(1, width, 20, 20)),
+        (ConvNNAttention(width, 1, k, straight_through=True), torch.randn(1, tokens, width)),
         (ConvNNAttention(width, 1, k), torch.randn(1, tokens, width)),
         (ConvNNAttention(width, 1, k, aggregation="sum"), torch.randn(1, tokens, width)),
     ):

@@ -1,4 +1,4 @@
-"""Neighbours by the kernel beside those of plain torch, for millions of rows: where they differ, is it by rounding?
+"""Neighbours by each kernel beside those of plain torch, for millions of rows: where they differ, is it by rounding?
 
 A row is a query with all tokens of its map as candidates. Both ways rank float32 scores, whose sums they take in orders
 of their own, so that scores which lie closer than their rounding may come in either order. Scores in float64 tell
@@ -15,9 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convnn.errors import first_line
 from convnn.ops.geometry import Geometry
+from convnn.ops.neighbors import Neighbors
+from convnn.ops.scores import Search
 from convnn.ops.selection import select_neighbors
 from convnn.ops.settings import Selection
+from convnn.ops.triton import select
 
 Row = dict[str, Any]
 HALF = 2.0**-24
@@ -50,26 +54,43 @@ CASES = {
 
 
 def compare_indices(plan: Row, folder: Any, write: Callable[[Any, list[Row]], None]) -> list[Row]:
-    """Compare map by map until enough rows are done, or the time is up; what is known is written as it comes."""
+    """Compare each kernel map by map until enough rows are done, or the time is up; rows are written as they come."""
     items, side, wanted = plan["size"]
     case, device = CASES[plan["case"]], torch.device(plan["device"])
     generator = torch.Generator(device).manual_seed(plan["seed"])
     until = time.monotonic() + plan["seconds"]
-    row = {"case": plan["case"], "rows": 0, "differ": 0, "unexplained": 0, "largest": 0.0}
-    while row["rows"] < wanted and (not row["rows"] or time.monotonic() < until):
+    selection, geometry = Selection(k=9, similarity=case.similarity), Geometry(side, side)
+    rows = {way: _no_row(f"{plan['case']}, {name}") for way, name in select.WAYS.items()}
+    done = 0
+    while done < wanted and (not done or time.monotonic() < until):
         x = case.draw(items, side * side, generator, device)
-        selection = Selection(k=9, similarity=case.similarity)
-        ours, plain = (
-            select_neighbors(x, x, Geometry(side, side), selection, backend=backend).index
-            for backend in ("triton", "torch")
-        )
-        differ, far = differences(x, ours, plain, case)
-        row["rows"] += items * side * side
-        row["differ"] += differ
-        row["unexplained"] += int((far > 1).sum())
-        row["largest"] = max(row["largest"], float(far.max()) if differ else 0.0)
-        write(folder, [row])
-    return [row]
+        plain = select_neighbors(x, x, geometry, selection, backend="torch").index
+        search = Search(x, x, geometry.query_places(device), None, geometry, selection, 1.0, ranged=False)
+        for way, row in rows.items():
+            if not row["note"]:
+                _add(row, x, plain, case, lambda way=way, search=search: select.best_tokens(search, way))
+        done += items * side * side
+        write(folder, list(rows.values()))
+    return list(rows.values())
+
+
+def _no_row(name: str) -> Row:
+    return {"case": name, "rows": 0, "differ": 0, "unexplained": 0, "largest": 0.0, "note": ""}
+
+
+def _add(row: Row, x: Tensor, plain: Tensor, case: Case, kernel: Callable[[], Neighbors]) -> None:
+    try:
+        ours = kernel().index
+        if x.device.type == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:  # what a kernel cannot do here is what is to be found out
+        row["note"] = f"{type(error).__name__}: {first_line(error)}"
+        return
+    differ, far = differences(x, ours, plain, case)
+    row["rows"] += plain[..., 0].numel()
+    row["differ"] += differ
+    row["unexplained"] += int((far > 1).sum())
+    row["largest"] = max(row["largest"], float(far.max()) if differ else 0.0)
 
 
 def differences(x: Tensor, a: Tensor, b: Tensor, case: Case) -> tuple[int, Tensor]:

@@ -52,7 +52,7 @@ def _warm_units(context: Context) -> list[Unit]:
     if not context.tiny:
         found |= {f"compile, {case}": arms for case, arms in _compile_arms(context).items()}
     arms = {f"{case}: {arm}": context.arm(*words) for case, own in found.items() for arm, words in own.items()}
-    workers = 2 if context.tiny else min(8, os.cpu_count() or 1)
+    workers = 2 if context.tiny else min(16, os.cpu_count() or 1)
 
     def commands(folder: Path, seconds: float) -> list[list[str]]:
         jobs = {}
@@ -332,10 +332,10 @@ def _row_units(context: Context) -> list[Unit]:
 
 
 STAGES = (
-    Stage("warm", "kernels compiled by processes side by side, before anything is timed", 2.5, _warm_units,
+    Stage("warm", "kernels compiled by processes side by side, before anything is timed", 3, _warm_units,
           verdicts.judge_warm),
     Stage("tests", "the CUDA tests", 5, _test_units, verdicts.judge_tests),
-    Stage("indices", "neighbours of 10 million rows by the kernel beside plain torch's", 2, _index_units,
+    Stage("indices", "neighbours of 10 million rows by the kernels beside plain torch's", 2, _index_units,
           verdicts.judge_indices),
     Stage("ratio", "steps and memory of VGG-11 and ViT-Tiny beside the plain ones'", 4, _ratio_units,
           verdicts.judge_steps),

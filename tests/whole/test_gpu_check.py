@@ -44,7 +44,7 @@ def test_all_stages_on_a_cpu(tmp_path, call):
     assert {row["outcome"] for row in lines(tmp_path / "out", "tests")} == {"passed"}
     assert {row["case"] for row in lines(tmp_path / "out", "resume")} == {"ResNet", "ViT"}
     assert {row["code"] for row in lines(tmp_path / "out", "warm")} == {"0"}
-    assert [row["rows"] for row in lines(tmp_path / "out", "indices")] == ["64"]
+    assert {row["rows"] for row in lines(tmp_path / "out", "indices")} == {"64"}
     assert [row["graph_breaks"] for row in lines(tmp_path / "out", "compile")] == ["0", "0"]
     assert lines(tmp_path / "out", "rows")[0]["status"].startswith("SHORTENED")
 
@@ -200,9 +200,10 @@ def test_verdicts():
     assert verdicts.judge_steps(known)[1] == "V auto x1.50, memory x1.25 (1250 MiB, 1800 allowed)"
     warm = [{"case": "a", "code": "0"}, {"case": "b", "code": "cut off"}]
     assert verdicts.judge_warm(warm) == ("figure", "1 of 2 ended; not: b")
-    rows = {"case": "c", "rows": "100", "differ": "3", "unexplained": "0", "largest": "0.25"}
+    rows = {"case": "c", "rows": "100", "differ": "3", "unexplained": "0", "largest": "0.25", "note": ""}
     assert verdicts.judge_indices([rows])[0] == "pass" and verdicts.judge_indices([])[0] == "fail"
     assert verdicts.judge_indices([rows, rows | {"unexplained": "1"}])[0] == "fail"
+    assert verdicts.judge_indices([rows | {"note": "it cannot"}])[1].endswith("; it cannot")
     shares = [{"group": "input share", "case": case, "ms_median": ms} for case, ms in (("still", "9"), ("new", "10"))]
     assert verdicts.judge_input(shares) == ("figure", "the input takes 10.0 % of a step of 10.00 ms")
     one = {"case": "1 process(es)", "backend": "nccl", "processes": "1", "apart": "0.0", "as_without": "True"}

@@ -128,8 +128,8 @@ def pick(
         sizes = *exact.values(), *rough.values()
         if not all(has_static_value(size) for size in sizes):
             return next(iter(ways))
-        names = *exact, *rough
-        return _looked_up(step, like.device, like.dtype, kind, len(exact), names, sizes, tuple(ways))
+        numbers = tuple(int(size) for size in sizes)
+        return _looked_up(step, like.device, like.dtype, kind, len(exact), (*exact, *rough), numbers, tuple(ways))
     kind = f"{kind} compiled" if _for_graphs.get() else kind
     return fastest(Case(step, like.device, like.dtype, sized(exact, **rough), kind), ways)
 

@@ -134,3 +134,22 @@ def test_cuda_graphs_of_a_moving_layer(kind, backend):
             torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["inductor"]["cudagraph_skips"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["torch", "triton", "auto"])
+def test_a_moving_k_on_the_gpu(backend):
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    options = {"num_prefix_tokens": 1, "grid_size": (6, 6), "aggregation": "depthwise", "backend": backend}
+    layer, x = nn.Sequential(ConvNNAttention(16, 2, 9, 0.5, **options)).cuda(), torch.randn(8, 37, 16).cuda()
+    step = compiling.compiled_by_choice(layer, layer, True)
+    for k in (9, 8, 7, 4):
+        layer[0].set_spectrum(k=k)
+        results = []
+        for function in (layer, step):
+            y = function(x)
+            results.append([y, *torch.autograd.grad(y.square().mean(), list(layer.parameters()))])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)

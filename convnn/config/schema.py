@@ -274,7 +274,7 @@ class TrainConfig:
     """Train through ``torch.compile``: ``true``, or a mode of it that puts a GPU step's kernels into CUDA graphs:
     ``reduce-overhead``, or ``max-autotune``, which besides times several kernels for each product, for minutes before
     the first step. Each size of batch then has a graph of its own. On CUDA ``operator.backend=auto`` measures before
-    each graph what will be fastest in it, plain torch compiled for some ten seconds a case among it."""
+    each graph what will be fastest in it, plain torch compiled for tens of seconds a case among it."""
     sync_batchnorm: str = choice("auto", "true", "false")
     """With several processes (docs/several_gpus.md): ``true``: batch normalisation over the joint batch, needs GPUs;
     ``false``: over each process' part, with the first one's running statistics; ``auto``: true on GPUs."""

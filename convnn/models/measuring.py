@@ -15,7 +15,7 @@ def measure_choices(model: nn.Module, images: Tensor) -> dict[str, Any]:
     """Measure what a graph of the model would choose among with ``operator.backend=auto``; before the first step.
 
     The images go through the model once, uncompiled. Each case of a replaced layer that is not known yet is measured
-    on the way: plain torch, compiled by itself for some ten seconds, and the kernels. ``torch.compile`` looks up what
+    on the way: plain torch, compiled by itself for tens of seconds, and the kernels. ``torch.compile`` looks up what
     was found whenever it traces a layer; cases that it does not find there take the kernels. The model is left as it
     was. On a CPU, under torch's deterministic algorithms and for layers of another backend nothing is measured.
 

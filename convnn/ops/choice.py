@@ -34,7 +34,7 @@ log = logging.getLogger("convnn")
 REPEATS = 3
 """Runs of each way that are timed, after one that is not; the least counts."""
 GRAPH_SECONDS = 300.0
-"""Of a process, for cases of graphs: each compiles plain torch, for some ten seconds. The next process goes on."""
+"""Of a process, for cases of graphs: each compiles plain torch, for tens of seconds. The next process goes on."""
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def test_what_is_done_is_not_done_again(check, tmp_path, capsys):
 def test_a_stage_that_was_cut_off_goes_on(check, tmp_path):
     slow = unit("y", "write({'a': 2}); time.sleep(60)")
     begin = time.monotonic()
-    check().carry_out(stage(unit("x", "write({'a': 1})"), slow, unit("z", "write({'a': 3})", least=50)), CPU, 3)
+    check().carry_out(stage(unit("x", "write({'a': 1})"), slow, unit("z", "write({'a': 3})", least=50)), CPU, 6)
     assert time.monotonic() - begin < 20
     line = only(check())
     assert line["verdict"] == "cut off" and line["done"] == "x" and "left: y, z" in line["says"]

@@ -14,6 +14,8 @@ from convnn.config.schema import (
     COMPILE_MODES,
     CONV,
     KERNEL,
+    NO_TRACKER,
+    TRACKERS,
     BackboneConfig,
     Config,
     DataConfig,
@@ -24,7 +26,7 @@ from convnn.config.schema import (
     TrackerConfig,
 )
 from convnn.errors import ConfigError
-from convnn.ops.settings import GRAPHS, check_fields, check_range
+from convnn.ops.settings import GRAPHS, check_choice, check_fields, check_range
 from convnn.ops.triton.limits import backend_limit
 
 _RAND_AUGMENT = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?|-t(weights|3aw|3a))*")
@@ -186,9 +188,11 @@ def check_stream(data: DataConfig) -> None:
         raise ConfigError("data.scale and data.crop_padding are both random crops; set data.crop_padding=0")
 
 
-def check_wandb(tracker: TrackerConfig) -> None:
-    """Raise ConfigError for names that W&B would refuse once the run has begun."""
-    if tracker.name != "wandb" or tracker.mode == "disabled":
+def check_tracker(tracker: TrackerConfig) -> None:
+    """Raise ConfigError for unknown trackers, and names that W&B would refuse once the run has begun."""
+    for name in tracker.names:
+        check_choice("tracker.name", name, (*TRACKERS, NO_TRACKER))
+    if "wandb" not in tracker.running:
         return
     bad = [char for char in "/\\#?%:" if char in tracker.project]
     if bad:
@@ -242,7 +246,7 @@ def check(config: Config) -> Config:
         check_fields(section, name)
     check_fields(config, "")
     check_stream(data)
-    check_wandb(config.tracker)
+    check_tracker(config.tracker)
     for value in data.std:
         check_range("data.std", value, 0, above=True)
     if len(data.mean) != len(data.std):
@@ -264,6 +268,16 @@ def check(config: Config) -> Config:
             raise ConfigError(
                 f"train.extended_from={train.extended_from} must be earlier lengths, such as [{{epochs: 10}}]"
             )
+    if train.grad_accumulation > train.batch_size:
+        raise ConfigError(
+            f"train.grad_accumulation={train.grad_accumulation} cuts train.batch_size={train.batch_size}, the images "
+            "of a whole step, into parts of less than one; lower it"
+        )
+    if train.grad_accumulation > 1 and train.compile in COMPILE_MODES:
+        raise ConfigError(
+            f"train.grad_accumulation={train.grad_accumulation} adds up gradients, which the CUDA graphs of "
+            f"train.compile={train.compile} overwrite; set train.compile=true"
+        )
     if (train.mixup or train.cutmix) and train.batch_size % 2:
         raise ConfigError(f"train.batch_size={train.batch_size} must be even with train.mixup or train.cutmix")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):

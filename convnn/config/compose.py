@@ -107,6 +107,9 @@ def translate(error: Exception, overrides: Sequence[str], schema: type = Config)
         if leaves:
             return unknown_key_error(key, schema)
         return ConfigError(f"unknown key '{key}'{nearest(key, [*all_keys(schema), *groups])}")
+    several = next((o for o in overrides if key_of(o) in ("tracker", "tracker.name") and "," in o), "")
+    if several and re.search("Ambiguous value|requires --multirun|Error merging override", text):
+        return several_trackers(several)
     if "Ambiguous value for argument" in text or "requires --multirun" in text:
         given = next((o for o in overrides if "," in o or "(" in o), "")
         way = _quoting(given) if key_of(given) in PLACES else None
@@ -126,6 +129,12 @@ def translate(error: Exception, overrides: Sequence[str], schema: type = Config)
         return as_list(str(key), value)
     shown = next((o for o in overrides if key and o.lstrip("+~").startswith(f"{key}=")), key)
     return ConfigError(f"{shown}: {lines[0]}" if shown else " ".join(lines[:2]))
+
+
+def several_trackers(override: str) -> ConfigError:
+    """Return the error for an override that names trackers as if they were values to sweep over."""
+    names = override.partition("=")[2].strip("[]")
+    return ConfigError(f"{override}: several trackers of one run are a list of options: 'tracker=[{names}]'")
 
 
 def _quoting(override: str) -> str | None:

@@ -9,7 +9,7 @@ import yaml
 
 from convnn.config.checks import check
 from convnn.config.keys import typed, typed_rule
-from convnn.config.schema import BackboneConfig, Config
+from convnn.config.schema import NO_TRACKER, BackboneConfig, Config
 from convnn.errors import ConfigError, first_line
 from convnn.runtime.files import sha256_of
 
@@ -53,6 +53,8 @@ def finished(config: Config) -> Config:
     _identify_weights(config.backbone)
     frozen = config.backbone.freeze
     config.backbone.freeze = [frozen] if isinstance(frozen, str) else frozen or []
+    names = config.tracker.names
+    config.tracker.name = names if len(names) > 1 else (names or [NO_TRACKER])[0]
     return check(config)
 
 
@@ -66,7 +68,7 @@ def _identify_weights(backbone: BackboneConfig) -> None:
         if backbone.checkpoint_sha256 is not None:
             raise ConfigError("backbone.checkpoint_sha256 says what backbone.checkpoint is; set that too")
         return
-    backbone.checkpoint = expanded(backbone.checkpoint, "backbone.checkpoint")
+    backbone.checkpoint = _file_of(expanded(backbone.checkpoint, "backbone.checkpoint"))
     if backbone.checkpoint_sha256 is None:
         try:
             backbone.checkpoint_sha256 = sha256_of(Path(backbone.checkpoint))
@@ -76,6 +78,25 @@ def _identify_weights(backbone: BackboneConfig) -> None:
                 "runs that have begun go on without it: train.py resume=DIR, or with backbone.checkpoint_sha256 of "
                 "their config.yaml"
             ) from error
+
+
+def _file_of(place: str) -> str:
+    """Return the file of weights that a place means: itself, or of a run folder its last checkpoint, else its best.
+
+    Raises:
+        ConfigError: for a folder without either.
+    """
+    folder = Path(place)
+    if not folder.is_dir():
+        return place
+    files = [folder / "checkpoints" / f"{name}.pt" for name in ("last", "best")]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise ConfigError(
+            f"backbone.checkpoint={place} is a folder without checkpoints/last.pt or best.pt; give a run folder with "
+            "one, or a file of weights"
+        )
+    return str(found)
 
 
 def read_values(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ CONV, ATTENTION = "conv", "attention"
 KERNEL = "kernel"
 COMPILE_MODES = ("reduce-overhead", "max-autotune")
 """A number of neighbours: that of the taps in the window of the replaced layer."""
+TRACKERS, NO_TRACKER = ("wandb", "tensorboard", "trackio"), "jsonl"
 SMALL_IMAGE = 64
 """Images below this many pixels a side get the small stem, with ``stem=auto``."""
 
@@ -28,7 +29,8 @@ class BackboneConfig:
     """Load timm's pretrained weights (needs a network or a filled cache)."""
     checkpoint: str | None = later(None)
     """File of weights to begin from instead: .safetensors, .pt, .pth or .bin, with the key names of timm, torchvision
-    (ResNet, ViT) or Hugging Face (ResNet, ViT, DeiT, DINOv2); a classifier of other classes begins anew."""
+    (ResNet, ViT) or Hugging Face (ResNet, ViT, DeiT, DINOv2); a classifier of other classes begins anew. Or a run
+    folder: its last weights, those of replaced layers too; the best are ``DIR/checkpoints/best.pt``."""
     checkpoint_sha256: str | None = later(None)
     """SHA-256 of that file, by which the run is known wherever the file lies; null: taken from the file."""
     freeze: Any = later(field(default_factory=list))  # noqa: RUF009
@@ -253,6 +255,9 @@ class TrainConfig:
     train.epochs=20`` writes it. From the end of each on the learning rate is that of a run of the next length."""
     batch_size: int = number(128, 1)
     """Images per step, over all processes together."""
+    grad_accumulation: int = later(number(1, 1))
+    """Parts that a step's images go through the network in, one after another, to take less memory: the step, its rate
+    and its batch stay the same, but batch normalisation sees a part at a time."""
     eval_batch_size: int | None = number(None, 1)
     """Null: the training batch size."""
     label_smoothing: float = number(0.0, 0, 1, below=True)
@@ -289,20 +294,37 @@ class TrainConfig:
 class TrackerConfig:
     """Where metrics go besides metrics.jsonl."""
 
-    name: str = choice("wandb", "jsonl")
-    """``wandb`` or ``jsonl`` (nothing besides)."""
+    name: Any = "wandb"
+    """``wandb``, ``tensorboard``, ``trackio``, or a list of them, which ``tracker=[wandb,tensorboard]`` makes;
+    ``jsonl``: nothing besides."""
     mode: str = choice("offline", "online", "disabled")
     """Of W&B: ``offline``, ``online`` (falls back to offline without a key or network) or ``disabled``."""
     project: str = "convnn"
-    """Of W&B: the project that the run belongs to."""
+    """Of W&B and trackio: the project that the run belongs to."""
     entity: str | None = None
     """Of W&B: user or team; null: the user's own default."""
     group: str | None = None
-    """Of W&B: runs to show as one; a sweep sets its name here."""
+    """Of W&B and trackio: runs to show as one; a sweep sets its name here."""
     tags: list[str] = field(default_factory=list)
-    """Of W&B: words to find the run by."""
+    """Of W&B and trackio: words to find the run by."""
     init_timeout: int = number(20, 1)
     """Seconds that W&B may take to start online."""
+
+    @property
+    def names(self) -> list[str]:
+        """The tools besides metrics.jsonl, in the order given.
+
+        ``name`` has them as one text, a list, or a mapping of each to true, into which the options of the group merge.
+        """
+        given = [self.name] if isinstance(self.name, str) else list(self.name or [])
+        if isinstance(self.name, dict):
+            given = [name for name in given if self.name[name]]
+        return [name for name in dict.fromkeys(given) if name != NO_TRACKER]
+
+    @property
+    def running(self) -> list[str]:
+        """The tools that see the run: ``names`` less a disabled W&B."""
+        return [name for name in self.names if name != "wandb" or self.mode != "disabled"]
 
 
 @dataclass
@@ -316,7 +338,7 @@ class DiagnosticsConfig:
     every: int = number(1, 1)
     """Epochs between measurements."""
     pictures: bool = True
-    """Draw the pictures of scripts/visualize.py at the end of a run whose tracker is W&B, and log them there."""
+    """Draw the pictures of scripts/visualize.py at the end of a run that has a tracker, and log them there."""
 
 
 @dataclass

@@ -12,6 +12,7 @@ from convnn.config.schema import BackboneConfig, Config
 from convnn.data.splits import Dataset
 from convnn.errors import ConfigError
 from convnn.models.backbones import create_backbone, draw_as_torch, has_small_stem
+from convnn.models.run_weights import run_weights
 from convnn.models.swap import SwapReport, count_parameters, swap_layers
 from convnn.models.tokens import set_configured_grid
 from convnn.nn.hybrid import HybridConvNNAttention
@@ -43,8 +44,11 @@ def build_network(
         raise ConfigError(f"data={config.data.name} has {height}x{width} images; set data.image_size")
     image_size = image_size or height
     seed_everything(config.seed)
-    backbone = config.backbone if weights else without_weights(config.backbone)
+    begun = run_weights(config.backbone) if weights else None
+    backbone = config.backbone if weights and begun is None else without_weights(config.backbone)
     model = create_backbone(backbone, classes, channels, image_size)
+    if begun is not None and not begun.swapped:
+        begun.put(model, config.backbone, channels)
     init = config.swap.init
     if init == "auto" and not loads_weights(asdict(config.backbone)):
         init = "fresh"
@@ -55,6 +59,10 @@ def build_network(
         for layer in model.modules():  # others have a start of their own
             if isinstance(layer, (NeighborAttention, HybridConvNNAttention)):
                 draw_as_torch(layer)
+    if begun is not None and begun.swapped:
+        begun.check(model, config)
+        begun.put(model, config.backbone, channels)
+        report = replace(report, rows=tuple(replace(row, init="transfer") for row in report.rows))
     return model, report, image_size
 
 
@@ -80,7 +88,7 @@ def kept_weights(config: Config, model: nn.Module, report: SwapReport, image_siz
         head = own.get("classifier") or ()
         for name in (head,) if isinstance(head, str) else head:
             anew[name] = count_parameters(model.get_submodule(name))
-    if has_small_stem(config.backbone, image_size):
+    if has_small_stem(config.backbone, image_size) and not own.get("of_run"):
         anew["conv1"] = replaced.get("conv1", count_parameters(model.get_submodule("conv1")))
     kept = total - sum(anew.values())
     text = f"{kept:,} of {total:,} weights stem from the file"

@@ -37,9 +37,16 @@ def load_checkpoint_file(model: nn.Module, config: BackboneConfig, in_chans: int
         WeightsError: if the file is gone, or is another one than ``config.checkpoint_sha256`` says.
         ConfigError: if it cannot be read safely, or has other weights than the model.
     """
-    path = Path(config.checkpoint or "")
-    said = f"backbone.checkpoint={path}"
-    state = read_weights(path, config.checkpoint_sha256)
+    put_weights(model, read_weights(Path(config.checkpoint or ""), config.checkpoint_sha256), config, in_chans)
+
+
+def put_weights(model: nn.Module, state: State, config: BackboneConfig, in_chans: int) -> None:
+    """Load what ``read_weights`` returned into a model, as ``load_checkpoint_file`` says.
+
+    Raises:
+        ConfigError: if they are other weights than the model's.
+    """
+    said = f"backbone.checkpoint={config.checkpoint}"
     settings: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
     named = settings.get("classifier") or ()
     heads = (named,) if isinstance(named, str) else tuple(named)
@@ -143,7 +150,7 @@ def _without_other_heads(state: State, model: nn.Module, heads: tuple[str, ...])
 
 def _misfit(state: State, model: nn.Module, heads: tuple[str, ...]) -> str | None:
     """Return in what weights differ from a model's, its classifiers apart; None: they fit."""
-    own = model.state_dict()
+    own = {name: value for name, value in model.state_dict().items() if not name.endswith("_extra_state")}
     counted = tuple(f"{head}." for head in heads)
     apart = [name for name in {**own, **state} if name.startswith(counted) or name.endswith("num_batches_tracked")]
     missing = [name for name in own if name not in state and name not in apart]

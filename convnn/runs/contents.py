@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from convnn.errors import CheckpointError, ConfigError
+from convnn.runs.trackers import tensorboard
 from convnn.runtime.files import is_leftover, read_json
 from convnn.runtime.owned import digest_of, unchanged_files
 
@@ -19,7 +20,7 @@ EVALUATIONS, EVALUATION_LIST = "evaluation", ".convnn-evaluation"
 """Folder of a run's evaluations, each in a folder of its own, and the list of the files in that."""
 PREDICTIONS = "predictions.npz"
 """What the model says of each test image, see ``convnn.runs.predictions``."""
-_FILES = ("result.json", "env.json", "train.log", "metrics.jsonl", "swap.txt", "wandb_id", PREDICTIONS)
+_FILES = ("result.json", "env.json", "train.log", "metrics.jsonl", "swap.txt", "wandb_id", "trackio_id", PREDICTIONS)
 _IN_FOLDERS = {
     "checkpoints": [
         "".join(parts) for parts in product(("last", "best"), ("", ".previous"), ("", ".damaged"), (".pt",))
@@ -31,6 +32,7 @@ _IN_FOLDERS = {
             for name, kind in product(("neighbors", "blends", "weights", "diagnostics", "training"), ("png", "svg"))
         ),
     ],
+    tensorboard.FOLDER: [],
     "wandb": ["latest-run", "debug.log", "debug-internal.log", "settings"],
 }
 _KEPT = {MARKER, ".lock", "config.yaml"}
@@ -109,6 +111,7 @@ def _written(folder: Path) -> Iterator[Path]:
     if wandb_id.isalnum():
         for kind in ("run", "offline-run"):
             yield from (folder / "wandb").glob(f"{kind}-*-{wandb_id}")
+    yield from (folder / tensorboard.FOLDER).glob(f"*{tensorboard.SUFFIX}")
     for listing in (folder / EVALUATIONS).glob(f"*/{EVALUATION_LIST}"):
         yield from (path for path in unchanged_files(listing) if path.is_file())
         yield listing

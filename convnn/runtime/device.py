@@ -92,8 +92,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 @contextmanager
-def explain_out_of_memory(batch_size: int) -> Iterator[None]:
-    """Turn a full GPU into a ConfigError that names a batch size to try."""
+def explain_out_of_memory(batch_size: int, parts: int = 1) -> Iterator[None]:
+    """Turn a full GPU into a ConfigError that names a batch size, and a number of parts of a batch, to try."""
     try:
         yield
     except RuntimeError as error:  # OutOfMemoryError is one; of Apple's GPUs torch raises no kind of its own
@@ -101,18 +101,20 @@ def explain_out_of_memory(batch_size: int) -> Iterator[None]:
         full = next((kind for kind in reversed(kinds) if kinds[kind]), None)
         if full is None:
             raise
-        raise ConfigError(f"out of {full} memory; try train.batch_size={max(batch_size // 2, 1)}") from error
+        more = f", or train.grad_accumulation={2 * parts}" if 2 * parts <= batch_size else ""
+        raise ConfigError(f"out of {full} memory; try train.batch_size={max(batch_size // 2, 1)}{more}") from error
 
 
 @contextmanager
-def explain_small_batches(batch_size: int) -> Iterator[None]:
+def explain_small_batches(batch_size: int, parts: int = 1) -> Iterator[None]:
     """Turn torch's complaint of a batch normalisation over a single value into a ConfigError."""
     try:
         yield
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        raise ConfigError(f"train.batch_size={batch_size}: batch normalisation needs more than one value") from error
+        given = f"train.batch_size={batch_size}" + (f" train.grad_accumulation={parts}" if parts > 1 else "")
+        raise ConfigError(f"{given}: batch normalisation needs more than one value") from error
 
 
 def check_compiler(device: torch.device, mode: bool | str = True) -> None:

@@ -28,6 +28,7 @@ from convnn.errors import ConfigError, PeerError, first_line
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+    from torch.nn.parallel import DistributedDataParallel
 
 log = logging.getLogger("convnn")
 T = TypeVar("T")
@@ -338,7 +339,7 @@ def with_sync_batchnorm(model: nn.Module, device: torch.device, choice: str) -> 
     return convert_sync_batchnorm(model)
 
 
-def data_parallel(model: nn.Module, device: torch.device, idle: bool) -> nn.Module:
+def data_parallel(model: nn.Module, device: torch.device, idle: bool) -> DistributedDataParallel:
     """Return a model whose backward pass averages gradients over the processes; ``idle``: some may get none."""
     from torch.nn.parallel import DistributedDataParallel
 

@@ -126,14 +126,16 @@ class Sweep:
         return True
 
     def _publish(self, report: Report) -> None:
-        """Give the group's report run in W&B the table and the plots."""
-        configs = [c for c in self.plan.configs.values() if c.tracker.name == "wandb" and c.tracker.mode != "disabled"]
-        if configs:
-            from convnn.runs.tracking import publish_report
+        """Give the group's report run, in the tools that the runs are in, the table and the plots."""
+        tracked = [config.tracker for config in self.plan.configs.values() if config.tracker.running]
+        if not tracked:
+            return
+        from convnn.runs.tracking import publish_report
 
-            rows, runs = (json.loads(t.to_json(orient="records")) for t in (report.summary, report.runs))
-            images = [p.png for p in (*report.pictures, *report.difference_pictures)]
-            publish_report(configs[0].tracker, self.folder, self.options.name, rows, runs, images)
+        rows, runs = (json.loads(t.to_json(orient="records")) for t in (report.summary, report.runs))
+        images = [p.png for p in (*report.pictures, *report.difference_pictures)]
+        publish_report(tracked[0], self.folder, self.options.name, rows, runs, images)
+        if "wandb" in tracked[0].running:
             print(f"upload all runs with: wandb sync {self.folder}/points/*/wandb/offline-run-* "
                   f"{self.folder}/wandb/offline-run-*")  # fmt: skip
 

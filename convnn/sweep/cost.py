@@ -127,7 +127,8 @@ class Timed:
 def _timed(config: Config) -> Timed:
     with tempfile.TemporaryDirectory() as place:
         trainer = Trainer(config, RunFolder(Path(place), resume=False, writes=False))
-        with explain_out_of_memory(config.train.batch_size), explain_small_batches(config.train.batch_size):
+        parts = config.train.batch_size, config.train.grad_accumulation
+        with explain_out_of_memory(*parts), explain_small_batches(*parts):
             step = trainer.time_steps()
     evaluated = sum(len(batches.split) for name, batches in trainer.batches.items() if name != "train")
     return Timed(step, trainer.steps_per_epoch, evaluated)

@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from convnn.config.checks import check_kinds
-from convnn.config.compose import hydra_context, translate
+from convnn.config.compose import hydra_context, several_trackers, translate
 from convnn.config.composer import Composer
 from convnn.config.identity import effect, fingerprint, fingerprint_of, run_name
 from convnn.config.overrides import merge_overrides, sweep_text
@@ -93,6 +93,9 @@ def expand_points(
             raise ConfigError(f"{swept_over}: {error}") from error
         except HydraException as error:
             raise translate(error, merged, SweepRun) from error
+        for override in parsed:
+            if override.key_or_group in swept and override.key_or_group in ("tracker", "tracker.name"):
+                raise several_trackers(str(override.input_line))
         points += [(label, [*overrides, *deleted]) for overrides in batch]
     return points, swept
 

@@ -43,6 +43,7 @@ class DivergenceCheck:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
         else:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        state.grad_norms.append(norm.detach())
         finite = torch.stack([loss.detach().isfinite(), norm.isfinite()])
         if self.allowed:  # all processes skip, or none
             finite = distributed.reduce(finite.int(), "MIN").bool()

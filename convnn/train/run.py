@@ -73,7 +73,7 @@ def _run_in(folder: RunFolder, config: Config) -> Result:
     explained = explain_compilation(mode) if mode else nullcontext()  # loads what only a compiler needs
     with (
         StopSignals(_say_that_it_stops, leaving=True) as signals,
-        explain_out_of_memory(config.train.batch_size),
+        explain_out_of_memory(config.train.batch_size, config.train.grad_accumulation),
         explained,
     ):
         try:
@@ -132,7 +132,7 @@ def run_trainer(trainer: Trainer, stop: Callable[[], int | None]) -> Result:
     )
     exit_code, result = EXIT_FAILED, {}
     try:
-        with explain_small_batches(config.train.batch_size):
+        with explain_small_batches(config.train.batch_size, config.train.grad_accumulation):
             signum = trainer.fit(stop, tracker.log)
         if signum is None and tracker.takes_images and config.diagnostics.pictures:
             tracker.log_images(draw_at_end(trainer.eval_model, trainer.batches["test"], folder.path))

@@ -42,6 +42,10 @@ class RunState:
     """Images trained on, over all processes."""
     skipped_steps: int = 0
     """Steps left out, as their loss or gradient was not finite."""
+    grad_norms: list[Tensor] = field(default_factory=list)
+    """Norm of the whole gradient, before clipping, of each step since the epoch began. They stay on the device."""
+    layer_norms: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    """By the name of a replaced layer its norms after the epoch's last step; empty before."""
     neighbors: dict[str, Tensor] = field(default_factory=dict)
     """What each layer chose at the last measurement, by name, see ``convnn.train.probe``."""
 
@@ -49,6 +53,8 @@ class RunState:
         """Return the state as plain types and tensors; every process must ask, for the meters of all are gathered."""
         values = {name: getattr(self, name) for name in _AS_THEY_ARE}
         meters = distributed.gather(self.meter.sums.tolist())
+        norms = torch.stack(self.grad_norms).tolist() if self.grad_norms else []
+        values |= {"grad_norms": norms, "layer_norms": self.layer_norms}
         return values | {"meter": meters, "rows": json.dumps(self.rows), "neighbors": self.neighbors}
 
     @classmethod
@@ -61,6 +67,10 @@ class RunState:
         return cls(
             meter=Meter.of(sums[world.rank].tolist(), device),
             rows=json.loads(saved["rows"]),
-            neighbors=saved.get("neighbors", {}),  # older checkpoints have none
+            grad_norms=[
+                torch.tensor(norm, device=device) for norm in saved.get("grad_norms", [])
+            ],  # older ones lack it
+            layer_norms=saved.get("layer_norms", {}),
+            neighbors=saved.get("neighbors", {}),
             **{name: saved[name] for name in _AS_THEY_ARE},
         )

@@ -8,9 +8,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import closing
-from dataclasses import asdict, replace
-from itertools import pairwise
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,14 +18,14 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from convnn.config.identity import fingerprint, identity, length_of
+from convnn.config.identity import fingerprint, identity
 from convnn.config.schema import Config
 from convnn.data.batches import Batches
 from convnn.data.datasets import load_dataset
 from convnn.data.readers import Readers
 from convnn.data.splits import AnySplit, Dataset
 from convnn.data.stream import make_batches
-from convnn.errors import CheckpointError, ConfigError, DivergedError, StoppedError, WeightsError
+from convnn.errors import CheckpointError, DivergedError, StoppedError, WeightsError
 from convnn.models.build import build_model, kept_weights
 from convnn.models.cost import check_output, count_cost, count_memory, parameters_without_gradient
 from convnn.models.freezing import freeze
@@ -42,7 +41,9 @@ from convnn.runtime.device import check_compiler, make_autocast, pick_device, se
 from convnn.train.compiling import compiled_by_choice
 from convnn.train.divergence import DivergenceCheck
 from convnn.train.evaluate import Meter, evaluate
+from convnn.train.gradient import backward, gradient_summary, layer_norms, parameter_norm
 from convnn.train.kept import TestOutputs
+from convnn.train.lengths import planned_lengths
 from convnn.train.optim import learning_rate, make_optimizer, make_schedules
 from convnn.train.probe import Probe
 from convnn.train.progress import Progress
@@ -77,9 +78,11 @@ class Trainer:
             distributed.fail_together(lambda: check_compiler(self.device, config.train.compile))
         distributed.fail_together(lambda: self._build(dataset))
         self.forward: Callable[[Tensor], Tensor] = self.model
+        self.unsynchronised: Callable[[], AbstractContextManager[Any]] = nullcontext
         if self.world.size > 1:
             idle = parameters_without_gradient(self.model, config.schedule, dataset.train.shape[0], self.image_size)
-            self.forward = distributed.data_parallel(self.model, self.device, bool(idle))
+            parallel = distributed.data_parallel(self.model, self.device, bool(idle))
+            self.forward, self.unsynchronised = parallel, parallel.no_sync
         if config.train.compile:
             self.forward = compiled_by_choice(self.model, self.forward, config.train.compile)
 
@@ -102,7 +105,7 @@ class Trainer:
             if (split := getattr(dataset, name)) is not None
         }
         self.steps_per_epoch = len(self.batches["train"])
-        self.lengths = self._lengths()
+        self.lengths = planned_lengths(train, self.steps_per_epoch)
         self.total_steps = self.lengths[-1][1]
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         self.num_classes = len(dataset.classes)
@@ -123,29 +126,6 @@ class Trainer:
             self.lost = error
         return build_model(self.config, dataset, weights=False)
 
-    def _lengths(self) -> list[tuple[int, int]]:
-        """Return the epochs and the steps that the run was planned for, one pair for each time; the last is the plan.
-
-        Raises:
-            ConfigError: if an extension would not make the run longer, or begins within an epoch.
-        """
-        train, each, found = self.config.train, self.steps_per_epoch, []
-        for plan in (*train.extended_from, length_of(asdict(train))):
-            steps = each * plan["epochs"]
-            found.append((plan["epochs"], min(steps, plan.get("max_steps", steps))))
-        for (_, before), (_, after) in pairwise(found):
-            if before % each:
-                raise ConfigError(
-                    f"train.max_steps={before} ended the run within an epoch of {each} steps; "
-                    "a run can be extended where one ends"
-                )
-            if after <= before:
-                raise ConfigError(
-                    f"train.epochs={train.epochs} leaves the run at {after} steps, as "
-                    f"train.max_steps={train.max_steps} ends it there; set train.max_steps=null"
-                )
-        return found
-
     def _examine(self, channels: int) -> None:
         """Check what the model returns at both ends of a schedule, and count its operations at the last."""
         for now in (1.0, 0.0) if describe_schedule(self.config.schedule) else (1.0,):
@@ -154,7 +134,12 @@ class Trainer:
             if now:
                 what = self.model, channels, self.image_size
                 self.gflops, self.report = count_cost(*what, self.report)
-                self.report = count_memory(*what, self.report, self.config.train.batch_size // self.world.size)
+                self.report = count_memory(*what, self.report, self._images_at_once())
+
+    def _images_at_once(self) -> int:
+        """Return how many images a forward pass of training has, on one process."""
+        train = self.config.train
+        return max(1, train.batch_size // self.world.size // train.grad_accumulation)
 
     def _batches(self, split: AnySplit, train: bool) -> Batches:
         c = self.config
@@ -325,17 +310,16 @@ class Trainer:
             images, targets = self.mixup(images, labels)
         self.divergence.before_forward()
         self.optimizer.zero_grad(set_to_none=True)  # gradients that a CUDA graph made are gone with its next step
-        with self.autocast():
-            output = self.forward(images)
-            loss = self.criterion(output.float(), targets)
-        loss.backward()
+        parts = self.config.train.grad_accumulation
+        what = self.forward, self.criterion, images, targets, parts, self.autocast, self.unsynchronised
+        loss, output = backward(*what)
         if not self.divergence.may_step(loss, self.state):
             return
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model)
         with torch.no_grad():
-            self.state.meter.add(loss.detach(), output.detach(), labels)
+            self.state.meter.add(loss, output, labels)
 
     def _time(self, step: int) -> float:
         """Fraction of training at a step: 0 at the first, 1 at the last of the first plan, and after an extension."""
@@ -362,7 +346,7 @@ class Trainer:
         if is_best:
             state.best = {k: row[k] for k in ("epoch", "val_top1", "test_top1") if k in row}
         state.epoch, state.step_in_epoch = state.epoch + 1, 0
-        state.meter = Meter.new(self.device)
+        state.meter, state.grad_norms, state.layer_norms = Meter.new(self.device), [], {}
         state.rows.append(row)
         track(row)
         log.info("%s", describe_row(row, self.epochs, moving=self.config.schedule.blend.shape != "constant"))
@@ -381,6 +365,8 @@ class Trainer:
         apply_schedule(self.model, schedule, now)
         if self.ema is not None:
             apply_schedule(self.ema.module, schedule, now)
+        if self.config.diagnostics.enabled and not state.layer_norms:  # kept for a run that a signal stops below
+            state.layer_norms = layer_norms(self.model)
         start = time.perf_counter()
         row: Row = {"epoch": state.epoch, "step": state.step}
         loss, top1, _ = Meter(distributed.reduce(state.meter.sums)).means()
@@ -393,7 +379,13 @@ class Trainer:
                 scores = evaluate(self.eval_model, batches, self.autocast, stop, seeds, self.outputs.taking(name))
                 row |= dict(zip((f"{name}_loss", f"{name}_top1", f"{name}_top5"), scores, strict=True))
         row["lr"] = learning_rate(self.optimizer)
-        row["layers"] = [{"name": n, **layer.spectrum()} for n, layer in neighbor_layers(self.model).items()]
+        row |= gradient_summary(state.grad_norms)
+        if self.config.diagnostics.enabled:
+            row["param_norm"] = parameter_norm(self.model.parameters())
+        row["layers"] = [
+            {"name": n, **layer.spectrum(), **state.layer_norms.get(n, {})}
+            for n, layer in neighbor_layers(self.model).items()
+        ]
         self.probe.add_to(row, self.eval_model, state)
         row["train_seconds"] = round(state.train_seconds, 3)
         row["eval_seconds"] = round(time.perf_counter() - start, 3)

@@ -82,7 +82,9 @@ def test_train(train, tmp_path):
 @pytest.mark.long
 def test_tracker(tracker, tmp_path):
     one_step([*TINY, f"tracker={tracker}"], tmp_path)
-    assert (tmp_path / "run" / "wandb").exists() == (tracker == "wandb")
+    for folder in ("wandb", "tensorboard"):
+        assert (tmp_path / "run" / folder).exists() == (tracker == folder)
+    assert (tmp_path / "run" / "trackio_id").exists() == (tracker == "trackio")
 
 
 @pytest.mark.parametrize("data", GROUPS["data"])

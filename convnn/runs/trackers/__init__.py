@@ -1,0 +1,1 @@
+"""The tools that a run can be watched in, one class each, all with the methods of ``base.RunTracker``."""

@@ -1,0 +1,115 @@
+"""Runs that begin from the weights of another run: backbone.checkpoint=DIR."""
+
+import shutil
+
+import pytest
+import torch
+from helpers import equal_states, tiny
+
+from convnn.config.identity import fingerprint
+from convnn.errors import ConfigError
+from convnn.models.build import build_network
+from convnn.models.swap import neighbor_layers
+from convnn.runs.checkpoint import load_checkpoint
+from convnn.train.run import run
+
+SWAP = ["operator=spectrum", "operator.blend=0.5", "swap.last=3"]
+SHORT = ["data.size=32", "train.epochs=1", "diagnostics.enabled=false", "optim.lr=0.01"]
+SHAPE = (3, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def swapped(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("swapped") / "r"
+    run(tiny(*SWAP, *SHORT, "train.epochs=2", "train.ema=0.5", f"run.dir={folder}"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain") / "r"
+    run(tiny("swap=none", *SHORT, f"run.dir={folder}"))
+    return folder
+
+
+def weights_of(folder, kind="model", name="last"):
+    content = load_checkpoint(folder / "checkpoints" / f"{name}.pt")[kind]
+    return {name: tensor for name, tensor in content.items() if not name.endswith("_extra_state")}
+
+
+def begun(folder, *overrides, classes=10):
+    """Return the network that a configuration begins with."""
+    return build_network(tiny(*SHORT, f"backbone.checkpoint={folder}", *overrides), classes, SHAPE)
+
+
+def same_but_the_head(model, wanted):
+    found = model.state_dict()
+    return all(torch.equal(found[name], wanted[name]) for name in wanted if not name.startswith("fc."))
+
+
+def test_replaced_layers_begin_where_the_run_ended(swapped):
+    """With averaged weights, as they are what was evaluated; where the layers stand is the new configuration's."""
+    model, report, _ = begun(swapped, *SWAP, "operator.blend=0.25", "operator.k=9")
+    assert same_but_the_head(model, weights_of(swapped, "ema")) and len(report) == 3
+    assert not same_but_the_head(model, weights_of(swapped))
+    assert torch.equal(model.fc.weight, weights_of(swapped, "ema")["fc.weight"])
+    assert {layer.blend for layer in neighbor_layers(model).values()} == {0.25}
+
+
+def test_a_classifier_of_other_classes_begins_anew(swapped):
+    model, _, _ = begun(swapped, *SWAP, classes=7)
+    assert same_but_the_head(model, weights_of(swapped, "ema")) and model.fc.weight.shape[0] == 7
+
+
+def test_a_plain_runs_weights_are_transferred_to_replaced_layers(plain):
+    """The small stem that the run had is the new network's too."""
+    model, report, _ = begun(plain, "operator=conv2d", "swap.last=2")
+    assert len(report) == 2 and same_but_the_head(model, weights_of(plain))
+    images = torch.randn(2, *SHAPE)
+    source, _, _ = begun(plain, "swap=none")
+    assert torch.allclose(model.eval()(images), source.eval()(images), atol=1e-5)
+
+
+def test_a_folder_means_its_last_weights_else_its_best(swapped, tmp_path):
+    last, best = (swapped / "checkpoints" / f"{name}.pt" for name in ("last", "best"))
+    assert tiny(*SWAP, f"backbone.checkpoint={swapped}").backbone.checkpoint == str(last)
+    given, folder = (fingerprint(tiny(*SWAP, f"backbone.checkpoint={place}")) for place in (last, swapped))
+    assert given == folder != fingerprint(tiny(*SWAP, f"backbone.checkpoint={best}")) != fingerprint(tiny(*SWAP))
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ConfigError, match=r"is a folder without checkpoints/last\.pt or best\.pt; give a run folder"):
+        tiny(f"backbone.checkpoint={tmp_path}")
+    shutil.copy(best, tmp_path / "checkpoints" / "best.pt")
+    assert tiny(f"backbone.checkpoint={tmp_path}").backbone.checkpoint.endswith("best.pt")
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["swap=none"], r"of a run with replaced layers, and here none is replaced; take its swap .*from_run=.*/r "),
+        (["operator=spectrum", "swap.last=2"], r"layer3\.0\.conv2 is replaced there alone; take its swap"),
+        (["operator=spectrum", "swap.last=4"], r"is replaced here alone"),
+        (
+            [*SWAP, "operator.slots=window"],
+            r"by operator\.slots=rank, not window|by operator\.slots=raster, not window",
+        ),
+        ([*SWAP, "operator.k=4"], "has another shape of "),
+        ([*SWAP, "+backbone.kwargs.channels=[4,4,8,16]"], "does not fit resnet18: it has another shape of"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(swapped, overrides, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        begun(swapped, *overrides)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.long
+def test_a_run_is_fine_tuned_with_frozen_layers(swapped, tmp_path, caplog):
+    caplog.set_level("INFO")
+    folder = tmp_path / "r"
+    more = ["data=digits", "data.limit=32", "data.limit_test=16", "backbone.freeze=[conv1,bn1,layer1]"]
+    run(tiny(*SWAP, *SHORT, f"backbone.checkpoint={swapped}", f"run.dir={folder}", *more))
+    assert "weights stem from the file" in caplog.text and "begin anew" not in caplog.text
+    source, tuned = weights_of(swapped, "ema"), weights_of(folder)
+    frozen = [name for name in source if name.startswith(("conv1.", "bn1.", "layer1."))]
+    assert frozen and equal_states(*({name: state[name] for name in frozen} for state in (source, tuned)))
+    assert not torch.equal(source["layer4.0.conv1.weight"], tuned["layer4.0.conv1.weight"])

@@ -39,7 +39,8 @@ def config_from_folder(overrides: Sequence[str]) -> Config | None:
     _check_folder(folder, given[0])
     if key == FROM_RUN:
         if world_from_environment().rank == 0:  # of several processes, which have not met yet
-            log.info("the configuration is that of %s; its weights are not taken", folder)
+            begins = any(key_of(override) == "backbone.checkpoint" for override in others)
+            log.info("the configuration is that of %s%s", folder, "" if begins else "; its weights are not taken")
         return derived_config(folder, others)
     place = next((override for override in others if key_of(override).startswith("run.")), None)
     if place:

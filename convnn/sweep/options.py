@@ -24,7 +24,7 @@ class SweepConfig:
     """Which runs a sweep makes, and how."""
 
     name: str = "custom"
-    """Name of the sweep; its W&B group."""
+    """Name of the sweep; its group in W&B and trackio."""
     dir: str = "sweeps/${sweep.name}"
     """Where plan, runs, logs and report go."""
     base: list[str] = field(default_factory=list)

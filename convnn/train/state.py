@@ -67,9 +67,8 @@ class RunState:
         return cls(
             meter=Meter.of(sums[world.rank].tolist(), device),
             rows=json.loads(saved["rows"]),
-            grad_norms=[
-                torch.tensor(norm, device=device) for norm in saved.get("grad_norms", [])
-            ],  # older ones lack it
+            # Older checkpoints have none of these.
+            grad_norms=list(torch.tensor(saved.get("grad_norms", []), device=device)),
             layer_norms=saved.get("layer_norms", {}),
             neighbors=saved.get("neighbors", {}),
             **{name: saved[name] for name in _AS_THEY_ARE},

@@ -64,7 +64,9 @@ def test_a_classifier_of_other_classes_begins_anew(swapped):
 def test_a_plain_runs_weights_are_transferred_to_replaced_layers(plain):
     """The small stem that the run had is the new network's too."""
     model, report, _ = begun(plain, "operator=conv2d", "swap.last=2")
-    assert len(report) == 2 and same_but_the_head(model, weights_of(plain))
+    replaced = tuple(f"{row.name}." for row in report.rows)  # whose weights may be laid out in another order
+    kept = {name: tensor for name, tensor in weights_of(plain).items() if not name.startswith(replaced)}
+    assert len(report) == 2 and same_but_the_head(model, kept)
     images = torch.randn(2, *SHAPE)
     source, _, _ = begun(plain, "swap=none")
     assert torch.allclose(model.eval()(images), source.eval()(images), atol=1e-5)
@@ -88,10 +90,7 @@ def test_a_folder_means_its_last_weights_else_its_best(swapped, tmp_path):
         (["swap=none"], r"of a run with replaced layers, and here none is replaced; take its swap .*from_run=.*/r "),
         (["operator=spectrum", "swap.last=2"], r"layer3\.0\.conv2 is replaced there alone; take its swap"),
         (["operator=spectrum", "swap.last=4"], r"is replaced here alone"),
-        (
-            [*SWAP, "operator.slots=window"],
-            r"by operator\.slots=rank, not window|by operator\.slots=raster, not window",
-        ),
+        ([*SWAP, "operator.slots=rank"], r"by operator\.slots=window, not rank; take its swap"),
         ([*SWAP, "operator.k=4"], "has another shape of "),
         ([*SWAP, "+backbone.kwargs.channels=[4,4,8,16]"], "does not fit resnet18: it has another shape of"),
     ],

@@ -89,6 +89,9 @@ def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
         for mine, theirs in zip(x.pop("layers"), y.pop("layers"), strict=True):
             for key in ("name", "blend", "k", "temperature"):
                 assert mine[key] == theirs[key]
+            assert theirs["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-3)
+        for key in ("grad_norm", "grad_norm_max", "param_norm"):
+            assert y.pop(key) == pytest.approx(x.pop(key), rel=1e-3)
         assert {k: v for k, v in x.items() if not k.endswith("loss")} == {
             k: v for k, v in y.items() if not k.endswith("loss")
         }
@@ -275,12 +278,13 @@ def test_a_wrong_configuration_is_one_line(args, hint, tmp_path):
     "more",
     [
         ["train.compile=true"],
+        ["train.grad_accumulation=3"],
         ["train.amp=bf16", "tracker=wandb"],
         ["+backbone.kwargs.qk_norm=true", "operator.weighting=ones"],
     ],
 )
 def test_other_settings_work_in_two_processes(more, tmp_path):
-    """Compiled, in low precision with W&B, and with parameters that get no gradient."""
+    """Compiled, with steps in parts, in low precision with W&B, and with parameters that get no gradient."""
     args = [*VIT, "train.epochs=3", *more]
     code, _, err, _ = call(*args, f"run.dir={tmp_path}/two")
     assert code == 0, err

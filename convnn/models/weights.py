@@ -131,8 +131,10 @@ def _as_timm_does(model: nn.Module, state: State) -> State:
 def _adapt_first(state: State, model: nn.Module, first: Any, in_chans: int) -> None:
     """Adapt the first convolutions to images of other channels, as timm does."""
     for name in (first,) if isinstance(first, str) else first or ():
-        weight, own = state.get(f"{name}.weight"), model.get_parameter(f"{name}.weight")
-        if weight is not None and weight.ndim == 4 and weight.shape[1] == 3 != own.shape[1]:
+        weight = state.get(f"{name}.weight")
+        if weight is None or weight.ndim != 4 or weight.shape[1] != 3:  # such as of a replaced layer
+            continue
+        if model.get_parameter(f"{name}.weight").shape[1] != 3:
             state[f"{name}.weight"] = adapt_input_conv(in_chans, weight)
 
 

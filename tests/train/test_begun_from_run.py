@@ -56,6 +56,20 @@ def test_replaced_layers_begin_where_the_run_ended(swapped):
     assert {layer.blend for layer in neighbor_layers(model).values()} == {0.25}
 
 
+def test_a_network_of_replaced_layers_alone_begins_where_it_ended(tmp_path):
+    """As the quickstart's: the first convolution is one of them, a hybrid without a weight of its own."""
+    whole = ["operator=hybrid", "swap=all_conv", "swap.init=fresh"]
+    run(tiny(*whole, *SHORT, f"run.dir={tmp_path}/r"))
+    model, report, _ = begun(tmp_path / "r", *whole, "operator.blend=0.5")
+    assert same_but_the_head(model, weights_of(tmp_path / "r")) and "conv1" in {row.name for row in report.rows}
+
+
+def test_a_first_convolution_takes_images_of_one_channel(swapped):
+    model, _, _ = build_network(tiny(*SWAP, f"backbone.checkpoint={swapped}"), 10, (1, 8, 8))
+    wanted = weights_of(swapped, "ema")["conv1.weight"].sum(1, keepdim=True)
+    torch.testing.assert_close(model.conv1.weight, wanted)
+
+
 def test_a_classifier_of_other_classes_begins_anew(swapped):
     model, _, _ = begun(swapped, *SWAP, classes=7)
     assert same_but_the_head(model, weights_of(swapped, "ema")) and model.fc.weight.shape[0] == 7

@@ -31,13 +31,17 @@ def build_model(config: Config, dataset: Dataset, *, weights: bool = True) -> tu
     Raises:
         ConfigError: if the parts do not fit together; ``WeightsError`` if that is for want of weights alone.
     """
-    return build_network(config, len(dataset.classes), dataset.train.shape, weights=weights)
+    names = dataset.classes
+    return build_network(config, len(names), dataset.train.shape, weights=weights, names=names)
 
 
 def build_network(
-    config: Config, classes: int, shape: Sequence[int], *, weights: bool = True
+    config: Config, classes: int, shape: Sequence[int], *, weights: bool = True, names: Sequence[str] = ()
 ) -> tuple[nn.Module, SwapReport, int]:
-    """Do what ``build_model`` does, for a number of classes and images of a shape: channels, rows and columns."""
+    """Do what ``build_model`` does, for a number of classes and images of a shape: channels, rows and columns.
+
+    ``names`` of the classes tell whether they are those of a run whose weights are loaded; without, their number does.
+    """
     channels, height, width = shape
     image_size = config.data.image_size or config.backbone.image_size
     if image_size is None and height != width:
@@ -48,7 +52,7 @@ def build_network(
     backbone = config.backbone if weights and begun is None else without_weights(config.backbone)
     model = create_backbone(backbone, classes, channels, image_size)
     if begun is not None and not begun.swapped:
-        begun.put(model, config.backbone, channels)
+        begun.put(model, config.backbone, channels, names)
     init = config.swap.init
     if init == "auto" and not loads_weights(asdict(config.backbone)):
         init = "fresh"
@@ -61,7 +65,7 @@ def build_network(
                 draw_as_torch(layer)
     if begun is not None and begun.swapped:
         begun.check(model, config)
-        begun.put(model, config.backbone, channels)
+        begun.put(model, config.backbone, channels, names)
         report = replace(report, rows=tuple(replace(row, init="transfer") for row in report.rows))
     return model, report, image_size
 

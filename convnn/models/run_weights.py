@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from convnn.config.identity import identity
 from convnn.config.schema import BackboneConfig, Config
 from convnn.errors import ConfigError
 from convnn.models.swap import neighbor_layers
-from convnn.models.weights import put_weights, read_weights
+from convnn.models.weights import head_prefixes, put_weights, read_weights
 
 _MEANING = ("target", "aggregation", "slots", "weighting")
 """Settings of an operator that say what its weights stand for; other ones choose neighbours, and may change."""
@@ -29,6 +29,8 @@ class RunWeights:
     """Of the run that wrote it."""
     layers: frozenset[str]
     """Names of its layers that choose neighbours."""
+    classes: tuple[str, ...]
+    """In the order of its outputs; empty if the checkpoint does not tell."""
 
     @property
     def swapped(self) -> bool:
@@ -36,9 +38,15 @@ class RunWeights:
         swap = self.identity["swap"]
         return bool(swap["rules"]) or swap["match"] is not None
 
-    def put(self, model: nn.Module, config: BackboneConfig, in_chans: int) -> None:
-        """Load the weights, averaged ones if there are such, as ``put_weights`` does."""
-        put_weights(model, read_weights(self.path, config.checkpoint_sha256), config, in_chans)
+    def put(self, model: nn.Module, config: BackboneConfig, in_chans: int, classes: Sequence[str]) -> None:
+        """Load the weights, averaged ones if there are such, as ``put_weights`` does.
+
+        The classifier begins anew also where there are as many classes as in that run, but other ones.
+        """
+        state = read_weights(self.path, config.checkpoint_sha256)
+        if self.classes and classes and self.classes != tuple(classes):
+            state = {name: tensor for name, tensor in state.items() if not name.startswith(head_prefixes(model))}
+        put_weights(model, state, config, in_chans)
         model.pretrained_cfg["of_run"] = True  # type: ignore[index, operator]
 
     def check(self, model: nn.Module, config: Config) -> None:
@@ -68,4 +76,5 @@ def run_weights(backbone: BackboneConfig) -> RunWeights | None:
         return None
     if not isinstance(content, Mapping) or not {"identity", "fingerprint", "model", "spectrum"} <= content.keys():
         return None
-    return RunWeights(path, content["identity"], frozenset(content["spectrum"]))
+    classes = (content.get("data") or {}).get("classes") or ()  # checkpoints of version 0.1 have none
+    return RunWeights(path, content["identity"], frozenset(content["spectrum"]), tuple(classes))

@@ -48,8 +48,7 @@ def put_weights(model: nn.Module, state: State, config: BackboneConfig, in_chans
     """
     said = f"backbone.checkpoint={config.checkpoint}"
     settings: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
-    named = settings.get("classifier") or ()
-    heads = (named,) if isinstance(named, str) else tuple(named)
+    heads = _heads(model)
     try:
         state, whose = timm_names(state, heads[0] if heads else "head")
         state = _as_timm_does(model, state)
@@ -64,6 +63,16 @@ def put_weights(model: nn.Module, state: State, config: BackboneConfig, in_chans
     model.load_state_dict(state, strict=False)
     settings["num_classes"] = None if anew else getattr(model, "num_classes", None)
     model.pretrained_cfg = settings  # type: ignore[assignment]
+
+
+def _heads(model: nn.Module) -> tuple[str, ...]:
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return (named,) if isinstance(named, str) else tuple(named)
+
+
+def head_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Return what the names of the classifiers' weights begin with."""
+    return tuple(f"{head}." for head in _heads(model))
 
 
 def read_weights(path: Path, sha256: str | None = None) -> State:

@@ -73,6 +73,11 @@ def test_a_first_convolution_takes_images_of_one_channel(swapped):
 def test_a_classifier_of_other_classes_begins_anew(swapped):
     model, _, _ = begun(swapped, *SWAP, classes=7)
     assert same_but_the_head(model, weights_of(swapped, "ema")) and model.fc.weight.shape[0] == 7
+    named = load_checkpoint(swapped / "checkpoints" / "last.pt")["data"]["classes"]
+    config, kept = tiny(*SWAP, f"backbone.checkpoint={swapped}"), weights_of(swapped, "ema")["fc.weight"]
+    for names, same in ((named, True), (["x", *named[1:]], False)):  # as many, but other ones
+        model, _, _ = build_network(config, 10, SHAPE, names=names)
+        assert torch.equal(model.fc.weight, kept) == same
 
 
 def test_a_plain_runs_weights_are_transferred_to_replaced_layers(plain):
@@ -121,7 +126,7 @@ def test_a_run_is_fine_tuned_with_frozen_layers(swapped, tmp_path, caplog):
     folder = tmp_path / "r"
     more = ["data=digits", "data.limit=32", "data.limit_test=16", "backbone.freeze=[conv1,bn1,layer1]"]
     run(tiny(*SWAP, *SHORT, f"backbone.checkpoint={swapped}", f"run.dir={folder}", *more))
-    assert "weights stem from the file" in caplog.text and "begin anew" not in caplog.text
+    assert "weights stem from the file" in caplog.text and "begin anew" not in caplog.text  # classes 0 to 9 in both
     source, tuned = weights_of(swapped, "ema"), weights_of(folder)
     frozen = [name for name in source if name.startswith(("conv1.", "bn1.", "layer1."))]
     assert frozen and equal_states(*({name: state[name] for name in frozen} for state in (source, tuned)))

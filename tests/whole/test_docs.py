@@ -116,6 +116,8 @@ def test_training_commands_compose(tmp_path, monkeypatch):
     monkeypatch.chdir(write_run(tmp_path / "r", {"train.epochs": 10}))
     for weights in ("FILE", "model.safetensors"):
         Path(weights).write_bytes(b"weights")
+    Path("checkpoints").mkdir(exist_ok=True)
+    Path("checkpoints/last.pt").write_bytes(b"weights")
     for words in every:
         assert config_from_folder(words) or compose_config(words)
 

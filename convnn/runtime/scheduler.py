@@ -133,19 +133,15 @@ class Slurm:
 
     def ended(self, numbers: Iterable[str]) -> dict[str, str]:
         """Return how jobs ended, where there is accounting; see ``Scheduler``."""
-        arrays = sorted({number.partition("_")[0] for number in numbers})
+        wanted = list(numbers)
+        arrays = sorted({number.partition("_")[0] for number in wanted})
         if not arrays:
             return {}
         try:
             said = self._run(["sacct", "-nPX", f"--jobs={','.join(arrays)}", "--format=JobID,State"], "")
         except SchedulerError:  # without accounting
             return {}
-        rows = (line.split("|") for line in said.splitlines() if "|" in line)
-        found = {row[0]: row[1].split()[0] for row in rows if row[1].strip()}  # "CANCELLED by 1000"
-        for number, state in list(found.items()):
-            for single in _expanded(number):
-                found[single] = state
-        return found
+        return _read_accounts(said, wanted)
 
     def cancel(self, numbers: Iterable[str]) -> None:
         """Cancel jobs; see ``Scheduler``."""
@@ -175,6 +171,24 @@ def _read_queue(said: str) -> dict[str, Job]:
             continue
         number = f"{parts[0]}_{parts[1]}" if parts[1].isdecimal() else parts[0]
         found[number] = Job(parts[2], int(parts[3] or 0), parts[4], parts[5])
+    return found
+
+
+def _read_accounts(said: str, wanted: Iterable[str]) -> dict[str, str]:
+    """Return how jobs ended, from sacct's rows: a number, often of several tasks, and a state."""
+    rows = [line.split("|")[:2] for line in said.splitlines() if "|" in line]
+    rows = [[number, state.split()[0]] for number, state in rows if state.strip()]  # "CANCELLED by 1000"
+    found = {number: state for number, state in rows if "[" not in number}  # of a requeued job the last row counts
+    arrays = set()
+    for number, state in rows:
+        array, _, task = number.partition("_")
+        if task:
+            arrays.add(array)
+        for single in _expanded(number):  # some of which may have begun, and have a row of their own
+            found.setdefault(single, state)
+    for number in wanted:  # a task that was cancelled alone, before it began, has no row at all
+        if number not in found and number.partition("_")[0] in arrays:
+            found[number] = CANCELLED
     return found
 
 

@@ -6,6 +6,7 @@ All that is known lies in the sweep's folder (``status/``) and in the scheduler,
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from convnn.sweep.submission import (
     new_name,
     read_submissions,
     save_submission,
+    shares,
 )
 
 
@@ -189,16 +191,27 @@ class Cluster:
             if not points:
                 return []
             parts = chunks([p.fingerprint for p in points], self.scheduler.largest_array())
-            at_once = max(1, settings.parallel // len(parts))
+            free, before = self._free(settings.parallel)
             cpus = any(option.startswith("--cpus-per-task") for option in settings.options)
-            for part in parts:
+            for index, (part, share) in enumerate(zip(parts, shares(len(parts), free), strict=True)):
                 submission = Submission(
-                    new_name(settings.name or name), part, self.call, settings.options, settings.setup, sweep=orders
-                )
+                    new_name(settings.name or name), part, self.call, settings.options, settings.setup,
+                    at_once=max(1, share), sweep=orders,
+                )  # fmt: skip
+                array = f"--array=0-{len(part) - 1}%{submission.at_once}"
+                after = before if share else [*before, made[index - free].job]
+                wait = [f"--dependency=afterany:{':'.join(map(str, after))}"] if after else []
                 script = batch_script(self.folder, submission.name, settings.setup, cpus=cpus)
-                self._hand_in(submission, [f"--array=0-{len(part) - 1}%{at_once}", *settings.options], script)
+                self._hand_in(submission, [array, *settings.options, *wait], script)
                 made.append(submission)
         return made
+
+    def _free(self, parallel: int) -> tuple[int, list[int | None]]:
+        """Return how many more jobs may run at once, and the arrays that new ones have to wait for if none may."""
+        living = Counter(number.partition("_")[0] for number in self.alive.values())
+        arrays = [s for s in read_submissions(self.folder) if str(s.job) in living]
+        free = parallel - sum(min(s.at_once or living[str(s.job)], living[str(s.job)]) for s in arrays)
+        return (free, []) if free > 0 else (parallel, [s.job for s in arrays])
 
     def submit_end(self, settings: Settings, name: str, script: str) -> Submission | None:
         """Submit the job that follows all others and sums the sweep up, unless one waits already."""

@@ -34,6 +34,8 @@ class Submission:
     """For sbatch, without the array and the name."""
     script: list[str]
     """Commands before the jobs' own: ``hydra.launcher.setup``."""
+    at_once: int = 0
+    """Jobs of this array that may run at once; 0: all."""
     job: int | None = None
     """Number of the array; None: it was about to be submitted."""
     stopped: bool = False
@@ -82,3 +84,8 @@ def chunks(points: Sequence[str], largest: int) -> list[list[str]]:
     count = -(-len(points) // largest)
     size = -(-len(points) // count) if count else 1
     return [list(points[at : at + size]) for at in range(0, len(points), size)]
+
+
+def shares(parts: int, at_once: int) -> list[int]:
+    """Share the jobs that may run at once among arrays; 0: the array waits for the one ``at_once`` places before it."""
+    return [at_once // parts + (i < at_once % parts) for i in range(parts)]

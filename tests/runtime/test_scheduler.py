@@ -38,6 +38,43 @@ def test_accounts_are_read_where_there_are_some():
     assert Slurm(disabled).ended(["35_0"]) == {}
 
 
+RECORDED = """1_0|COMPLETED
+1_1|COMPLETED
+2_0|COMPLETED
+2_1|FAILED
+2_2|COMPLETED
+4_0|CANCELLED by 0
+4_1|CANCELLED by 0
+4_2|CANCELLED by 0
+4_[2-3,7%2]|CANCELLED by 0
+10|COMPLETED
+12_0|PREEMPTED
+12_1|PREEMPTED
+15|COMPLETED
+3|TIMEOUT
+13|CANCELLED by 0
+16|NODE_FAIL
+18|TIMEOUT
+17|PENDING
+"""
+"""What SLURM 22.05 with slurmdbd said: of array 4, of eight tasks, 1 was cancelled as it ran and 4 to 6 as they waited,
+then the whole; 10 was requeued, 3 and 13 were preempted and requeued before, 17 lost its node and was requeued."""
+
+
+def test_real_accounts_are_read():
+    calls = []
+    slurm = Slurm(lambda command, text: calls.append(list(command)) or RECORDED)
+    numbers = [f"4_{i}" for i in range(8)] + ["1_1", "2_1", "3", "10", "12_0", "13", "16", "17", "99_0"]
+    found = slurm.ended(numbers)
+    assert "--jobs=1,10,12,13,16,17,2,3,4,99" in calls[0]
+    assert {found.pop(f"4_{i}") for i in range(8)} == {"CANCELLED"}  # 4 to 6 have no row
+    assert [found.get(n) for n in numbers[8:]] == [
+        "COMPLETED", "FAILED", "TIMEOUT", "COMPLETED", "PREEMPTED", "CANCELLED", "NODE_FAIL", "PENDING", None,
+    ]  # fmt: skip
+    own = Slurm(lambda *_: "4_2|NODE_FAIL\n4_[2-3,7%2]|CANCELLED by 0\n").ended(["4_2", "4_3"])
+    assert own == {"4_2": "NODE_FAIL", "4_3": "CANCELLED", "4_7": "CANCELLED"}
+
+
 def test_a_job_is_handed_in():
     given = []
     assert Slurm(lambda command, text: given.append((list(command), text)) or "35;cluster\n").submit(["--x"], "s") == 35

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from convnn.sweep.overview import overview
 from convnn.sweep.plan import Plan, Point
 from convnn.sweep.sbatch import Settings
 from convnn.sweep.state import status_file
-from convnn.sweep.submission import chunks, read_submissions
+from convnn.sweep.submission import chunks, read_submissions, shares
 
 SETTINGS = Settings(["--time=5"], parallel=6, light=["--time=5"])
 POINTS = [Point(f"p{i}", f"{i:016x}", (f"seed={i}",)) for i in range(5)]
@@ -172,6 +173,40 @@ def test_arrays_stay_within_the_sites_limit(cluster):
     arrays = [next(o for o in options if o.startswith("--array")) for options, _ in cluster.scheduler.scripts.values()]
     assert arrays == ["--array=0-1%2", "--array=0-1%2", "--array=0-0%2"]  # six at once, shared by three arrays
     assert [sorted(p.name for p in cluster.folder.glob("status/jobs/*"))] and len(list(cluster.folder.rglob("*"))) < 9
+
+
+def limits(cluster, parallel, largest):
+    """Submit all points; return the options of each array that bound how many jobs run at once."""
+    before = set(cluster.scheduler.scripts)
+    cluster.scheduler.largest = largest
+    cluster.submit(lambda states: cluster.points, replace(SETTINGS, parallel=parallel), "a sweep", {})
+    bounding = ("--array", "--dependency")
+    return [
+        [o for o in options if o.startswith(bounding)]
+        for number, (options, _) in cluster.scheduler.scripts.items()
+        if number not in before
+    ]
+
+
+def test_no_more_jobs_run_at_once_than_the_settings_say(cluster):
+    """Arrays that the site's limit cuts share array_parallelism; those without a share wait for one that has."""
+    assert [shares(3, 8), shares(3, 2), shares(1, 256)] == [[3, 3, 2], [1, 1, 0], [256]]
+    assert limits(cluster, parallel=2, largest=2) == [
+        ["--array=0-1%1"],
+        ["--array=0-1%1"],
+        ["--array=0-0%1", "--dependency=afterany:10"],
+    ]
+
+
+def test_points_submitted_again_keep_within_what_the_others_leave(cluster):
+    assert limits(cluster, parallel=3, largest=10) == [["--array=0-4%3"]]
+    for index in (0, 1, 2):
+        del cluster.scheduler.found[f"10_{index}"]
+        record(cluster, POINTS[index], status="killed", job=f"10_{index}")
+    assert limits(cluster, parallel=3, largest=10) == [["--array=0-2%1"]]  # two are left of the first
+    del cluster.scheduler.found["20_0"]
+    record(cluster, POINTS[0], status="killed", job="20_0")
+    assert limits(cluster, parallel=3, largest=10) == [["--array=0-0%3", "--dependency=afterany:10:20"]]
 
 
 def test_progress_is_what_was_saved(tmp_path):

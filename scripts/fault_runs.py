@@ -33,15 +33,25 @@ def start(place: Path, prepare: Callable[[], Any] = lambda: None) -> int:
     pid = os.fork()
     if pid:
         return pid
-    code: Any = 70
+    code = 70
     try:
         log = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        prepare()
+        code = train(place)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(code)
+
+
+def train(place: Path) -> Any:
+    """Train in ``place``/run as train.py would; return the exit code."""
+    code: Any = 70
+    try:
         from convnn.train.run import run
 
         setup_logging()
-        prepare()
         code = guarded(lambda: run(compose_config([*RUN.split(), f"run.dir={place}/run"]))).get("exit_code", 0)
     except SystemExit as error:
         code = error.code
@@ -49,7 +59,7 @@ def start(place: Path, prepare: Callable[[], Any] = lambda: None) -> int:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    return code
 
 
 def wait(pid: int) -> int:
@@ -60,8 +70,14 @@ def wait(pid: int) -> int:
 class Operations:
     """Counts operations on files in this process, and ends it at the given one as a power cut would."""
 
-    def __init__(self, last: int | None) -> None:
-        self.last, self.done = last, 0
+    def __init__(self, last: int | None, also: int | None = None) -> None:
+        """Begin to count.
+
+        Args:
+            last: operation after which this process ends; None: it does not.
+            also: number of a process that ends with it.
+        """
+        self.last, self.also, self.done = last, also, 0
         import torch
 
         save, fsync, replace, link = torch.save, os.fsync, Path.replace, Path.hardlink_to
@@ -91,6 +107,8 @@ class Operations:
         """Note an operation; never returns from the last one."""
         self.done += 1
         if self.done == self.last:
+            if self.also is not None:
+                os.kill(self.also, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,7 +1,7 @@
 """Break a small training run in every way that machines do, go on, and compare with the uninterrupted run bit for bit.
 
 usage: uv run scripts/fault_trials.py [kills=100] [writes=40] [signals=30] [checkpoints=50] [files=20] [disks=10]
-                                      [limits=10] [seed=0] [dir=DIR] [out=FILE]
+                                      [limits=10] [torchrun=100] [seed=0] [dir=DIR] [out=FILE]
 
 {options}
 
@@ -20,12 +20,13 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fault_runs import RUN, Operations, compare, metrics, start, wait
+from fault_torchrun import torchrun_trials
 
 from convnn.cli.program import run_program, script_options
 from convnn.config.compose import compose_config
@@ -52,6 +53,8 @@ class Options:
     """A disk (tmpfs) with too little room, which later has enough; needs the right to mount."""
     limits: int = 10
     """A quota on the size of a file (RLIMIT_FSIZE), later lifted."""
+    torchrun: int = 100
+    """KILL and TERM of a process of two under torchrun, of torchrun itself, or of both."""
     seed: int = 0
     """Of the faults."""
     dir: str | None = None
@@ -90,23 +93,37 @@ class Bench:
         return path
 
 
-def finish(bench: Bench, place: Path, kind: str, faults: int, *, refusable: bool = False) -> None:
-    """Go on without faults, compare, and enter the outcome."""
+def go_on(place: Path) -> int:
+    """Start a run again and return its exit code."""
+    return wait(start(place))
+
+
+def finish(
+    bench: Bench,
+    place: Path,
+    kind: str,
+    faults: int,
+    *,
+    refusable: bool = False,
+    again: Callable[[Path], int] = go_on,
+    whole: Path | None = None,
+) -> None:
+    """Go on without faults by ``again``, compare with the run in ``whole``, and enter the outcome."""
     tally = bench.tallies[kind]
     tally.faults += faults
     log = place / "log"
     before = log.stat().st_size if log.exists() else 0
-    code = wait(start(place))
+    code = again(place)
     said = log.read_text()[before:]
     if code == 0:
-        difference = compare(bench.folder / "whole" / "run", place / "run")
+        difference = compare((whole or bench.folder / "whole") / "run", place / "run")
         outcome = "the same" if difference is None else "silently wrong"
         if "going on from" in said:
             tally.notes[f"from {said.split('going on from ')[1].split(',')[0]}"] += 1
     else:
         one_line = said.count("error: ") == 1 and code in (1, 2)
         outcome, difference = ("refused" if refusable and one_line else "lost"), f"exit code {code}"
-    if "Traceback" in log.read_text():
+    if any(line.startswith("Traceback") for line in log.read_text().splitlines()):  # torchrun's own have a time before
         outcome, difference = "lost", "a traceback"
     tally.outcomes[outcome] += faults
     if outcome in ("the same", "refused"):
@@ -274,6 +291,7 @@ LABELS = {
     "files": ("other damaged files", damage_trials),
     "disks": ("full disk (tmpfs)", disk_trials),
     "limits": ("file size limit", disk_trials),
+    "torchrun": ("KILL, TERM under torchrun", torchrun_trials),
 }
 
 

@@ -34,6 +34,7 @@ class Composer:
         self._leaves = set(all_keys()) - {s.name for s in fields(Config) if _is_section(s)} - groups - free
         self._shared: dict[tuple[str, ...], tuple[Config, bool] | ConfigError] = {}
         self._parser = OverridesParser.create()
+        self._values: dict[str, tuple[str, Any]] = {}
 
     def __call__(self, overrides: Sequence[str]) -> Config:
         """Return the checked configuration of a point.
@@ -56,9 +57,13 @@ class Composer:
             return self._compose(overrides)[0]
         config = copy.deepcopy(shared)
         changes: dict[str, dict[str, Any]] = {}
-        for override in self._parser.parse_overrides(plain):
-            section, _, name = override.key_or_group.rpartition(".")
-            changes.setdefault(section, {})[name] = override.value()
+        for override in plain:
+            if override not in self._values:
+                parsed = self._parser.parse_override(override)
+                self._values[override] = parsed.key_or_group, parsed.value()
+            key, value = self._values[override]
+            section, _, name = key.rpartition(".")
+            changes.setdefault(section, {})[name] = value
         if "checkpoint" in changes.get("backbone", {}):
             changes["backbone"].setdefault("checkpoint_sha256", None)  # that of another file
         for section, values in changes.items():

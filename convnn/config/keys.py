@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -158,9 +159,23 @@ def schema_node(schema: type) -> DictConfig:
 def typed(schema: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     """Return plain values as a dataclass, converted to its types.
 
+    What was converted before is copied: the points of a grid share most of their sections.
+
     Raises:
         ConfigError: for an unknown key or a wrong type; ``prefix`` comes before the key.
     """
+    key = schema, repr(values)  # which tells 1, 1.0, True and '1' apart
+    if key not in _converted:
+        if len(_converted) >= 1000:
+            _converted.clear()
+        _converted[key] = _convert(schema, values, prefix)
+    return copy.deepcopy(_converted[key])  # type: ignore[no-any-return]
+
+
+_converted: dict[tuple[type, str], Any] = {}
+
+
+def _convert(schema: type[T], values: Mapping[str, Any], prefix: str) -> T:
     check_keys(values, schema, prefix)
     try:
         return OmegaConf.to_object(OmegaConf.merge(schema_node(schema), _with_choices(values, schema)))  # type: ignore[return-value, arg-type]

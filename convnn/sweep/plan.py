@@ -100,10 +100,10 @@ def expand_points(
     return points, swept
 
 
-def point_name(config: Config, label: str = "") -> str:
-    """Return the name of a point's folder: readable, of harmless characters, and its own."""
+def point_name(config: Config, label: str = "", digest: str | None = None) -> str:
+    """Return the name of a point's folder: readable, of harmless characters, and its own; ``digest``: if known."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{label}-{run_name(config)}" if label else run_name(config))
-    return f"{readable[:80].lstrip('.')}-{fingerprint(config)[:8]}"
+    return f"{readable[:80].lstrip('.')}-{(digest or fingerprint(config))[:8]}"
 
 
 def make_plan(options: SweepConfig, given: Sequence[str]) -> Plan:
@@ -132,7 +132,7 @@ def make_plan(options: SweepConfig, given: Sequence[str]) -> Plan:
             plan.duplicates += not other
             continue
         plan.configs[digest] = config
-        plan.points.append(Point(point_name(config, label), digest, tuple(overrides), label))
+        plan.points.append(Point(point_name(config, label, digest), digest, tuple(overrides), label))
     return plan
 
 

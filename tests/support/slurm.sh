@@ -77,7 +77,7 @@ $([ "${DB:-0}" = 1 ] && printf 'AccountingStorageType=accounting_storage/slurmdb
     echo AccountingStorageType=accounting_storage/none)
 CONF
   echo "NodeName=node[1-$N] Name=gpu File=$D/gpu[0-1]" >"$D/etc/gres.conf"
-  printf '%s\n' CgroupPlugin=cgroup/v1 ConstrainDevices=yes >"$D/etc/cgroup.conf"
+  printf '%s\n' CgroupPlugin=cgroup/v1 ConstrainDevices=yes ConstrainRAMSpace=yes ConstrainSwapSpace=yes >"$D/etc/cgroup.conf"
   { cat /etc/hosts; echo "127.0.0.1 node1 node2"; } >"$D/etc/hosts"
   export SLURM_CONF=$D/etc/slurm.conf
   if [ "${DB:-0}" = 1 ]; then

@@ -248,7 +248,7 @@ def test_fault_trials(tmp_path):
 
     from convnn.config.compose import CONF_DIR
 
-    few = ["kills=6", "writes=10", "signals=6", "checkpoints=8", "files=6", "disks=2", "limits=3"]
+    few = ["kills=6", "writes=10", "signals=6", "checkpoints=8", "files=6", "disks=2", "limits=3", "torchrun=4"]
     script = [sys.executable, str(CONF_DIR.parent / "scripts" / "fault_trials.py"), *few]
     done = subprocess.run([*script, f"dir={tmp_path}/t", f"out={tmp_path}/table.md"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

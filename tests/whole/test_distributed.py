@@ -224,6 +224,32 @@ def test_another_number_of_processes_continues_a_run(first, tmp_path, monkeypatc
         assert y["test_top1"] == x["test_top1"]
 
 
+@pytest.mark.slow
+def test_two_then_one_then_two_processes(tmp_path, monkeypatch):
+    """What docs/several_gpus.md says is equal: losses to rounding, accuracies, schedules and all that is drawn."""
+    from training import stop_after
+
+    args = [*VIT, "data.limit=320", "train.epochs=4"]
+    whole, folder = tmp_path / "whole", tmp_path / "r"
+    code, _, err, _ = call(*args, f"run.dir={whole}")
+    assert code == 0, err
+    again = [*args, f"run.dir={folder}", "run.if_exists=resume"]
+    stop(folder, args, signal.SIGTERM, "torchrun")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 8)
+        assert run(compose_config(again))["status"] == "interrupted"
+    code, out, err, _ = call(*again)
+    assert code == 0 and out.count("resumed at epoch") == 1, err
+    assert json.loads((folder / "result.json").read_text())["processes"] == 2
+    for x, y in zip(rows(whole), rows(folder), strict=True):
+        assert y["train_loss"] == pytest.approx(x["train_loss"], rel=1e-5)
+        assert y["test_loss"] == pytest.approx(x["test_loss"], rel=1e-5)
+        assert (y["test_top1"], y["lr"]) == (x["test_top1"], x["lr"])
+    final = [load_checkpoint(f / "checkpoints" / "last.pt") for f in (whole, folder)]
+    for key, value in final[0]["model"].items():
+        assert torch.allclose(value, final[1]["model"][key], atol=1e-4), key
+
+
 FAULT = """
 import os, signal
 from convnn.data.datasets import load_synthetic

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convnn.figures.hints import tell, tell_line
 from convnn.figures.style import (
     COLOUR_MAP,
     COLOURS,
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 MAX_LAYER_NAMES = 24
 """Layer names on an axis; of more, evenly spread ones are written."""
+
+MOST_CELLS_TOLD = 300
+"""Cells of a panel up to which each says its value (see ``convnn.figures.hints``)."""
 
 LEAST_TOP = 0.05
 """Where the colour scale of a share ends at least: what hardly happens shall not look like much."""
@@ -143,6 +147,9 @@ def _heat_map(figure: Figure, axes: Axes, measures: LayerMeasures, name: str) ->
     if name not in ("blend", "entropy", "distance_mean"):
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axes.set_title(PANEL_TITLES[name], fontsize=12)
+    for (i, j), value in np.ndenumerate(grid) if grid.size <= MOST_CELLS_TOLD else ():
+        if not math.isnan(value):
+            tell(axes, j, i, f"{measures.layers[i]}, epoch {measures.epochs[j]}: {value:.4g}")
     for axis, items, most in ((axes.yaxis, measures.layers, MAX_LAYER_NAMES), (axes.xaxis, measures.epochs, 6)):
         step = -(-len(items) // most)
         axis.set_ticks(range(0, len(items), step), [plain_text(str(item), 30) for item in items[::step]])
@@ -214,6 +221,7 @@ def draw_over_depth(
     for axes, name in zip(panels, names, strict=True):
         for label, measures in runs.items():
             (handles[label],) = axes.plot(places[label], measures.last(name), markersize=6, **looks[label])
+            tell_line(handles[label], label)
         axes.set_ylabel(PANEL_TITLES[name], fontsize=12)
         axes.set_xlabel(axis)
         axis_from_zero(axes)
@@ -277,6 +285,7 @@ def draw_over_number(
             ordered = sorted(line, key=lambda row: row["x"])
             xs, ys = [row["x"] for row in ordered], [row[name] for row in ordered]
             (handles[label],) = axes.plot(xs, ys, markersize=7, **looks[label])
+            tell_line(handles[label], label)
         axes.set_xlabel(x)
         axes.set_ylabel(labels[name])
         number_axis(axes, sorted({row["x"] for row in rows}))

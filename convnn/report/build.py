@@ -77,7 +77,7 @@ def make_report(folders: Sequence[Path], out: Path, metric: str = "top1_last", b
         for name, text in (("table.md", markdown(report)), ("index.html", html_page(report))):
             with naming(aside / name):
                 (aside / name).write_text(text, encoding="utf-8")
-    for pictures in (report.pictures, report.difference_pictures):
+    for pictures in (report.pictures, report.difference_pictures, *(s.pictures for s in report.sections)):
         pictures[:] = [replace(p, png=out / p.png.name, svg=out / p.svg.name) for p in pictures]
     return report
 

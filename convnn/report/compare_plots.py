@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convnn.figures.hints import tell
 from convnn.figures.style import (
     NEUTRAL,
     RC_PARAMS,
@@ -21,6 +22,7 @@ from convnn.figures.style import (
 from convnn.report.arms import Arm
 from convnn.report.compare import COSTS, Differences
 from convnn.report.content import Picture
+from convnn.report.differences import difference_words
 from convnn.report.looks import Looks
 from convnn.report.plots import save_all
 from convnn.report.results import NAMES
@@ -84,6 +86,7 @@ def forest(made: Differences) -> tuple[Figure, str]:
             ends = [100 * boot.low, 100 * boot.high]
             axes.plot(ends, [place + 0.24] * 2, color="#999999", linewidth=1.2, marker="|", markersize=5)
         if test.n:
+            tell(axes, test.mean, place, difference_words(one))
             filled = colour if test.low is not None else "white"
             axes.plot([test.mean], [place], "o", color=colour, markerfacecolor=filled, markersize=size)
     axes.set_yticks(range(len(shown)), [plain_text(one.arm.name, 46, 1) for one in shown], fontsize=11 if dense else 14)
@@ -206,6 +209,7 @@ def _line(axes: Axes, made: Differences, arms: Sequence[Arm], x: str, shift: flo
     xs = [float(arm.values[x]) + shift for arm in arms]
     scores = [made.score(arm) for arm in arms]
     for place, arm, score in zip(xs, arms, scores, strict=True):
+        tell(axes, place, score.mean, f"{arm.name}: {score}")
         low, high = mean_interval(*score, made.settings.level) if score.n > 2 else (math.nan, math.nan)
         axes.plot(
             [place] * len(arm.scores), list(arm.scores.values()), "o", color=look["color"], alpha=0.35, markersize=4
@@ -216,6 +220,7 @@ def _line(axes: Axes, made: Differences, arms: Sequence[Arm], x: str, shift: flo
 
 def _level(axes: Axes, made: Differences) -> Any:
     score = made.score(made.baseline)
+    tell(axes, None, score.mean, f"{made.baseline.name}: {score}")
     if score.n > 2:
         axes.axhspan(*mean_interval(*score, made.settings.level), color="#555555", alpha=0.1, linewidth=0)
     return axes.axhline(score.mean, color="#555555", linestyle="--")
@@ -236,6 +241,7 @@ def pareto(made: Differences) -> tuple[Figure, str] | None:
         if needs_log_scale(values):
             axes.set_xscale("log")
         for c, score, arm, on in points:
+            tell(axes, c, score.mean, f"{arm.name}: {score}, {c:.4g} {COSTS[cost]}")
             colour = "#000000" if arm is made.baseline else ABOVE if on else "#999999"
             if score.n > 2:
                 low, high = mean_interval(*score, made.settings.level)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from convnn.figures.hints import Hint
 from convnn.report.tables import COSTS, METRICS, main_keys, name_moving, score_of, short_name, varying_keys
 from convnn.runs.status import COMPLETE, UNUSABLE
 from convnn.text import aligned, show
@@ -26,6 +28,8 @@ class Picture:
     caption: str
     png: Path
     svg: Path
+    hints: Sequence[Hint] = ()
+    """What its points say."""
 
 
 MAX_TEXT_ROWS = 60
@@ -35,6 +39,16 @@ MAX_RUNS = 2
 _COST_NAMES = {"seconds": "seconds", "params": "M params", "gflops": "GFLOPs", "images_per_second": "images/s"}
 Table = tuple[list[str], list[list[str]]]
 """Header and rows."""
+
+
+@dataclass
+class Section:
+    """A part of a page beside the tables and pictures of accuracy, such as an analysis of the trained networks."""
+
+    title: str
+    text: str = ""
+    pictures: list[Picture] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
 
 
 @dataclass
@@ -64,6 +78,8 @@ class Report:
     verdict: str = ""
     """What the differences say, or how to have them."""
     difference_pictures: list[Picture] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
+    """Further ones, below the pictures."""
 
     def counts(self) -> str:
         """Say how many runs there are of each status."""
@@ -72,6 +88,11 @@ class Report:
         if self.duplicates:
             text += f"; {self.duplicates} more of the same configurations left out"
         return text
+
+    def all_pictures(self) -> list[Picture]:
+        """Return the pictures of all sections."""
+        further = (picture for section in self.sections for picture in section.pictures)
+        return [*self.pictures, *self.difference_pictures, *further]
 
     def table(self) -> Table:
         """Return the summary with its numbers formatted."""
@@ -124,7 +145,7 @@ class Report:
         text += [self.verdict] * bool(self.verdict)
         names = ["index.html", "table.md", "summary.csv", "results.csv"]
         names += ["differences.csv", "matched.csv"] * (self.differences is not None)
-        names += [p.png.name for p in (*self.pictures, *self.difference_pictures)]
+        names += [p.png.name for p in self.all_pictures()]
         return "\n".join([*text, f"{self.out}: {', '.join(names)}"])
 
     def shown_metric(self) -> str:

@@ -65,6 +65,17 @@ def _compared(one: Comparison, made: Differences) -> list[str]:
     return [told, p, interval, beats, needed]
 
 
+def difference_words(one: Comparison) -> str:
+    """Say a difference in a line: ``k_9: +2.10 points [+1.20, +3.00], p 0.003, 5 common seeds``."""
+    test = one.paired
+    if not test.n:
+        return f"{one.arm.name}: {test.why_no_test}"
+    if test.low is None or test.high is None:
+        return f"{one.arm.name}: {test.mean:+.2f} points, no test: {test.why_no_test}"
+    told = f"{one.arm.name}: {test.mean:+.2f} points [{test.low:+.2f}, {test.high:+.2f}]"
+    return f"{told}, p {p_text(one.p)}, {test.n} common seeds"
+
+
 def p_text(p: float | None) -> str:
     """Return a p value as text."""
     return "–" if p is None else "< 0.0001" if p < 0.0001 else f"{p:.4f}" if p < 0.001 else f"{p:.3f}"

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convnn.figures.hints import placed_hints, tell, tell_line
 from convnn.figures.style import (
     COLOUR_MAP,
     MARKERS,
@@ -101,7 +102,8 @@ def save_all(
 def _save(name: str, title: str, figure: Figure, caption: str, out: Path, subject: str) -> Picture:
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
     add_title(figure, f"{title} ({subject})" if subject else title)
-    return Picture(name, title, caption, *save_figure(figure, out / name, dpi=150))
+    files = save_figure(figure, out / name, dpi=150)
+    return Picture(name, title, caption, *files, placed_hints(figure))
 
 
 def accuracy_over_number(looks: Looks, x: str) -> tuple[Figure, str] | None:
@@ -162,6 +164,8 @@ def _line(axes: Axes, view: View, points: list[Row], x: str, style: dict[str, An
     """Draw points, joined and with a band; return the legend's entry."""
     xs, ys = [row[x] for row in points], [view.mean(row) for row in points]
     stds = [view.std(row) for row in points]
+    for row in points:
+        tell(axes, row[x], view.mean(row), view.told(row))
     if any(std > 0 for std in stds):
         low, high = ([y + sign * s for y, s in zip(ys, stds, strict=True)] for sign in (-1, 1))
         axes.fill_between(xs, low, high, color=style["color"], alpha=alpha, linewidth=0)
@@ -171,6 +175,7 @@ def _line(axes: Axes, view: View, points: list[Row], x: str, style: dict[str, An
 def _baseline(axes: Axes, view: View, row: Row) -> Any:
     """Draw a plain backbone, which has no place on the axis, as a level with a band; return the legend's entry."""
     mean, std = view.mean(row), view.std(row)
+    tell(axes, None, mean, view.told(row))
     if std > 0:
         axes.axhspan(mean - std, mean + std, color="#555555", alpha=0.1, linewidth=0)
     return axes.axhline(mean, color="#555555", linestyle="--")
@@ -181,6 +186,7 @@ def _dots(axes: Axes, looks: Looks, rows: list[Row], x: str, markers: Mapping[in
     for row in rows:
         y, bar = looks.view.mean(row), looks.view.std(row)
         axes.errorbar([row[x]], [y], [bar], fmt="none", ecolor="#999999", elinewidth=1)
+        tell(axes, row[x], y, looks.view.told(row, None if x in looks.view.keys else x))
         axes.scatter([row[x]], [y], s=70, zorder=3, color=looks.colour(row), marker=markers[id(row)])
 
 
@@ -231,7 +237,9 @@ def _cells(
     blends, ks = sides
     grid = np.full((len(ks), len(blends)), np.nan)
     for (blend, k), group in view.grouped(rows, [BLEND, K]).items():
-        grid[ks.index(k), blends.index(blend)] = statistics.fmean(view.mean(row) for row in group)
+        place = ks.index(k), blends.index(blend)
+        grid[place] = statistics.fmean(view.mean(row) for row in group)
+        tell(axes, place[1], place[0], "; ".join(map(view.told, group)))
     axes.grid(False)
     axes.set_facecolor("#cccccc")
     middle = float(np.nanmin(grid) + np.nanmax(grid)) / 2
@@ -260,6 +268,7 @@ def accuracy_by_configuration(looks: Looks) -> tuple[Figure, str] | None:
     figure, (axes,) = new_figure(1, height=1.6 + 0.45 * len(rows))
     for place, (row, look) in enumerate(zip(rows, looks.of(rows), strict=True)):
         bar = [view.std(row)]
+        tell(axes, view.mean(row), place, view.told(row))
         axes.errorbar([view.mean(row)], [place], xerr=bar, fmt=look["marker"], color=look["color"], ms=8, capsize=4)
     axes.set_yticks(range(len(rows)), [plain_text(label, 50) for label in labels_of(rows, view.keys)])
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -341,6 +350,7 @@ def training_curves(frame: pd.DataFrame, looks: Looks, folders: Sequence[Path]) 
         look = {"color": style["color"], "linestyle": style["linestyle"]}
         for axes, name in zip(all_axes, ("test_top1", "train_loss"), strict=True):
             handles[label] = _curve(axes, found, name, look, banded)
+            tell_line(handles[label], label)
     for axes, label in zip(all_axes, ("test top-1 (%)", "training loss"), strict=True):
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)

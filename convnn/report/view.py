@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from convnn.report.tables import is_numeric, main_keys, name_moving, name_places, ordered, values_of
+from convnn.report.tables import (
+    describe,
+    is_numeric,
+    main_keys,
+    name_moving,
+    name_places,
+    ordered,
+    score_of,
+    values_of,
+)
 from convnn.runs.metrics import is_number
-from convnn.text import is_missing
+from convnn.text import is_missing, show
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,6 +68,11 @@ class View:
     def std(self, row: Row) -> float:
         """Return a row's standard deviation, NaN for a single run."""
         return row[f"{self.metric}_std"]
+
+    def told(self, row: Row, cost: str | None = None) -> str:
+        """Return what a point of a picture says of a row: its keys, its score and, with ``cost``, what that is."""
+        more = f", {show(float(f'{row[cost]:.4g}'))} {cost}" if cost else ""
+        return f"{describe({key: row[key] for key in self.keys})}: {score_of(row, self.metric)}{more}"
 
     def caption(self, mark: str) -> str:
         """Say what a point is, and what its ``mark``, a bar or a band, shows."""

@@ -246,17 +246,21 @@ def _not_compared(report: Report) -> Answer:
         ]
         return Answer(f"One configuration: {score}", text, facts, header, costs, list(report.conflicts))
     second = max((i for i in range(len(rows)) if i != best), key=lambda i: score_of(rows[i], report.metric).mean)
-    lead = score.mean - score_of(rows[second], report.metric).mean
-    text = f"{name} has the highest mean, {score}; next comes {names[second]}, "
-    text += f"{score_of(rows[second], report.metric)}. No arm is the baseline, so none was tested. {report.verdict}"
+    next_score = score_of(rows[second], report.metric)
+    equal = next_score.mean == score.mean
+    text = f"{name} has {score}, {names[second]} {next_score}." if equal else ""
+    text = text or f"{name} has the highest mean, {score}; next comes {names[second]}, {next_score}."
     facts = [
         Fact("What won?", "Not tested", f"highest mean of {len(rows)}: {name}"),
-        Fact("By how much?", f"{lead:+.2f} points", f"against the next, {names[second]}"),
-        Fact("Is it real?", "Not tested", "name a baseline: baseline=ARM"),
+        Fact("By how much?", f"{score.mean - next_score.mean:+.2f} points", f"against the next, {names[second]}"),
+        Fact("Is it real?", "Not tested", "no arm is the baseline; baseline=ARM names one"),
         cost,
     ]
     headline = f"{name} has the highest mean; whether it is real was not tested"
-    return Answer(headline, text.strip(), facts, header, costs, list(report.conflicts))
+    if equal:
+        headline = "No single configuration has the highest mean, and none was tested"
+    text += " No arm is the baseline, so none was tested: baseline=ARM names one."
+    return Answer(headline, text, facts, header, costs, list(report.conflicts))
 
 
 def _nothing(report: Report) -> Answer:

@@ -310,8 +310,9 @@ def short_name(key: str) -> str:
 def describe(values: Mapping[str, Any]) -> str:
     """Return keys and values as a label, such as ``resnet18, k=4``, without what they say twice or not at all."""
     shown = {key: show(v) for key, v in values.items() if not is_missing(v) and not _said(values, key)}
-    parts = [text if key.endswith(".name") else f"{short_name(key)}={text}" for key, text in shown.items()]
-    return ", ".join(parts) or (f"no {', '.join(map(short_name, values))}" if values else "all runs")
+    bare = {key: key.endswith(".name") or text == PLAIN for key, text in shown.items()}
+    parts = [text if bare[key] else f"{short_name(key)}={text}" for key, text in shown.items()]
+    return ", ".join(dict.fromkeys(parts)) or (f"no {', '.join(map(short_name, values))}" if values else "all runs")
 
 
 def _said(values: Mapping[str, Any], key: str) -> bool:

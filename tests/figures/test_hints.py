@@ -47,4 +47,4 @@ def test_a_level_says_it_at_its_right_end(tmp_path):
     tell(axes, None, 1, "plain")
     save_figure(figure, tmp_path / "f", dpi=50)
     (hint,) = placed_hints(figure)
-    assert hint.text == "plain" and 0.9 < hint.x <= 1 and 0.3 < hint.y < 0.7
+    assert hint.text == "plain" and 0.8 < hint.x <= 1 and 0.3 < hint.y < 0.7

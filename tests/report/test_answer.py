@@ -1,7 +1,8 @@
 """What a report says first: a winner only where a test says so, and why there is none."""
 
+import numpy as np
 import pytest
-from fake_arms import arms, shares
+from fake_arms import arms, shares, write_predictions
 from fake_runs import write_run
 
 from convnn.report.answer import answer_of
@@ -99,9 +100,15 @@ def test_no_common_seed(tmp_path):
 
 
 def test_other_images_take_a_winner_back(tmp_path):
-    """Ten images more on each seed are certain on these images and may be none on others."""
-    made = answer(arms(tmp_path, {"plain": shares(0.5, 0.03), "one": {s: v + 0.01 + s % 2 / 500 for s, v in
-                                                                     shares(0.5, 0.03).items()}}))  # fmt: skip
+    """Three images more on each seed are certain on these images; each arm has easy ones of its own."""
+    base = shares(0.5, 0.03)
+    right = {"plain": base, "one": {s: v + 0.003 + s % 2 / 1000 for s, v in base.items()}}
+    root = arms(tmp_path, right)
+    for place, (name, seeds) in enumerate(right.items()):
+        rank = np.random.default_rng(place).permutation(1000)
+        for seed, share in seeds.items():
+            write_predictions(root / "points" / f"{name}-s{seed}", rank < round(1000 * share))
+    made = answer(root)
     assert made.headline.startswith("one beats plain") and "on other test images it may vanish" in made.cautions[0]
 
 
@@ -118,6 +125,19 @@ def test_without_a_baseline_nothing_is_tested(tmp_path):
     assert made.headline == "blend=1 has the highest mean; whether it is real was not tested"
     assert facts(made) == ["Not tested", "+2.00 points", "Not tested", "5 s"] and "baseline=" in made.text
     assert made.costs[:2] == [["training time", "5 s"], ["forward pass of one image", "2.5 GFLOPs"]]
+
+
+def test_equal_means_have_no_first(tmp_path):
+    for i in range(3):
+        write_run(tmp_path / f"r{i}", {"operator.blend": i / 2}, 80.0)
+    made = answer(tmp_path)
+    assert made.headline.startswith("No single configuration has the highest mean") and facts(made)[1] == "+0.00 points"
+
+
+def test_a_baseline_without_a_name_is_called_by_what_it_is(tmp_path):
+    for i, keys in enumerate(({"operator.blend": 0.0}, {"operator.blend": 1.0}, {"swap.match": None})):
+        write_run(tmp_path / f"r{i}", {"operator.k": 9 + i} | keys, 80.0 + i)
+    assert answer(tmp_path).headline == "No arm beats no layer replaced, the baseline, which has the highest mean"
 
 
 def test_one_configuration_and_none(tmp_path):

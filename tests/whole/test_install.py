@@ -62,7 +62,8 @@ def test_the_wheel_has_all_of_conf_and_nothing_else(wheel):
     packed = {f"convnn/conf/{path.relative_to(CONF_DIR)}" for path in CONF_DIR.rglob("*") if path.is_file()}
     assert {"convnn/conf/table/vgg11_k.csv", "convnn/conf/config.yaml"} <= packed <= names
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "convnn").rglob("*.py")}
-    assert names == packed | modules | {"convnn/py.typed"}
+    data = {"convnn/py.typed", "convnn/report/page.css", "convnn/report/page.js"}
+    assert names == packed | modules | data
 
 
 def test_one_run_from_training_to_a_report(installed):

@@ -12,7 +12,7 @@ usage: uv run scripts/report.py DIR [DIR ...] [out=FOLDER] [metric=top1_last] [b
        convnn-report DIR ...     the same where convnn is installed
 
 Finds the run folders and sweep folders below each DIR, prints a summary over seeds, and writes results.csv (a row a
-run), summary.csv, table.md, pictures (PNG and SVG) and index.html, which says first what won, by how much, whether it is
+run), summary.csv, table.md, pictures (PNG and SVG) and index.html, which says first what won, by how much, if it is
 real and what it cost, and holds all of it in one file. Failed, diverged and unfinished runs are listed and never count
 in a mean. Of a configuration found twice the newest run counts, with a warning if the results differ. Where there are
 two configurations or more, a section has their differences to one of them with intervals, as scripts/compare.py has.

@@ -68,13 +68,13 @@ def _compared(made: Differences) -> Answer:
     best = max(known, key=lambda one: one.paired.mean)
     above = [one for one in known if _decided(one, made) and one.paired.mean > 0]
     if above:
-        made_of = _won(made, max(above, key=lambda one: one.paired.mean), above)
+        answer = _won(made, max(above, key=lambda one: one.paired.mean), above)
     elif best.paired.mean > 0:
-        made_of = _undecided(made, best)
+        answer = _undecided(made, best)
     else:
-        made_of = _baseline_first(made, best)
-    made_of.cautions += _doubts(made, best, above)
-    return made_of
+        answer = _baseline_first(made, best)
+    answer.cautions += _doubts(made, best, above)
+    return answer
 
 
 def _decided(one: Comparison, made: Differences) -> bool:

@@ -42,23 +42,36 @@ CONTRAST = """() => {
 }"""
 
 
+def write_runs(name, root):
+    """Write the runs of a report by its name."""
+    if name == "runs":
+        right = {"plain": shares(0.70), "middle": shares(0.78, 0.012), EVIL: shares(0.65, 0.02)}
+        arms(root, right | {"a_name_" * 12: shares(0.72, 0.02)})
+        lost = root / "points" / "lost"
+        write_run(lost, {"operator.blend": 0.1}, seed=9, status="diverged", reason="nan " * 90)
+    elif name == "many":
+        for i in range(200):
+            keys = {"operator.blend": i % 20 / 20, "operator.k": i // 20 + 1, "optim.lr": (i * 7 % 5 + 1) / 1000}
+            write_run(root / f"r{i}", keys, 50 + i * 7919 % 100 / 10, gflops=1 + i / 100, seconds=100.0 + i)
+    elif name == "grid":
+        grid(root, layers=2)
+    else:
+        write_run(root / "r", status="complete" if name == "one" else "diverged", reason="nan")
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Return the folders of reports by name."""
+    """Return what returns the folder of a report by its name, made when it is first asked for."""
     root = tmp_path_factory.mktemp("pages")
-    right = {"plain": shares(0.70), "middle": shares(0.78, 0.012), EVIL: shares(0.65, 0.02)}
-    right |= {"a_name_" * 12: shares(0.72, 0.02)}
-    arms(root / "runs", right)
-    write_run(root / "runs" / "points" / "lost", {"operator.blend": 0.1}, seed=9, status="diverged", reason="nan " * 90)
-    for i in range(200):
-        keys = {"operator.blend": i % 20 / 20, "operator.k": i // 20 + 1, "optim.lr": (i * 7 % 5 + 1) / 1000}
-        write_run(root / "many" / f"r{i}", keys, 50 + i * 7919 % 100 / 10, gflops=1 + i / 100, seconds=100.0 + i)
-    grid(root / "grid", layers=2)
-    write_run(root / "one" / "r")
-    write_run(root / "failed" / "r", status="diverged", reason="nan")
-    for name in ("runs", "many", "grid", "one", "failed"):
-        make_report([root / name], root / "out" / name)
-    return root / "out"
+
+    def made(name):
+        out = root / name / "report"
+        if not out.exists():
+            write_runs(name, root / name)
+            make_report([root / name], out)
+        return out
+
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +94,7 @@ def visit(pages, browser):
         page.on("request", lambda request: seen.append(request.url) if not request.url.startswith("data:") else None)
         for event in ("console", "pageerror", "dialog"):
             page.on(event, lambda what: seen.append(str(getattr(what, "text", what))))
-        url = (pages / name / "index.html").as_uri()
+        url = (pages(name) / "index.html").as_uri()
         page.goto(url)
         assert seen.pop() == url
         return page
@@ -189,7 +202,7 @@ def test_a_point_says_what_the_summary_has(visit, pages):
     figure = page.locator("figure").filter(has_text="Accuracy over blend. ").first
     figure.scroll_into_view_if_needed()
     circles = figure.locator("circle")
-    known = {(row["operator.k"], row["operator.blend"]): row for row in rows_of(pages / "grid")}
+    known = {(row["operator.k"], row["operator.blend"]): row for row in rows_of(pages("grid"))}
     assert circles.count() == len(known) == 9
     for i in range(9):
         box = circles.nth(i).bounding_box()
@@ -262,7 +275,7 @@ def test_text_is_legible_and_the_choice_of_colours_is_kept(visit, scheme):
 def test_without_scripts_all_is_there_and_no_button_does_nothing(visit, pages):
     page = visit("runs", NARROW, java_script_enabled=False)
     assert page.locator("button").count() == 0
-    assert page.locator("#summary tbody tr").count() == len(rows_of(pages / "runs"))
+    assert page.locator("#summary tbody tr").count() == len(rows_of(pages("runs")))
     titles = page.locator("circle title").all_text_contents()
     assert any(text.startswith("middle: 78.00 ± ") for text in titles)
     assert page.get_by_text(EVIL).count() > 1
@@ -273,7 +286,7 @@ def test_links_lead_below_and_the_page_needs_no_folder(visit, pages, tmp_path):
     page.get_by_role("link", name="Failed").click()
     assert page.url.endswith("#failed") and -1 <= page.locator("#failed h2").bounding_box()["y"] < 740
     alone = tmp_path / "moved.html"
-    alone.write_bytes((pages / "runs" / "index.html").read_bytes())
+    alone.write_bytes((pages("runs") / "index.html").read_bytes())
     page.goto(alone.as_uri())
     sizes = page.locator("img").evaluate_all("all => all.map((e) => e.naturalWidth)")
     assert sizes and min(sizes) > 300
@@ -281,7 +294,7 @@ def test_links_lead_below_and_the_page_needs_no_folder(visit, pages, tmp_path):
 
 def test_a_script_that_is_not_the_pages_does_not_run(pages, browser, tmp_path):
     page_file = Path(tmp_path / "changed.html")
-    text = (pages / "one" / "index.html").read_text()
+    text = (pages("one") / "index.html").read_text()
     page_file.write_text(text.replace("</main>", "<script>document.title = 'changed'</script></main>"))
     page = browser.new_page()
     page.goto(page_file.as_uri())

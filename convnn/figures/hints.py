@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
+
 from convnn.figures.style import evenly_spread
 from convnn.text import show
 
@@ -54,7 +56,7 @@ def tell(axes: Axes, x: float | None, y: float, text: str) -> None:
 
 def tell_line(line: Line2D, label: str) -> None:
     """Let the points of a line say its label, and their own numbers with the names of the axes."""
-    points = list(zip(map(float, line.get_xdata()), map(float, line.get_ydata()), strict=True))  # type: ignore[arg-type]
+    points = list(zip(*(np.asarray(values, float).tolist() for values in line.get_data()), strict=True))
     told = [_Told(x, y, label, True) for x, y in evenly_spread(points, MOST_OF_A_LINE)]
     if line.axes is not None:
         _TOLD.setdefault(line.axes, []).extend(told)

@@ -18,6 +18,8 @@ PICTURES_LIST = ".convnn-pictures"
 """Lists the pictures that were written into a folder."""
 EVALUATIONS, EVALUATION_LIST = "evaluation", ".convnn-evaluation"
 """Folder of a run's evaluations, each in a folder of its own, and the list of the files in that."""
+ANALYSES = "analyses"
+"""Folder of what scripts/analyze.py measured of a run, ``NAME.json`` and ``NAME.npz``, or drew of several."""
 PREDICTIONS = "predictions.npz"
 """What the model says of each test image, see ``convnn.runs.predictions``."""
 _FILES = ("result.json", "env.json", "train.log", "metrics.jsonl", "swap.txt", "wandb_id", "trackio_id", PREDICTIONS)
@@ -89,7 +91,7 @@ def remove_earlier(folder: Path) -> list[str]:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    for place in (*(folder / EVALUATIONS).glob("*/"), folder / EVALUATIONS):
+    for place in (*(folder / EVALUATIONS).glob("*/"), folder / EVALUATIONS, folder / ANALYSES):
         if place.is_dir() and not any(place.iterdir()):
             place.rmdir()
     left = [path for path in folder.iterdir() if path.name not in (*_KEPT, *_IN_FOLDERS) and not is_leftover(path)]
@@ -115,6 +117,9 @@ def _written(folder: Path) -> Iterator[Path]:
     for listing in (folder / EVALUATIONS).glob(f"*/{EVALUATION_LIST}"):
         yield from (path for path in unchanged_files(listing) if path.is_file())
         yield listing
+    for file in (folder / ANALYSES).glob("*.json"):
+        if "analysis" in (read_json(file) or {}):
+            yield from (one for one in (file, file.with_suffix(".npz")) if one.is_file())
     for place, names in (("", _FILES), *_IN_FOLDERS.items()):
         found = (folder / place / name for name in names)
         yield from (path for path in found if path.is_symlink() or path.is_file())

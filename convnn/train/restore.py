@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 
 from convnn.config.identity import differing, identity, lengthened, without_place
 from convnn.config.load import read_values
-from convnn.config.schema import Config
+from convnn.config.schema import Config, DataConfig
 from convnn.data.corruptions import check_corruption
 from convnn.data.datasets import load_dataset
 from convnn.data.files import class_folder
@@ -59,7 +59,13 @@ class Restored:
 
 
 def load_run(
-    config: Config, folder: Path, checkpoint: str, *, splits: Sequence[str] = ("test",), other_data: bool = False
+    config: Config,
+    folder: Path,
+    checkpoint: str,
+    *,
+    splits: Sequence[str] = ("test",),
+    other_data: bool = False,
+    load: Callable[[DataConfig], Dataset] = load_dataset,
 ) -> Restored:
     """Rebuild the model of ``checkpoints/<checkpoint>.pt``, and load the data where that is needed.
 
@@ -70,6 +76,7 @@ def load_run(
         splits: those whose images are used and must be the run's; none: the run folder suffices, unless it is an old
             one that does not tell the classes and the size of the images.
         other_data: data that the user named: its images may be others, of the same classes; that is said.
+        load: loads the data, where several runs share it.
 
     Raises:
         CheckpointError: if the checkpoint is missing, damaged or does not fit.
@@ -81,7 +88,7 @@ def load_run(
     known = DataRecord.read(state) or known_record(folder)
     dataset, same = None, None
     if splits or other_data or known is None or known.shape is None:
-        dataset, same = _as_trained(_load_data(config, known, folder), known, folder, splits, other_data)
+        dataset, same = _as_trained(_load_data(config, known, folder, load), known, folder, splits, other_data)
         classes, shape = dataset.classes, list(dataset.train.shape)
     else:
         classes, shape = known.classes, known.shape
@@ -94,7 +101,9 @@ def load_run(
     return Restored(model, image_size, classes, shape, state, dataset, same)
 
 
-def _load_data(config: Config, known: DataRecord | None, folder: Path) -> Dataset:
+def _load_data(
+    config: Config, known: DataRecord | None, folder: Path, load: Callable[[DataConfig], Dataset]
+) -> Dataset:
     """Load the data of a run, as it was for the run.
 
     Raises:
@@ -104,7 +113,7 @@ def _load_data(config: Config, known: DataRecord | None, folder: Path) -> Datase
     if known is not None and known.shape and data.target == "convnn.data.load_imagefolder" and not data.load_size:
         data = replace(data, load_size=known.shape[-1])  # that of the run, whatever the files' sizes are now
     try:
-        return load_dataset(data)
+        return load(data)
     except ConfigError as error:
         if known is not None and known.shape is not None:
             raise

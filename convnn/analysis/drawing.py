@@ -1,0 +1,154 @@
+"""What the pictures of analyses share: lines over depth and along the spectrum, with intervals over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from convnn.analysis.base import ArmResults, Mean, Result, headline_means, series_means
+from convnn.figures.style import (
+    NEUTRAL,
+    RC_PARAMS,
+    add_legend,
+    add_title,
+    evenly_spread,
+    line_styles,
+    new_figure,
+    number_axis,
+    plain_text,
+)
+from convnn.runs.metrics import is_number
+from convnn.text import show
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_ARMS = 10
+"""Lines of a panel; of more arms, evenly spread ones."""
+MAX_PLACES = 16
+"""Names on an axis; of more, evenly spread ones."""
+BLEND, K = "operator.blend", "operator.k"
+INTERVAL = "mean over seeds; bands and bars: 95 % t interval"
+
+
+def figure_of(panels: int, draw: Callable[[list[Axes]], dict[str, Any] | None], title: str) -> Figure:
+    """Return a figure in the looks of all: ``draw`` fills its panels and returns the entries of the legend."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(RC_PARAMS):
+        figure, axes = new_figure(panels)
+        entries = draw(axes)
+        if entries and len(entries) > 1:
+            add_legend(figure, entries)
+        add_title(figure, title)
+        figure.set_layout_engine("constrained")
+        # Text is laid out with the style that is set while it is drawn.
+        figure.draw_without_rendering()
+    return figure
+
+
+def drawn_arms(arms: Sequence[ArmResults]) -> list[ArmResults]:
+    """Return at most ``MAX_ARMS`` arms, by blend where they have one."""
+    ordered = sorted(arms, key=lambda arm: (not is_number(arm.values.get(BLEND)), arm.values.get(BLEND) or 0))
+    same = all(is_number(arm.values.get(BLEND)) for arm in arms)
+    return evenly_spread(ordered if same else list(arms), MAX_ARMS)
+
+
+def looks_of(arms: Sequence[ArmResults]) -> dict[str, dict[str, Any]]:
+    """Return colour and marker of each arm by its name: an ordered scale where a number tells the arms apart."""
+    key = spectrum_key(arms)
+    values = [arm.values.get(key) for arm in arms] if key else []
+    distinct = len(set(values)) == len(arms) and all(map(is_number, values))
+    styles = line_styles(values if distinct else [arm.name for arm in arms])
+    return {arm.name: style for arm, style in zip(arms, styles.values(), strict=True)}
+
+
+def spectrum_key(arms: Sequence[ArmResults]) -> str | None:
+    """Return the numeric key to draw arms over: blend, else k, else the one with the most values; None: there is none.
+
+    A blend that a schedule moves is a text, and no number.
+    """
+    keys = dict.fromkeys(key for arm in arms for key in arm.values)
+    counts = {key: len({v for arm in arms if is_number(v := arm.values.get(key))}) for key in keys}
+    fit = [key for key in keys if counts[key] > 1]
+    return min(fit, key=lambda key: (key != BLEND, key != K, -counts[key]), default=None)
+
+
+def draw_series(
+    axes: Axes, arms: Sequence[ArmResults], name: str, ylabel: str, xlabel: str = "", *, labels: bool = True
+) -> dict[str, Any]:
+    """Draw a series of every arm as a line with a band; return the legend's entries.
+
+    Args:
+        axes: to draw on.
+        arms: with the series; those without it are left out.
+        name: of the series.
+        ylabel: with the unit.
+        xlabel: of numbers; names of layers speak for themselves.
+        labels: write the names of the places, where they are names.
+    """
+    arms = drawn_arms(arms)
+    looks, entries = looks_of(arms), {}
+    names: list[Any] = []
+    for arm in arms:
+        places, means = series_means(arm, name)
+        if not places:
+            continue
+        numeric = all(map(is_number, places))
+        xs = [float(at) for at in places] if numeric else list(range(len(places)))
+        names = names if numeric or len(names) >= len(places) else places
+        entries[arm.name] = _line(axes, xs, means, looks[arm.name])
+    if names:
+        shown = evenly_spread(list(range(len(names))), MAX_PLACES)
+        texts = [plain_text(str(names[i]), 24) if labels else "" for i in shown]
+        axes.set_xticks(shown, texts, rotation=35, ha="right", fontsize=11)
+    axes.set_ylabel(ylabel)
+    axes.set_xlabel(xlabel)
+    return entries
+
+
+def _line(axes: Axes, xs: Sequence[float], means: Sequence[Mean], look: dict[str, Any], **more: Any) -> Any:
+    """Draw a line with its band, which is left out where there is one seed; return the legend's entry."""
+    lows = [one.low if math.isfinite(one.low) else one.mean for one in means]
+    highs = [one.high if math.isfinite(one.high) else one.mean for one in means]
+    axes.fill_between(xs, lows, highs, color=look["color"], alpha=0.15, linewidth=0)
+    return axes.plot(xs, [one.mean for one in means], markersize=6, **(look | more))[0]
+
+
+def draw_headline(
+    axes: Axes, arms: Sequence[ArmResults], headline: Callable[[Result], dict[str, float]], name: str, ylabel: str
+) -> None:
+    """Draw one of the headline's numbers along the spectrum: over blend, else k, else the arms side by side.
+
+    Arms that differ in more than that number make lines of their own, which are labelled.
+    """
+    key = spectrum_key(arms)
+    means = {arm.name: headline_means(arm, headline).get(name, Mean.of([])) for arm in arms}
+    on_axis = [arm for arm in arms if key and is_number(arm.values.get(key))]
+    if key is None or len(on_axis) < len(arms):
+        places = list(range(len(arms)))
+        _bars(axes, places, [means[arm.name] for arm in arms], {"color": NEUTRAL, "marker": "o", "linestyle": "none"})
+        axes.set_xticks(places, [plain_text(arm.name, 24) for arm in arms], rotation=35, ha="right", fontsize=11)
+    else:
+        lines: dict[tuple[tuple[str, str], ...], list[ArmResults]] = {}
+        for arm in on_axis:
+            rest = tuple((k, show(v)) for k, v in arm.values.items() if k != key)
+            lines.setdefault(rest, []).append(arm)
+        styles = line_styles([", ".join(f"{k.rpartition('.')[2]}={v}" for k, v in rest) for rest in lines])
+        for (label, look), line in zip(styles.items(), lines.values(), strict=True):
+            line.sort(key=lambda arm: arm.values[key])
+            look = look if len(lines) > 1 else {"color": NEUTRAL, "marker": "o"}
+            _bars(axes, [arm.values[key] for arm in line], [means[arm.name] for arm in line], look, label)
+        if len(lines) > 1:
+            axes.legend(fontsize=10)
+        number_axis(axes, sorted({float(arm.values[key]) for arm in on_axis}))
+        axes.set_xlabel(key.rpartition(".")[2])
+    axes.set_ylabel(ylabel)
+
+
+def _bars(axes: Axes, xs: Sequence[float], means: Sequence[Mean], look: dict[str, Any], label: str = "") -> None:
+    ys = [one.mean for one in means]
+    half = [one.high - one.mean if math.isfinite(one.high) else 0.0 for one in means]
+    axes.errorbar(xs, ys, half, capsize=4, elinewidth=1.5, markersize=7, label=label, **look)

@@ -1,0 +1,38 @@
+"""The analyses by name. Loads no torch: an analysis is imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from convnn.config.keys import nearest
+from convnn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from convnn.analysis.base import Analysis
+
+ANALYSES = {
+    "variance": "how much the tokens of an image differ from each other, by depth (Park & Kim 2022)",
+}
+"""What ``convnn.analysis.NAME`` shows, a line each, in the order of the documentation."""
+
+
+def chosen(names: list[str] | None) -> list[str]:
+    """Return the names of the analyses that are asked for, each once; None: all.
+
+    Raises:
+        ConfigError: for an unknown name, or none.
+    """
+    if names is None:
+        return list(ANALYSES)
+    if not names:
+        raise ConfigError(f"analyses=[] names none; there are {', '.join(ANALYSES)}")
+    for name in names:
+        if name not in ANALYSES:
+            raise ConfigError(f"analyses={name} is not one of {', '.join(ANALYSES)}{nearest(name, ANALYSES)}")
+    return list(dict.fromkeys(names))
+
+
+def load_analysis(name: str) -> Analysis:
+    """Return an analysis by its name."""
+    return importlib.import_module(f"convnn.analysis.{name}").ANALYSIS

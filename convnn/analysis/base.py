@@ -50,6 +50,8 @@ class Analysis:
     headline: Callable[[Result], dict[str, float]]
     """The few numbers that stand for a result; the same names for every run."""
     draw: Callable[[Sequence[ArmResults]], Figure]
+    compare: Callable[[Sequence[ArmResults]], Sequence[ArmResults]] | None = None
+    """Adds to the results what follows from several runs, such as likenesses; before they are drawn and tabled."""
     images: int | None = None
     """Test images that it takes by default, evenly over the classes; None: all."""
     version: int = 1

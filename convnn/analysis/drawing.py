@@ -33,20 +33,41 @@ BLEND, K = "operator.blend", "operator.k"
 INTERVAL = "mean over seeds; bands and bars: 95 % t interval"
 
 
-def figure_of(panels: int, draw: Callable[[list[Axes]], dict[str, Any] | None], title: str) -> Figure:
-    """Return a figure in the looks of all: ``draw`` fills its panels and returns the entries of the legend."""
+def figure_of(
+    panels: int, draw: Callable[[list[Axes]], dict[str, Any] | None], title: str, *, tiles: int = 0
+) -> Figure:
+    """Return a figure in the looks of all.
+
+    Args:
+        panels: axes for lines.
+        draw: fills the axes, of panels first, then of tiles, and returns the entries of the legend.
+        title: above all.
+        tiles: axes without a grid, such as those of maps, in a row above the panels.
+    """
     import matplotlib as mpl
 
     with mpl.rc_context(RC_PARAMS):
-        figure, axes = new_figure(panels)
+        figure, axes = _with_tiles(panels, tiles) if tiles else new_figure(panels)
         entries = draw(axes)
         if entries and len(entries) > 1:
             add_legend(figure, entries)
         add_title(figure, title)
-        figure.set_layout_engine("constrained")
         # Text is laid out with the style that is set while it is drawn.
         figure.draw_without_rendering()
     return figure
+
+
+def _with_tiles(panels: int, tiles: int) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    rows = -(-panels // 2)
+    figure = Figure(figsize=(13.5, 4.2 + 4.4 * rows))
+    grid = figure.add_gridspec(rows + 1, 1, height_ratios=[3.2, *[4.4] * rows])
+    axes = [figure.add_subplot(grid[1 + i // 2].subgridspec(1, 2)[i % 2]) for i in range(panels)]
+    for i in range(tiles):
+        axes.append(figure.add_subplot(grid[0].subgridspec(1, tiles)[i]))
+        axes[-1].grid(False)
+    return figure, axes
 
 
 def drawn_arms(arms: Sequence[ArmResults]) -> list[ArmResults]:

@@ -24,6 +24,7 @@ def write_analysis(out: Path, name: str, analysis: Analysis, arms: Sequence[ArmR
         ConfigError: if a file would replace one that this analysis did not write.
         OSError: if the disk refuses.
     """
+    arms = arms if analysis.compare is None else analysis.compare(arms)
     figure = analysis.draw(arms)
     with Owner("analysis", f".convnn-analysis-{name}").written_aside(out) as aside:
         with naming(aside / f"{name}.csv"):

@@ -12,7 +12,12 @@ if TYPE_CHECKING:
     from convnn.analysis.base import Analysis
 
 ANALYSES = {
+    "erf": "which pixels the central unit depends on, by depth (Luo et al. 2016)",
+    "distance": "how far away the neighbours of a query are, per head and layer (Raghu et al. 2021)",
+    "fourier": "log-amplitude of the feature maps by frequency and depth (Park & Kim 2022)",
+    "noise": "accuracy with noise of one band of frequencies (Yin et al. 2019; Park & Kim 2022)",
     "variance": "how much the tokens of an image differ from each other, by depth (Park & Kim 2022)",
+    "cka": "how alike the features of two layers, or of two networks, are (Kornblith et al. 2019)",
 }
 """What ``convnn.analysis.NAME`` shows, a line each, in the order of the documentation."""
 

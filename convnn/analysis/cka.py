@@ -150,7 +150,7 @@ def draw(arms: Sequence[ArmResults]) -> Figure:
             _draw_depths(panel, arm)
         return entries
 
-    return figure_of(4, panels, f"Linear CKA (debiased); above: between depths ({INTERVAL})", tiles=len(shown))
+    return figure_of(4, panels, f"Linear CKA, debiased ({INTERVAL})", tiles=len(shown))
 
 
 def _draw_depths(axes: Any, arm: ArmResults) -> None:

@@ -30,7 +30,7 @@ MAX_ARMS = 10
 MAX_PLACES = 16
 """Names on an axis; of more, evenly spread ones."""
 BLEND, K = "operator.blend", "operator.k"
-INTERVAL = "mean over seeds; bands and bars: 95 % t interval"
+INTERVAL = "mean over seeds, 95 % t interval"
 
 
 def figure_of(
@@ -62,10 +62,12 @@ def _with_tiles(panels: int, tiles: int) -> tuple[Figure, list[Axes]]:
 
     rows = -(-panels // 2)
     figure = Figure(figsize=(13.5, 4.2 + 4.4 * rows))
-    grid = figure.add_gridspec(rows + 1, 1, height_ratios=[3.2, *[4.4] * rows])
-    axes = [figure.add_subplot(grid[1 + i // 2].subgridspec(1, 2)[i % 2]) for i in range(panels)]
+    # A tile is two columns wide and a panel half of all, so that one grid lays out both.
+    grid = figure.add_gridspec(rows + 1, 2 * tiles, height_ratios=[3.2, *[4.4] * rows])
+    halves = (slice(0, tiles), slice(tiles, 2 * tiles))
+    axes = [figure.add_subplot(grid[1 + i // 2, halves[i % 2]]) for i in range(panels)]
     for i in range(tiles):
-        axes.append(figure.add_subplot(grid[0].subgridspec(1, tiles)[i]))
+        axes.append(figure.add_subplot(grid[0, 2 * i : 2 * i + 2]))
         axes[-1].grid(False)
     return figure, axes
 

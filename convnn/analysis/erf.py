@@ -6,7 +6,8 @@ the input. Here, with u the unit in the middle of a map, summed over its channel
 
     mass(p) = mean over images of (sum over input channels of |du / dx_p|) / (the same summed over all pixels p)
 
-so that every image counts alike and the masses of all pixels sum to 1. The field's ``pixels`` are those of mass other
+so that every image counts alike and the masses of all pixels sum to 1; images on which the unit has no gradient, since
+a ReLU is off, do not count. The field's ``pixels`` are those of mass other
 than 0, per image: exactly 9 for one 3x3 convolution. What a choice of neighbours depends on has no gradient and is not
 in it; the weights of the chosen ones are. Shapes: B batch, C channels, h, w sides of a map, s side of the image.
 """
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from convnn.analysis.base import Analysis, ArmResults, Result
+from convnn.analysis.base import Analysis, ArmResults, NotApplicable, Result
 from convnn.analysis.drawing import INTERVAL, draw_headline, draw_series, drawn_arms, figure_of
 from convnn.analysis.features import depths, feature_maps
 from convnn.analysis.subject import Subject
@@ -76,7 +77,7 @@ def measure(subject: Subject) -> Result:
     """Measure the fields of all depths of a run's model."""
     model, names = subject.model, depths(subject.model)
     sums: dict[str, Tensor] = {}
-    numbers = {name: torch.zeros(3, dtype=torch.float64) for name in names}
+    numbers = {name: torch.zeros(4, dtype=torch.float64) for name in names}
     distance: dict[str, Tensor] = {}
     for images, _ in subject.batches(32):
         if not distance:
@@ -89,17 +90,21 @@ def measure(subject: Subject) -> Result:
             mass = mass.cpu()
             sums[name] = sums.get(name, 0) + mass.sum(0)
             spread = (mass * distance[name]).sum()
-            numbers[name] += torch.stack([(mass > 0).sum().double(), half_mass(mass).sum(), spread])
-    count, last = len(subject.split), names[-1]
-    columns = list(zip(*((numbers[name] / count).tolist() for name in names), strict=True))
-    series = {
-        key: {"at": names, "values": list(values)}
-        for key, values in zip(("pixels", "half_mass", "radius"), columns, strict=True)
-    }
+            alive = mass[mass.sum((1, 2)) > 0]
+            counted = [(alive > 0).sum().double(), half_mass(alive).sum(), spread, torch.tensor(len(alive))]
+            numbers[name] += torch.stack([one.double() for one in counted])
+    last = names[-1]
+    if not numbers[last][3]:
+        raise NotApplicable(f"the central unit of {last} has no gradient on any of the images")
+    found = {name: (sums[name] / numbers[name][3].clamp(min=1)).float() for name in names}
+    series: dict[str, Any] = {}
+    for i, key in enumerate(("pixels", "half_mass", "radius")):
+        values = [float(n[i] / n[3]) if n[3] else None for n in numbers.values()]
+        series[key] = {"at": names, "values": values}
     steps = list(range(1, math.ceil(float(distance[last].max())) + 1))
-    mean = sums[last] / count
-    series["within"] = {"at": steps, "values": [float(mean[distance[last] <= step].sum()) for step in steps]}
-    return {"series": series, "arrays": {"fields": np.stack([(sums[n] / count).float().numpy() for n in names])}}
+    shares = [float(found[last][distance[last] <= step].sum()) for step in steps]
+    series["within"] = {"at": steps, "values": shares}
+    return {"series": series, "arrays": {"fields": np.stack([one.numpy() for one in found.values()])}}
 
 
 def headline(result: Result) -> dict[str, float]:
@@ -122,8 +127,7 @@ def draw(arms: Sequence[ArmResults]) -> Figure:
             _draw_field(panel, arm)
         return entries
 
-    title = f"Effective receptive field; above: of the last depth, mean over seeds and images ({INTERVAL})"
-    return figure_of(4, panels, title, tiles=len(shown))
+    return figure_of(4, panels, f"Effective receptive field, maps of the last depth ({INTERVAL})", tiles=len(shown))
 
 
 def _draw_field(axes: Any, arm: ArmResults) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from convnn.config.overrides import quoted_once
 from convnn.errors import ConfigError
+from convnn.report.analyses import analysis_sections
 from convnn.report.compare import Differences, compare_arms
 from convnn.report.compare_plots import save_differences
 from convnn.report.content import MAX_RUNS, Picture, Report, Table
@@ -74,6 +75,7 @@ def make_report(folders: Sequence[Path], out: Path, metric: str = "top1_last", b
             with naming(aside / "differences.csv"):
                 write_frames(report.differences, aside)
             report.difference_pictures = save_differences(report.differences, summary, aside, report.subject)
+        report.sections += analysis_sections(folders, found, runs, summary, aside)
         for name, text in (("table.md", markdown(report)), ("index.html", html_page(report))):
             with naming(aside / name):
                 (aside / name).write_text(text, encoding="utf-8")

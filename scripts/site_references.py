@@ -21,6 +21,7 @@ PROGRAMS = {
     "scripts/report.py": "convnn.cli.report",
     "scripts/status.py": "convnn.cli.status",
     "scripts/compare.py": "convnn.cli.compare",
+    "scripts/analyze.py": "convnn.cli.analyze",
     "scripts/export.py": "convnn.cli.export",
     "scripts/reproduce.py": "convnn.cli.reproduce",
     "scripts/benchmark.py": "benchmark",

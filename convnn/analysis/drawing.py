@@ -145,7 +145,8 @@ def draw_headline(
 ) -> None:
     """Draw one of the headline's numbers along the spectrum: over blend, else k, else the arms side by side.
 
-    Arms that differ in more than that number make lines of their own, which are labelled.
+    Arms that differ in more than that number, the optimizer's settings aside, make lines of their own, which are
+    labelled.
     """
     key = spectrum_key(arms)
     means = {arm.name: headline_means(arm, headline).get(name, Mean.of([])) for arm in arms}
@@ -157,7 +158,7 @@ def draw_headline(
     else:
         lines: dict[tuple[tuple[str, str], ...], list[ArmResults]] = {}
         for arm in on_axis:
-            rest = tuple((k, show(v)) for k, v in arm.values.items() if k != key)
+            rest = tuple((k, show(v)) for k, v in arm.values.items() if k != key and not _aside(k))
             lines.setdefault(rest, []).append(arm)
         styles = line_styles([", ".join(f"{k.rpartition('.')[2]}={v}" for k, v in rest) for rest in lines])
         for (label, look), line in zip(styles.items(), lines.values(), strict=True):
@@ -169,6 +170,11 @@ def draw_headline(
         number_axis(axes, sorted({float(arm.values[key]) for arm in on_axis}))
         axes.set_xlabel(key.rpartition(".")[2])
     axes.set_ylabel(ylabel)
+
+
+def _aside(key: str) -> bool:
+    """Return whether a key makes no line of its own: what a point is called, and the rates that arms were tuned to."""
+    return key == "point.name" or key.startswith("optim.")
 
 
 def _bars(axes: Axes, xs: Sequence[float], means: Sequence[Mean], look: dict[str, Any], label: str = "") -> None:

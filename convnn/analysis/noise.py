@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 BANDS = 8
 """Rings from 0 to pi."""
-RMS = 0.1
-"""Of the noise, where pixels go from 0 to 1: an l2 norm of 5.5 for 32 x 32 pixels of three channels."""
+RMS = 0.2
+"""Of the noise, where pixels go from 0 to 1: an l2 norm of 11 for 32 x 32 pixels of three channels."""
 
 
 def band_masks(height: int, width: int, bands: int = BANDS) -> Tensor:
@@ -42,10 +42,15 @@ def band_masks(height: int, width: int, bands: int = BANDS) -> Tensor:
     return torch.stack([place == band for band in range(bands)])
 
 
-def band_noise(noise: Tensor, mask: Tensor) -> Tensor:
-    """Return noise cut to a band, of root mean square 1 in every image: (B, C, h, w) float64."""
-    cut = torch.fft.ifft2(torch.fft.fft2(noise.double()) * mask).real
-    return cut / cut.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-300)
+def band_noise(spectrum: Tensor, mask: Tensor) -> Tensor:
+    """Return noise cut to a band, of root mean square 1 in every image: (B, C, h, w).
+
+    Args:
+        spectrum: of the noise, as ``torch.fft.fft2`` returns it, (B, C, h, w).
+        mask: of the band, (h, w).
+    """
+    cut = torch.fft.ifft2(spectrum * mask).real
+    return cut / cut.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-30)
 
 
 @torch.no_grad()
@@ -57,10 +62,10 @@ def measure(subject: Subject) -> Result:
     masks = None
     for images, labels in subject.batches(128):
         masks = band_masks(*images.shape[-2:]) if masks is None else masks
-        noise = torch.randn(images.shape, generator=generator)
+        spectrum = torch.fft.fft2(torch.randn(images.shape, generator=generator))
         right[0] += (subject.model(images).argmax(1) == labels).sum().cpu()
         for band, mask in enumerate(masks, 1):
-            added = RMS * band_noise(noise, mask).float().to(subject.device) / std
+            added = RMS * band_noise(spectrum, mask).to(subject.device) / std
             right[band] += (subject.model(images + added).argmax(1) == labels).sum().cpu()
     clean, *noisy = (100 * right / len(subject.split)).tolist()
     at = [(band + 0.5) / BANDS for band in range(BANDS)]

@@ -76,5 +76,5 @@ def test_a_sweeps_runs_become_pictures_tables_and_a_summary(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "0 measured, 1 kept, 0 runs failed"
     assert (tmp_path / "s" / "analyses" / "variance.png").exists()  # of the call before
     (tmp_path / "s" / "analyses" / "distance.csv").write_text("mine")
-    with pytest.raises(Exception, match="distance.csv would be replaced"):
+    with pytest.raises(Exception, match=r"distance\.csv would be replaced"):
         analyze([str(tmp_path / "s"), "analyses=distance", "images=4", "device=cpu"])

@@ -52,7 +52,7 @@ class GivenOptions:
     device: str = "auto"
     """What to compute on, as ``device=`` of train.py."""
     corruption: str | None = None
-    """A corrupted copy of the images: gaussian_noise, gaussian_blur, contrast or jpeg_compression (docs/data.md)."""
+    """A corrupted copy of the images: gaussian_noise, motion_blur, fog, contrast, ...; docs/data.md has all of them."""
     severity: int | None = number(None, 1, 5)
     """Of the corruption; null: 3."""
     limit: int | None = number(None, 1)

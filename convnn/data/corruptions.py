@@ -5,28 +5,52 @@ Shapes: B images, C channels.
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from convnn.errors import ConfigError
+from convnn.data.distortions import CHANGES
 from convnn.ops.settings import check_choice, check_range
 
 SMALL = 64
 """Sides up to this many pixels take the levels of CIFAR-C, others those of ImageNet-C."""
 
-LEVELS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+Level = float | tuple[float, float]
+
+LEVELS: dict[str, tuple[tuple[Level, ...], tuple[Level, ...]]] = {
     "gaussian_noise": ((0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)),
+    "shot_noise": ((500, 250, 100, 75, 50), (60, 25, 12, 5, 3)),
+    "impulse_noise": ((0.01, 0.02, 0.03, 0.05, 0.07), (0.03, 0.06, 0.09, 0.17, 0.27)),
     "gaussian_blur": ((0.4, 0.6, 0.7, 0.8, 1.0), (1, 2, 3, 4, 6)),
+    "defocus_blur": (
+        ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
+        ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
+    ),
+    "motion_blur": (((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)), ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))),
+    "fog": (
+        ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
+        ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
+    ),
+    "brightness": ((0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5)),
     "contrast": ((0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)),
+    "pixelate": ((0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25)),
     "jpeg_compression": ((80, 65, 58, 50, 40), (25, 18, 15, 10, 7)),
+    "elastic_transform": ((0.01, 0.02, 0.03, 0.04, 0.05),) * 2,
 }
-"""By corruption, for severities 1 to 5 of small and of other images: deviation of the noise and of the blur's Gaussian
-in pixels, share of the contrast that is kept, and quality of the JPEG file."""
+"""By corruption, for severities 1 to 5 of small and of other images; what a level is, ``convnn.data.distortions`` says,
+and docs/data.md. All but those of ``elastic_transform`` are the published ones."""
+
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
+    "blur": ("gaussian_blur", "defocus_blur", "motion_blur"),
+    "weather": ("fog", "brightness"),
+    "digital": ("contrast", "pixelate", "jpeg_compression", "elastic_transform"),
+}
+"""The corruptions by what they stand for, as the paper groups them."""
 
 
 def check_corruption(name: str | None, severity: int) -> None:
@@ -39,9 +63,11 @@ def check_corruption(name: str | None, severity: int) -> None:
 def corrupted(images: Tensor, index: Sequence[int], name: str, severity: int) -> Tensor:
     """Return corrupted images; the same for an image of the same index, whatever the batch and the device.
 
+    What is drawn for an image is the same at every severity.
+
     Args:
         images: (B, C, h, w) uint8.
-        index: number of each image in its data set, which seeds its noise.
+        index: number of each image in its data set, which seeds what is drawn for it.
         name: one of ``LEVELS``.
         severity: 1 to 5.
 
@@ -50,19 +76,29 @@ def corrupted(images: Tensor, index: Sequence[int], name: str, severity: int) ->
     """
     check_corruption(name, severity)
     level = LEVELS[name][max(images.shape[-2:]) > SMALL][severity - 1]
-    if name == "jpeg_compression":
-        return torch.stack([_jpeg(image.cpu(), int(level)) for image in images]).to(images.device)
-    change: Callable[[Tensor, float], Tensor] = {"gaussian_blur": _blurred, "contrast": _flattened}.get(name, _as_it_is)
-    x = change(images.float() / 255, level)
-    if name == "gaussian_noise":
+    if name in CHANGES:
+        return _one_by_one(images, index, name, level)
+    assert isinstance(level, (int, float))
+    x = images.float() / 255
+    if name == "gaussian_blur":
+        x = _blurred(x, level)
+    elif name == "contrast":
+        x = _flattened(x, level)
+    else:
         shape = tuple(images.shape[1:])
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in index]
         x = x + level * torch.stack(noise).to(x.device)
     return (255 * x.clamp(0, 1)).round().to(torch.uint8)
 
 
-def _as_it_is(x: Tensor, level: float) -> Tensor:
-    return x
+def _one_by_one(images: Tensor, index: Sequence[int], name: str, level: Level) -> Tensor:
+    seed = zlib.crc32(name.encode())  # so that two corruptions of an image have nothing in common
+    found = [
+        CHANGES[name](image, level, np.random.default_rng([seed, i]))
+        for image, i in zip(images.cpu().numpy().astype(np.float32) / np.float32(255), index, strict=True)
+    ]
+    values = np.rint(np.stack(found).clip(0, 1) * 255).astype(np.uint8)
+    return torch.from_numpy(values).to(images.device)
 
 
 def _blurred(x: Tensor, sigma: float) -> Tensor:
@@ -75,15 +111,3 @@ def _blurred(x: Tensor, sigma: float) -> Tensor:
 def _flattened(x: Tensor, share: float) -> Tensor:
     means = x.mean((2, 3), keepdim=True)
     return (x - means) * share + means
-
-
-def _jpeg(image: Tensor, quality: int) -> Tensor:
-    from PIL import Image
-
-    if len(image) not in (1, 3):
-        raise ConfigError(f"corruption=jpeg_compression needs images of 1 or 3 channels, not {len(image)}")
-    file = io.BytesIO()
-    array = image.permute(1, 2, 0).numpy()
-    Image.fromarray(array[..., 0] if len(image) == 1 else array).save(file, "JPEG", quality=quality)
-    with Image.open(file) as read:
-        return torch.from_numpy(np.array(read).reshape(array.shape)).permute(2, 0, 1)

@@ -21,7 +21,8 @@ def images(n=6, channels=3, side=16):
     )
 
 
-@pytest.mark.parametrize("name", LEVELS)
+# Boxes that do not divide a side alias, so that ``pixelate`` has no such order on images as smooth as these.
+@pytest.mark.parametrize("name", [name for name in LEVELS if name != "pixelate"])
 @pytest.mark.parametrize("side", [16, SMALL + 8])
 def test_each_severity_is_further_from_the_image(name, side):
     x = F.interpolate(images(2, 3, 5).float(), (side, side), mode="bicubic").clamp(0, 255).to(torch.uint8)

@@ -119,7 +119,7 @@ REFUSED = {
     "data={images}/none": "data={images}/none: there is no such folder",
     "data={where}": "data={where} has classes that the run lacks: 'checkpoints'|data={where}: .* has no images",
     "data={images} data_root=x": "data= is another test set and data_root= the run's own; give one of them",
-    "data={images} corruption=fog": "corruption=fog is not one of gaussian_noise, gaussian_blur, contrast",
+    "data={images} corruption=mist": "corruption=mist is not one of gaussian_noise, shot_noise, impulse_noise",
     "data={images} severity=2": "severity=2 is that of a corruption; give corruption=NAME too",
     "data={images} corruption=contrast severity=6": r"severity=6 must lie in \[1, 5\]",
     "data={images} limit=0": "limit=0 must lie in",

@@ -56,6 +56,12 @@ class Subject:
     device: torch.device
     seed: int = 0
     """Of the analysis' own draws, such as noise: the same for all runs, whose own seed is ``config.seed``."""
+    train: AnySplit | None = None
+    """The images that the run was trained on, all of them, without augmentation."""
+    checkpoint: str = "last"
+    """``last`` or ``best``."""
+    own_images: bool = True
+    """Whether ``index`` numbers the run's own test set; else the user named other data."""
     _images: Tensor | None = field(default=None, repr=False)
 
     def limited(self, count: int | None) -> Subject:
@@ -119,4 +125,7 @@ def open_subject(folder: Path, checkpoint: str, device: str, data_root: str | No
         found.shape[0],
         found.checkpoint["step"],
         chosen,
+        train=found.dataset.train,
+        checkpoint=checkpoint,
+        own_images=data_root is None,
     )

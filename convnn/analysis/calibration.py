@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BINS = 15
+FEWEST = 10
+"""Images of a bin whose accuracy is drawn; all count in the ECE."""
 LEAST = 6e-8
 """Probability that stands for a smaller one in the NLL: the smallest that half precision has."""
 
@@ -80,8 +82,7 @@ def measure(subject: Subject) -> Result:
     table = reliability(found.confidence, found.correct)
     middles = [round((i + 0.5) / BINS, 4) for i in range(BINS)]
     series = {
-        "accuracy": table.accuracy,
-        "gap": table.accuracy - table.confidence,
+        "accuracy": np.where(table.images >= FEWEST, table.accuracy, np.nan),
         "images": table.images / table.images.sum(),
     }
     return {

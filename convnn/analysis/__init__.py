@@ -4,7 +4,8 @@ How to write one, ``convnn/analysis/NAME.py``:
 
 1. ``measure(subject) -> dict`` looks at one run. ``subject`` (``convnn.analysis.subject.Subject``) has the model in
    evaluation mode on its device, the test images of this analysis (``subject.batches()``, ``subject.split`` for the
-   pixels as uint8), ``config``, ``classes``, ``step``, ``seed``. It returns plain values that JSON can hold, and
+   pixels as uint8; ``subject.train`` has the training images), ``config``, ``classes``, ``step``, ``seed``. What a
+   run's predictions.npz says, ``convnn.analysis.outputs`` gives. It returns plain values that JSON can hold, and
 
    * under ``"series"``, numbers along something, which the table and ``draw_series`` understand:
      ``{"distance": {"at": ["layer1", "layer2"], "values": [1.5, None]}}``. ``at`` holds names (of layers, in forward

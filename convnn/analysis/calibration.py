@@ -21,7 +21,7 @@ import numpy as np
 
 from convnn.analysis.base import Analysis, ArmResults, Result
 from convnn.analysis.drawing import INTERVAL, draw_headline, draw_series, figure_of
-from convnn.analysis.outputs import outputs_of
+from convnn.analysis.outputs import class_outputs
 from convnn.analysis.subject import Subject
 from convnn.figures.style import NEUTRAL
 
@@ -78,7 +78,7 @@ def brier_score(probabilities: np.ndarray, label: np.ndarray) -> float:
 
 def measure(subject: Subject) -> Result:
     """Measure calibration on the test images."""
-    found = outputs_of(subject)
+    found = class_outputs(subject)
     table = reliability(found.confidence, found.correct)
     middles = [round((i + 0.5) / BINS, 4) for i in range(BINS)]
     series = {

@@ -13,7 +13,7 @@ import numpy as np
 
 from convnn.analysis.base import Analysis, ArmResults, Mean, Result, series_means
 from convnn.analysis.drawing import INTERVAL, draw_headline, drawn_arms, figure_of, looks_of
-from convnn.analysis.outputs import outputs_of
+from convnn.analysis.outputs import class_outputs
 from convnn.analysis.subject import Subject
 from convnn.figures.style import COLOUR_MAP, evenly_spread, plain_text
 
@@ -34,7 +34,7 @@ def confusion(label: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndar
 
 def measure(subject: Subject) -> Result:
     """Count over the test images."""
-    found, names = outputs_of(subject), subject.classes
+    found, names = class_outputs(subject), subject.classes
     counts = confusion(found.label, found.predicted, len(names))
     images = counts.sum(1)
     accuracy = [int(counts[i, i]) / int(n) if n else None for i, n in enumerate(images)]

@@ -36,7 +36,7 @@ class Outputs:
         return self.probabilities[np.arange(len(self.label)), self.predicted]
 
 
-def outputs_of(subject: Subject) -> Outputs:
+def class_outputs(subject: Subject) -> Outputs:
     """Return what the model says; it is asked only where the run folder does not have it.
 
     predictions.npz has probabilities in half precision: to 0.05 %, and those below 3e-8 as 0.

@@ -8,7 +8,7 @@ from torch import nn
 
 from convnn.analysis import classes
 from convnn.analysis.base import ArmResults
-from convnn.analysis.outputs import outputs_of
+from convnn.analysis.outputs import class_outputs
 
 
 def test_confusion_is_exact():
@@ -28,7 +28,7 @@ def test_a_run_is_counted(tmp_path):
     subject = subject_of(model, images_of(30, 3), 3, tiny(), tmp_path)
     subject.classes.append("without images")
     model[1] = nn.Linear(192, 4)
-    found, expected = classes.measure(subject), outputs_of(subject)
+    found, expected = classes.measure(subject), class_outputs(subject)
     recall = recall_score(expected.label, expected.predicted, average=None, labels=range(3), zero_division=0)
     assert found["series"]["accuracy"]["at"][-1] == "without images"
     assert found["series"]["accuracy"]["values"] == [*recall.tolist(), None]

@@ -10,7 +10,7 @@ from folder_runs import folder_config, write_pets
 
 from convnn.analysis import calibration, hessian, path
 from convnn.analysis.base import NotApplicable
-from convnn.analysis.outputs import outputs_of
+from convnn.analysis.outputs import class_outputs
 from convnn.analysis.subject import Datasets, open_subject
 from convnn.analysis.training import training_images
 from convnn.runs.predictions import read_predictions
@@ -30,9 +30,9 @@ def subject(place):
 
 
 def test_kept_predictions_are_those_of_the_model(place, subject, monkeypatch):
-    asked = outputs_of(subject)
+    asked = class_outputs(subject)
     subject.own_images = False
-    computed = outputs_of(subject)
+    computed = class_outputs(subject)
     assert np.array_equal(asked.predicted, computed.predicted) and np.array_equal(asked.label, computed.label)
     assert np.abs(asked.probabilities - computed.probabilities).max() < 1e-3
     assert np.allclose(asked.probabilities.sum(1), 1)
@@ -41,7 +41,7 @@ def test_kept_predictions_are_those_of_the_model(place, subject, monkeypatch):
 def test_the_images_of_an_analysis_are_taken_by_number(place, subject, monkeypatch):
     monkeypatch.setattr(subject.model, "forward", None)  # what is kept needs no model
     few, kept = subject.limited(5), read_predictions(place)
-    found = outputs_of(few)
+    found = class_outputs(few)
     assert found.label.tolist() == kept.label[few.index].tolist()
     assert found.predicted.tolist() == kept.predicted[few.index].tolist()
     result = calibration.measure(few)

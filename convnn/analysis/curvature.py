@@ -1,4 +1,4 @@
-"""Products with the Hessian of a loss, and its extreme eigenvalues by Lanczos' method.
+"""Products with the Hessian of a loss, and its largest eigenvalues by Lanczos' method.
 
 Yao, Gholami, Keutzer & Mahoney, *PyHessian*, 2020 (arXiv 1912.07145). The Hessian itself is never made: a product with
 a vector is the gradient of the gradient's product with it (Pearlmutter 1994): a backward pass through the backward one.
@@ -75,26 +75,30 @@ def hessian_product(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> P
 
 
 @dataclass(frozen=True)
-class Extremes:
-    """Eigenvalues of a symmetric matrix at both ends, and how far they may be from true ones."""
+class Ritz:
+    """Eigenvalues that Lanczos' method found, and how far they may be from true ones."""
 
-    largest: float
-    smallest: float
-    largest_error: float
-    """The residual |H v - lambda v| of the Ritz vector: an eigenvalue lies no farther away."""
-    smallest_error: float
-    steps: int
-    """Products that were computed."""
+    values: tuple[float, ...]
+    """Of all sizes, the largest first; as many as there were steps."""
+    errors: tuple[float, ...]
+    """Of each the residual |H v - lambda v| of its vector: an eigenvalue lies no farther away."""
+
+    @property
+    def steps(self) -> int:
+        """Products that were computed."""
+        return len(self.values)
 
 
-def lanczos(product: Product, start: Tensor, steps: int, tolerance: float) -> Extremes:
-    """Return the largest and smallest eigenvalue that Lanczos' method finds, each new vector orthogonal to all before.
+def lanczos(product: Product, start: Tensor, steps: int, tolerance: float, count: int = 1) -> Ritz:
+    """Return eigenvalues that Lanczos' method finds, each new vector orthogonal to all before.
 
     Args:
         product: of a symmetric matrix with a vector.
         start: (P,) vector to begin from, not 0, such as one of random numbers. ``steps`` vectors as long are kept.
         steps: at most so many products.
-        tolerance: enough are computed when both residuals are below it, as a share of the largest magnitude.
+        tolerance: enough are computed when the residuals of the largest ``count`` eigenvalues are below it, as a share
+            of the largest magnitude.
+        count: of the eigenvalues that are wanted.
     """
     basis = [start / start.norm()]
     diagonal: list[float] = []
@@ -107,24 +111,23 @@ def lanczos(product: Product, start: Tensor, steps: int, tolerance: float) -> Ex
                 found = found - (found @ vector) * vector
         norm = float(found.double().norm())
         ritz = _ritz(diagonal, beside, norm)
-        scale = max(abs(ritz.largest), abs(ritz.smallest))
+        scale = max(map(abs, ritz.values))
         exhausted = norm <= 1e-7 * scale or len(basis) == len(start)
-        enough = len(basis) > 1 and max(ritz.largest_error, ritz.smallest_error) <= tolerance * scale
+        enough = len(basis) > count and max(ritz.errors[:count]) <= tolerance * scale
         if exhausted or enough or len(basis) >= steps or not math.isfinite(norm):
             return ritz
         beside.append(norm)
         basis.append(found / norm)
 
 
-def _ritz(diagonal: Sequence[float], beside: Sequence[float], norm: float) -> Extremes:
-    """Return the extreme eigenvalues of the tridiagonal matrix so far; ``norm`` of what lies outside of its space."""
+def _ritz(diagonal: Sequence[float], beside: Sequence[float], norm: float) -> Ritz:
+    """Return the eigenvalues of the tridiagonal matrix so far; ``norm`` is of what lies outside of its space."""
     n = len(diagonal)
+    if not all(map(math.isfinite, [*diagonal, *beside, norm])):
+        return Ritz((math.nan,) * n, (math.inf,) * n)
     matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
     if n > 1:
         off = torch.tensor(beside, dtype=torch.float64)
         matrix = matrix + torch.diag(off, 1) + torch.diag(off, -1)
-    if not matrix.isfinite().all():
-        return Extremes(math.nan, math.nan, math.inf, math.inf, n)
     values, vectors = torch.linalg.eigh(matrix)
-    ends = (vectors[-1].abs() * norm).tolist()
-    return Extremes(values[-1].item(), values[0].item(), ends[-1], ends[0], n)
+    return Ritz(tuple(values.flip(0).tolist()), tuple((vectors[-1].abs() * norm).flip(0).tolist()))

@@ -1,8 +1,8 @@
-"""Curvature: the extreme eigenvalues of the Hessian of the loss by the parameters.
+"""Curvature: the largest eigenvalues of the Hessian of the loss by the parameters.
 
 Park & Kim, *How Do Vision Transformers Work?*, ICLR 2022 (arXiv 2202.06709), figures 1 and 4: attention flattens the
-loss and makes it less convex. Computed as PyHessian does (Yao et al. 2020, arXiv 1912.07145), see
-``convnn.analysis.curvature``.
+loss. Computed as PyHessian does (Yao et al. 2020, arXiv 1912.07145), see ``convnn.analysis.curvature``. Negative
+eigenvalues, which they look at too, are smaller than what the few products here resolve.
 
 The loss is the mean cross entropy over training images without augmentation, of the model in evaluation mode: BatchNorm
 uses its running statistics. Weight decay, label smoothing and Mixup are no part of it. Neighbours are chosen anew by no
@@ -22,15 +22,14 @@ import torch.nn.functional as F
 
 from convnn.analysis.base import Analysis, ArmResults, Result
 from convnn.analysis.curvature import hessian_product, lanczos, twice_differentiable
-from convnn.analysis.drawing import INTERVAL, draw_headline, figure_of
+from convnn.analysis.drawing import INTERVAL, draw_headline, draw_series, figure_of
 from convnn.analysis.subject import Subject
 from convnn.analysis.training import training_images
-from convnn.figures.style import NEUTRAL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STEPS, TOLERANCE = 16, 0.02
+COUNT, STEPS, TOLERANCE = 3, 16, 0.02
 
 
 def measure(subject: Subject) -> Result:
@@ -45,32 +44,32 @@ def measure(subject: Subject) -> Result:
         product = hessian_product(losses, parameters)
         size = sum(p.numel() for p in parameters)
         start = torch.randn(size, generator=subject.generator(), dtype=parameters[0].dtype).to(subject.device)
-        found = lanczos(product, start, STEPS, TOLERANCE)
+        found = lanczos(product, start, STEPS, TOLERANCE, COUNT)
+    at = list(range(1, min(COUNT, found.steps) + 1))
     return {
-        "largest": found.largest,
-        "smallest": found.smallest,
-        "largest_error": found.largest_error,
-        "smallest_error": found.smallest_error,
+        "errors": list(found.errors[:COUNT]),
         "steps": found.steps,
         "parameters": size,
         "loss": float(sum(loss.item() for loss in losses)),
+        "series": {"eigenvalues": {"at": at, "values": list(found.values[:COUNT])}},
     }
 
 
 def headline(result: Result) -> dict[str, float]:
-    """Return the eigenvalues, and the smallest as a share of the largest."""
-    share = result["smallest"] / result["largest"] if result["largest"] else 0.0
-    return {"hessian_largest": result["largest"], "hessian_smallest": result["smallest"], "hessian_ratio": share}
+    """Return the largest eigenvalue."""
+    return {"hessian_largest": result["series"]["eigenvalues"]["values"][0]}
 
 
 def draw(arms: Sequence[ArmResults]) -> Figure:
-    """Draw both eigenvalues along the spectrum."""
+    """Draw the largest eigenvalue along the spectrum, and those after it."""
 
-    def panels(axes: list[Any]) -> None:
+    def panels(axes: list[Any]) -> dict[str, Any]:
         draw_headline(axes[0], arms, headline, "hessian_largest", "largest eigenvalue")
-        axes[0].set_ylim(bottom=0)
-        draw_headline(axes[1], arms, headline, "hessian_smallest", "smallest eigenvalue")
-        axes[1].axhline(0, color=NEUTRAL, linewidth=1)
+        entries = draw_series(axes[1], arms, "eigenvalues", "eigenvalue", "number, the largest first")
+        axes[1].set_xticks(range(1, COUNT + 1))
+        for panel in axes:
+            panel.set_ylim(bottom=0)
+        return entries
 
     return figure_of(2, panels, f"Hessian of the training loss ({INTERVAL})")
 

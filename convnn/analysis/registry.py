@@ -21,7 +21,7 @@ ANALYSES = {
     "calibration": "whether its confidence is its accuracy: ECE, NLL, Brier score (Guo et al. 2017)",
     "classes": "accuracy of each class, and which classes are taken for which",
     "robustness": "errors on corrupted images, by kind and severity (Hendrycks & Dietterich 2019)",
-    "hessian": "largest and smallest eigenvalue of the loss's Hessian (Yao et al. 2020, Park & Kim 2022)",
+    "hessian": "largest eigenvalues of the loss's Hessian (Yao et al. 2020, Park & Kim 2022)",
     "path": "loss on the straight way from the first weights to the last (Goodfellow et al. 2015)",
 }
 """What ``convnn.analysis.NAME`` shows, a line each, in the order of the documentation."""

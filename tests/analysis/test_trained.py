@@ -71,7 +71,8 @@ def test_no_way_from_weights_of_a_file(subject, monkeypatch):
 
 def test_the_hessian_of_a_run(subject):
     found = hessian.measure(subject)
-    assert found["smallest"] < found["largest"] and found["largest"] > 0
+    values = found["series"]["eigenvalues"]["values"]
+    assert values == sorted(values, reverse=True) and values[0] > 0 and found["errors"][0] <= 0.02 * values[0]
     assert found["parameters"] == sum(p.numel() for p in subject.model.parameters())
     assert hessian.measure(subject) == found
     subject.train = None

@@ -1,16 +1,21 @@
 """Analyses of the outputs and the loss of a trained run."""
 
+import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from figure_checks import texts_outside
 from folder_runs import folder_config, write_pets
 
 from convnn.analysis import calibration, hessian, path
 from convnn.analysis.base import NotApplicable
+from convnn.analysis.measuring import ArmRuns, Asked, measure_arms
 from convnn.analysis.outputs import class_outputs
+from convnn.analysis.registry import load_analysis
 from convnn.analysis.subject import Datasets, open_subject
 from convnn.analysis.training import training_images
 from convnn.runs.predictions import read_predictions
@@ -78,3 +83,17 @@ def test_the_hessian_of_a_run(subject):
     subject.train = None
     with pytest.raises(NotApplicable, match="no training images"):
         hessian.measure(subject)
+
+
+def test_every_one_is_kept_and_drawn(place, tmp_path):
+    names = ["calibration", "classes", "robustness", "hessian", "path"]
+    shutil.copytree(place, tmp_path / "run")
+    arms = [ArmRuns(f"blend={b}", {"operator.blend": float(b)}, {0: tmp_path / "run"}) for b in (0, 1)]
+    found = measure_arms(arms, Asked(names, device="cpu"))
+    assert (found.measured, found.kept, found.failed, found.left_out) == (5, 5, [], {})
+    for name in names:
+        analysis = load_analysis(name)
+        first, second = (analysis.headline(arm.results[0]) for arm in found.arms[name])
+        assert first == pytest.approx(second) and all(map(math.isfinite, first.values()))
+        assert not texts_outside(analysis.draw(found.arms[name]))
+        assert analysis.draw(found.arms[name][:1]).axes  # one arm has nothing to be compared with

@@ -111,8 +111,10 @@ def draw(arms: Sequence[ArmResults]) -> Figure:
             entries = draw_series(axes[i], arms, name, "error" if i % 5 == 0 else "", "severity")
             axes[i].set_title("mean of all kinds" if name == "mean" else name.replace("_", " "))
             axes[i].set_xticks([0, *SEVERITIES])
-        for panel in axes[1 : len(LEVELS) + 1]:
-            panel.sharey(axes[0])
+        curves = axes[: len(LEVELS) + 1]
+        ends = [panel.get_ylim() for panel in curves]  # sharing an axis afterwards would take the first one's
+        for panel in curves:
+            panel.set_ylim(max(min(low for low, _ in ends), 0), min(max(high for _, high in ends), 1))
         for panel, name, label in (
             (axes[-2], "corruption_error", "mean corruption error"),
             (axes[-1], "relative_corruption_error", "that less the clean error"),

@@ -187,7 +187,8 @@ def torchrun_trials(bench: Any, kind: str, total: int) -> None:
         raise RuntimeError((whole / "log").read_text())
     seconds, left, longest = time.monotonic() - begin, total, 0.0
     while left > 0:
-        place, struck = bench.place(), []
+        place = bench.place()
+        struck: list[str] = []
         wanted = bench.rng.randint(1, min(3, left))
         while len(struck) < wanted:
             attempt = Attempt(place, bench.rng, seconds, bench.operations)

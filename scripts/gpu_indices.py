@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,18 +61,18 @@ def compare_indices(plan: Row, folder: Any, write: Callable[[Any, list[Row]], No
     generator = torch.Generator(device).manual_seed(plan["seed"])
     until = time.monotonic() + plan["seconds"]
     selection, geometry = Selection(k=9, similarity=case.similarity), Geometry(side, side)
-    rows = {way: _no_row(f"{plan['case']}, {name}") for way, name in select.WAYS.items()}
+    rows = [_no_row(f"{plan['case']}, {name}") for name, _kernel, _tiles in select.WAYS]
     done = 0
     while done < wanted and (not done or time.monotonic() < until):
         x = case.draw(items, side * side, generator, device)
         plain = select_neighbors(x, x, geometry, selection, backend="torch").index
         search = Search(x, x, geometry.query_places(device), None, geometry, selection, 1.0, ranged=False)
-        for way, row in rows.items():
+        for way, row in enumerate(rows):
             if not row["note"]:
-                _add(row, x, plain, case, lambda way=way, search=search: select.best_tokens(search, way))
+                _add(row, x, plain, case, partial(select.best_tokens, search, way))
         done += items * side * side
-        write(folder, list(rows.values()))
-    return list(rows.values())
+        write(folder, rows)
+    return rows
 
 
 def _no_row(name: str) -> Row:

@@ -169,7 +169,7 @@ def typed(schema: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
         if len(_converted) >= 1000:
             _converted.clear()
         _converted[key] = _convert(schema, values, prefix)
-    return copy.deepcopy(_converted[key])  # type: ignore[no-any-return]
+    return copy.deepcopy(_converted[key])
 
 
 _converted: dict[tuple[type, str], Any] = {}

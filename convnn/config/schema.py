@@ -10,8 +10,8 @@ from convnn.ops.settings import Mixing, Selection, choice, later, number
 
 CONV, ATTENTION = "conv", "attention"
 KERNEL = "kernel"
-COMPILE_MODES = ("reduce-overhead", "max-autotune")
 """A number of neighbours: that of the taps in the window of the replaced layer."""
+COMPILE_MODES = ("reduce-overhead", "max-autotune")
 TRACKERS, NO_TRACKER = ("wandb", "tensorboard", "trackio"), "jsonl"
 SMALL_IMAGE = 64
 """Images below this many pixels a side get the small stem, with ``stem=auto``."""

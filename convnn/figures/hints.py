@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -57,9 +57,10 @@ def tell(axes: Axes, x: float | None, y: float, text: str) -> None:
 def tell_line(line: Line2D, label: str) -> None:
     """Let the points of a line say its label, and their own numbers with the names of the axes."""
     points = list(zip(*(np.asarray(values, float).tolist() for values in line.get_data()), strict=True))
-    told = [_Told(x, y, label, True) for x, y in evenly_spread(points, MOST_OF_A_LINE)]
-    if line.axes is not None:
-        _TOLD.setdefault(line.axes, []).extend(told)
+    axes: Any = line.axes
+    if axes is not None:
+        told = [_Told(x, y, label, True) for x, y in evenly_spread(points, MOST_OF_A_LINE)]
+        _TOLD.setdefault(axes, []).extend(told)
 
 
 def placed_hints(figure: Figure) -> list[Hint]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convnn.report.arms import arms_of
-from convnn.report.content import Picture, Section, Table
+from convnn.report.content import Picture, Section, Table, copied_picture
 from convnn.report.results import FoundRuns, Run, text_of
 from convnn.runs.contents import ANALYSES
 from convnn.runs.metrics import is_number
@@ -62,7 +62,7 @@ def analysis_sections(
 
 def _kept(run: Run) -> dict[str, tuple[str, Mapping[str, Any]]]:
     """Return title and numbers of each analysis that a run folder keeps, by name; damaged files are left out."""
-    kept = {}
+    kept: dict[str, tuple[str, Mapping[str, Any]]] = {}
     for path in sorted((run.folder / ANALYSES).glob("*.json")):
         entry = read_json(path) or {}
         title, headline = text_of(entry.get("title")), entry.get("headline")
@@ -85,14 +85,8 @@ def _pictures(folders: Sequence[Path], titles: Mapping[str, str], out: Path) -> 
     pictures = []
     for name, title in titles.items():
         for place in (folder / ANALYSES for folder in folders):
-            files = [place / f"{name}.{kind}" for kind in ("png", "svg")]
-            if all(file.is_file() for file in files):
-                copies = [out / f"analysis_{file.name}" for file in files]
-                for file, copy in zip(files, copies, strict=True):
-                    content = file.read_bytes()
-                    with naming(copy):
-                        copy.write_bytes(content)
-                caption = "Mean over seeds with 95 % intervals; the numbers are in the table that lies beside it."
-                pictures.append(Picture(copies[0].stem, title, caption, *copies))
+            caption = "Mean over seeds with 95 % intervals; the numbers are in the table that lies beside it."
+            if picture := copied_picture(place, name, out / f"analysis_{name}", title, caption):
+                pictures.append(picture)
                 break
     return pictures

@@ -15,7 +15,7 @@ from convnn.errors import ConfigError
 from convnn.report.analyses import analysis_sections
 from convnn.report.compare import Differences, compare_arms
 from convnn.report.compare_plots import save_differences
-from convnn.report.content import MAX_RUNS, Picture, Report, Table
+from convnn.report.content import MAX_RUNS, Picture, Report, Table, copied_picture
 from convnn.report.differences import verdict, write_frames
 from convnn.report.pages import html_page, markdown
 from convnn.report.plots import draw_all
@@ -109,15 +109,9 @@ def run_pictures(found: FoundRuns, out: Path) -> list[Picture]:
     pictures = []
     for i, folder in enumerate(folders[:MAX_RUNS]):
         for name, title in titles.items():
-            files = [folder / "pictures" / f"{name}.{kind}" for kind in ("png", "svg")]
-            if all(file.is_file() for file in files):
-                copies = [out / f"run{i + 1}_{file.name}" for file in files]
-                for file, copy in zip(files, copies, strict=True):
-                    content = file.read_bytes()
-                    with naming(copy):
-                        copy.write_bytes(content)
-                caption = f"Drawn by scripts/visualize.py for {tidy(folder.name)}."
-                pictures.append(Picture(copies[0].stem, title, caption, *copies))
+            caption = f"Drawn by scripts/visualize.py for {tidy(folder.name)}."
+            picture = copied_picture(folder / "pictures", name, out / f"run{i + 1}_{name}", title, caption)
+            pictures += [picture] if picture else []
     return pictures
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from convnn.figures.hints import Hint
 from convnn.report.tables import COSTS, METRICS, main_keys, name_moving, score_of, short_name, varying_keys
 from convnn.runs.status import COMPLETE, UNUSABLE
+from convnn.runtime.owned import naming
 from convnn.text import aligned, show
 
 if TYPE_CHECKING:
@@ -30,6 +31,27 @@ class Picture:
     svg: Path
     hints: Sequence[Hint] = ()
     """What its points say."""
+
+
+def copied_picture(folder: Path, name: str, copy: Path, title: str, caption: str) -> Picture | None:
+    """Return a picture that another program left as ``NAME.png`` and ``NAME.svg``, copied; None where it did not.
+
+    Args:
+        folder: that has it.
+        name: of its files.
+        copy: its place in the report's folder, without the ending.
+        title: of the picture.
+        caption: below it.
+    """
+    files = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
+    if not all(file.is_file() for file in files):
+        return None
+    png, svg = (copy.parent / f"{copy.name}{file.suffix}" for file in files)
+    for file, target in zip(files, (png, svg), strict=True):
+        content = file.read_bytes()
+        with naming(target):
+            target.write_bytes(content)
+    return Picture(copy.name, title, caption, png, svg)
 
 
 MAX_TEXT_ROWS = 60

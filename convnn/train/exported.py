@@ -168,8 +168,9 @@ def _description(found: Restored, config: Config, described: Mapping[str, Any] |
     values: dict[str, Any] = {"architecture": config.backbone.name.partition(".")[0], "num_classes": len(found.classes)}
     if described is None:
         return values
-    source = {key: value for key, value in timm.get_pretrained_cfg(config.backbone.name).to_dict().items()
-              if key in ("first_conv", "classifier", "fixed_input_size")}  # fmt: skip
+    known = timm.get_pretrained_cfg(config.backbone.name)
+    kept = ("first_conv", "classifier", "fixed_input_size")
+    source = {key: value for key, value in known.to_dict().items() if key in kept} if known else {}
     cfg = {
         **source,
         "num_classes": len(found.classes),

@@ -134,5 +134,5 @@ ANALYSIS = Analysis(
     measure=measure,
     headline=headline,
     draw=draw,
-    images=128,
+    images=100,
 )

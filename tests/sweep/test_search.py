@@ -62,7 +62,7 @@ def test_the_best_is_told_and_the_study_goes_on(search, tmp_path):
     assert [t.value for t in found] == pytest.approx([40 * t.params["operator.blend"] + 5 for t in found], abs=1e-3)
     best = max(found, key=lambda t: t.value)
     assert f"best: trial {best.number}, val top-1 {best.value:.2f} %" in text and "warning" not in text
-    assert "to train it again: uv run train.py operator=spectrum train.epochs=6" in text
+    assert "to train it again: uv run train.py " in text and "operator=spectrum train.epochs=6" in text
     assert f"operator.blend={best.params['operator.blend']:.6g}\n" in text
     before = calls(tmp_path)
     code, text = search(*arguments, "hydra.sweeper.n_trials=3")

@@ -43,7 +43,7 @@ def fastest(monkeypatch):
     monkeypatch.setitem(sys.modules, "natten.functional", functions)
     monkeypatch.setattr(natten, "installed", lambda: True)
     monkeypatch.setattr(dispatch, "measured", lambda backend, device: backend == "auto")
-    monkeypatch.setattr(functional, "_fastest", lambda ways, *given: "natten" if "natten" in ways else "torch")
+    monkeypatch.setattr(functional, "_fastest", lambda _, __, ways, *given: "natten" if "natten" in ways else "torch")
     return calls
 
 

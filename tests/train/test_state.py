@@ -51,8 +51,8 @@ def test_checkpoints_keep_their_format(tmp_path, monkeypatch):
     run(tiny("swap.last=1", f"run.dir={tmp_path}/r"))
     state = load_checkpoint(tmp_path / "r" / "checkpoints" / "last.pt")
     weights = ["model", "ema", "optimizer", "spectrum", "neighbors", "identity", "fingerprint", "format", "data"]
-    counts = ["epoch", "step_in_epoch", "step", "skipped_steps", "train_seconds", "train_images"]
-    assert sorted(state) == sorted([*weights, *counts, "best", "meter", "rows"])
+    counts = ["epoch", "step_in_epoch", "step", "skipped_steps", "train_seconds", "train_images", "grad_norms"]
+    assert sorted(state) == sorted([*weights, *counts, "best", "layer_norms", "meter", "rows"])
     assert state["rows"] == "[]" and state["best"] == {} and state["step"] == state["step_in_epoch"] == 1
     assert [len(sums) for sums in state["meter"]] == [4] and state["meter"][0][3] == 32.0
     state.pop("neighbors")  # which the first runs did not have

@@ -217,7 +217,8 @@ def test_group13_out_of_cuda_memory(where, call, monkeypatch):
 
     monkeypatch.setattr(Trainer, where, out_of_memory)
     code, err = call("train.py", [*SMALL, "run.dir=r"])
-    assert (code, err) == (EXIT_CONFIG, "error: out of CUDA memory; try train.batch_size=16\n")
+    way_out = "try train.batch_size=16, or train.grad_accumulation=2"
+    assert (code, err) == (EXIT_CONFIG, f"error: out of CUDA memory; {way_out}\n")
     assert Path("r").exists() == (where == "_train_step")
 
 

@@ -94,7 +94,7 @@ def visit(pages, browser):
         page.on("request", lambda request: seen.append(request.url) if not request.url.startswith("data:") else None)
         for event in ("console", "pageerror", "dialog"):
             page.on(event, lambda what: seen.append(str(getattr(what, "text", what))))
-        url = (pages(name) / "index.html").as_uri()
+        url = (name if isinstance(name, Path) else pages(name) / "index.html").as_uri()
         page.goto(url)
         assert seen.pop() == url
         return page
@@ -287,8 +287,7 @@ def test_links_lead_below_and_the_page_needs_no_folder(visit, pages, tmp_path):
     assert page.url.endswith("#failed") and -1 <= page.locator("#failed h2").bounding_box()["y"] < 740
     alone = tmp_path / "moved.html"
     alone.write_bytes((pages("runs") / "index.html").read_bytes())
-    page.goto(alone.as_uri())
-    sizes = page.locator("img").evaluate_all("all => all.map((e) => e.naturalWidth)")
+    sizes = visit(alone).locator("img").evaluate_all("all => all.map((e) => e.naturalWidth)")
     assert sizes and min(sizes) > 300
 
 

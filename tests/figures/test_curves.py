@@ -1,11 +1,6 @@
-"""Diagnostics as pictures: what is read and drawn, and the report's page in a browser."""
+"""Diagnostics as pictures: what is read and drawn."""
 
-import json
-import os
-import shutil
 import statistics
-import subprocess
-import time
 
 import pytest
 from fake_runs import grid, write_run
@@ -118,62 +113,3 @@ def test_a_runs_own_pictures_are_in_its_report(tmp_path):
     (folder / "pictures" / "neighbors.svg").unlink()
     make_report([folder], tmp_path / "report")
     assert not list((tmp_path / "report").glob("run1_*"))
-
-
-# ------------------------------------------------------------------------------------------------- browser
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-MEASURE = """
-<script>
-window.addEventListener("load", () => {
-  const wide = [...document.querySelectorAll("body *")].filter(e => !e.closest(".scroll, pre")
-      && e.getBoundingClientRect().right > innerWidth + 0.5).map(e => e.tagName);
-  const broken = [...document.images].filter(i => !i.complete || !i.naturalWidth).length;
-  const found = {inner: innerWidth, scroll: document.documentElement.scrollWidth, wide, broken,
-    images: document.images.length, requests: performance.getEntriesByType("resource").map(e => e.name)
-      .filter(name => !name.startsWith("data:"))};
-  document.documentElement.setAttribute("data-found", JSON.stringify(found));
-});
-</script>
-"""
-
-
-def browse(page, *options):
-    """Run a headless browser on a page and return its output; what it writes to stderr is in the second."""
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr", "--v=0"]
-    flags += ["--no-first-run", "--disable-dev-shm-usage", f"--user-data-dir={page.parent}/profile"]
-    done = subprocess.run(
-        [BROWSER, *flags, *options, page.as_uri()], capture_output=True, text=True, timeout=240, env=os.environ
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout, done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on this machine")
-def test_the_page_in_a_browser(tmp_path):
-    """A narrow frame, because headless windows have a least width: no overflow, request, broken image or error."""
-    start = time.monotonic()
-    make_report([grid(tmp_path / "runs", layers=12)], tmp_path / "report")
-    page = tmp_path / "report" / "index.html"
-    html = page.read_text()
-    probe = tmp_path / "report" / "probe.html"
-    probe.write_text(html.replace("</head>", MEASURE + "</head>"))
-    frame = tmp_path / "report" / "frame.html"
-    frame.write_text(
-        '<body style="margin:0"><iframe id="f" src="probe.html" style="border:0;width:360px;height:640px"></iframe>'
-        '<script>f.onload = () => setTimeout(() => document.body.setAttribute("data-found",'
-        ' f.contentDocument.documentElement.getAttribute("data-found")), 300)</script>'
-    )
-    found, log = browse(frame, "--dump-dom", "--virtual-time-budget=8000", "--allow-file-access-from-files")
-    text = found.split('data-found="')[1].split('"')[0].replace("&quot;", '"')
-    values = json.loads(text)
-    assert values["inner"] == 360 and values["scroll"] <= 360, values
-    assert values["wide"] == [] and values["broken"] == 0 and values["requests"] == [], values
-    assert values["images"] == len(list((tmp_path / "report").glob("*.svg")))
-    assert "CONSOLE" not in log
-    browse(page, f"--print-to-pdf={tmp_path}/page.pdf", "--virtual-time-budget=8000")
-    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
-    browse(page, f"--screenshot={tmp_path}/page.png", "--window-size=1000,1400", "--virtual-time-budget=8000")
-    assert (tmp_path / "page.png").stat().st_size > 20_000
-    assert time.monotonic() - start < 600

@@ -95,8 +95,7 @@ def headline(result: Result) -> dict[str, float]:
     """Return how alike the first and the last depth are, and neighbouring depths on average."""
     likeness = result["likeness"]
     near = [likeness[i][i + 1] for i in range(len(likeness) - 1)]
-    found = {"cka_first_last": likeness[0][-1], "cka_adjacent": statistics.fmean(near) if near else 1.0}
-    return found | {f"cka_{key}": result[key] for key in ("to_first_arm",) if key in result}
+    return {"cka_first_last": likeness[0][-1], "cka_adjacent": statistics.fmean(near) if near else 1.0}
 
 
 def between(a: Result, b: Result) -> list[float | None]:
@@ -114,8 +113,10 @@ def between(a: Result, b: Result) -> list[float | None]:
 def compare(arms: Sequence[ArmResults]) -> list[ArmResults]:
     """Add to every run how alike it is, at each depth, to the first arm's runs and to its own arm's other runs.
 
-    A value of a seed is the mean over the other arm's runs of other seeds: two runs of one seed begin with the same
-    weights, which would make them more alike. The first arm is that of the lowest blend.
+    A value of a seed is that with the other arm's run of the next seed, the first one after the last: no pair counts
+    twice, and two runs of one seed begin with the same weights, which would make them more alike. Within an arm each
+    run is in two pairs, so that its interval is somewhat too narrow; two runs are one pair. The first arm is that of
+    the lowest blend.
     """
     first = drawn_arms(arms)[0]
     return [
@@ -127,11 +128,13 @@ def compare(arms: Sequence[ArmResults]) -> list[ArmResults]:
 def _compared(seed: int, result: Result, arm: ArmResults, first: ArmResults) -> Result:
     series = dict(result["series"])
     for name, other in ((FIRST, first), (OWN, arm)):
-        rows = [between(result, one) for s, one in other.results.items() if s != seed]
-        columns = ([value for value in column if value is not None] for column in zip(*rows, strict=True))
-        means = [statistics.fmean(column) if column else None for column in columns]
-        if any(value is not None for value in means):
-            series[name] = {"at": result["layers"], "values": means}
+        seeds = sorted({*other.results, seed})
+        after = seeds[(seeds.index(seed) + 1) % len(seeds)]
+        if after == seed or after not in other.results or (other is arm and len(seeds) == 2 and after < seed):
+            continue
+        values = between(result, other.results[after])
+        if any(value is not None for value in values):
+            series[name] = {"at": result["layers"], "values": values}
     return result | {"series": series}
 
 

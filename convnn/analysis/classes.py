@@ -71,8 +71,8 @@ def draw(arms: Sequence[ArmResults]) -> Figure:
         draw_headline(axes[1], arms, headline, "worst_class", "accuracy of the worst class")
         names = [str(at) for at in series_means(first, "accuracy")[0]]
         _draw_matrix(axes[2], 100 * mean_shares(first), names, f"{first.name}: taken for (%)", difference=False)
-        if first is last:
-            axes[3].set_visible(False)
+        if first is last or names != [str(at) for at in series_means(last, "accuracy")[0]]:
+            axes[3].set_visible(False)  # of other classes there is no difference
         else:
             change = 100 * (mean_shares(last) - mean_shares(first))
             title = f"{last.name} less {first.name} (points)"

@@ -74,9 +74,9 @@ def _with_tiles(panels: int, tiles: int) -> tuple[Figure, list[Axes]]:
 
 def drawn_arms(arms: Sequence[ArmResults]) -> list[ArmResults]:
     """Return at most ``MAX_ARMS`` arms, by blend where they have one."""
-    ordered = sorted(arms, key=lambda arm: (not is_number(arm.values.get(BLEND)), arm.values.get(BLEND) or 0))
-    same = all(is_number(arm.values.get(BLEND)) for arm in arms)
-    return evenly_spread(ordered if same else list(arms), MAX_ARMS)
+    numbered = all(is_number(arm.values.get(BLEND)) for arm in arms)
+    ordered = sorted(arms, key=lambda arm: arm.values[BLEND]) if numbered else list(arms)
+    return evenly_spread(ordered, MAX_ARMS)
 
 
 def looks_of(arms: Sequence[ArmResults]) -> dict[str, dict[str, Any]]:

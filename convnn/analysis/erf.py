@@ -7,9 +7,10 @@ the input. Here, with u the unit in the middle of a map, summed over its channel
     mass(p) = mean over images of (sum over input channels of |du / dx_p|) / (the same summed over all pixels p)
 
 so that every image counts alike and the masses of all pixels sum to 1; images on which the unit has no gradient, since
-a ReLU is off, do not count. The field's ``pixels`` are those of mass other
-than 0, per image: exactly 9 for one 3x3 convolution. What a choice of neighbours depends on has no gradient and is not
-in it; the weights of the chosen ones are. Shapes: B batch, C channels, h, w sides of a map, s side of the image.
+a ReLU is off, do not count. The field's ``pixels`` are those of mass other than 0, per image: exactly 9 for one 3x3
+convolution. What a choice of neighbours depends on has no gradient and is not in it; the weights of the chosen ones
+are. Distances are from the centre of mass of the mean field: strides move it from the middle of the image, by amounts
+that depend on the padding. Shapes: B batch, C channels, h, w sides of a map, s side of the image.
 """
 
 from __future__ import annotations
@@ -62,14 +63,15 @@ def half_mass(mass: Tensor) -> Tensor:
 
 
 def radii(shape: tuple[int, int], unit: tuple[float, float]) -> Tensor:
-    """Return the distance of each pixel from a unit's place on the image, in pixels."""
+    """Return the distance of each pixel from a place on the image, in pixels."""
     rows, columns = (torch.arange(side, dtype=torch.float64) - at for side, at in zip(shape, unit, strict=True))
     return (rows.square()[:, None] + columns.square()[None]).sqrt()
 
 
-def place_of_unit(map_shape: tuple[int, int], image_shape: tuple[int, int]) -> tuple[float, float]:
-    """Return row and column, in pixels of the image, of the middle of a map's central unit."""
-    row, column = ((m // 2 + 0.5) * s / m - 0.5 for m, s in zip(map_shape, image_shape, strict=True))
+def centre(mass: Tensor) -> tuple[float, float]:
+    """Return row and column of a field's centre of mass, in pixels; NaN where it has none."""
+    rows, columns = (mass.double().sum(axis) for axis in (1, 0))
+    row, column = (float((line * torch.arange(len(line))).sum() / line.sum()) for line in (rows, columns))
     return row, column
 
 
@@ -77,30 +79,25 @@ def measure(subject: Subject) -> Result:
     """Measure the fields of all depths of a run's model."""
     model, names = subject.model, depths(subject.model)
     sums: dict[str, Tensor] = {}
-    numbers = {name: torch.zeros(4, dtype=torch.float64) for name in names}
-    distance: dict[str, Tensor] = {}
+    numbers = {name: torch.zeros(3, dtype=torch.float64) for name in names}
     for images, _ in subject.batches(32):
-        if not distance:
-            shape = images.shape[2], images.shape[3]
-            with torch.no_grad():
-                maps = feature_maps(model, names, images[:1])
-            units = {name: place_of_unit((maps[name].shape[2], maps[name].shape[3]), shape) for name in names}
-            distance = {name: radii(shape, units[name]) for name in names}
         for name, mass in field_masses(model, names, images).items():
             mass = mass.cpu()
             sums[name] = sums.get(name, 0) + mass.sum(0)
-            spread = (mass * distance[name]).sum()
             alive = mass[mass.sum((1, 2)) > 0]
-            counted = [(alive > 0).sum().double(), half_mass(alive).sum(), spread, torch.tensor(len(alive))]
+            counted = [(alive > 0).sum().double(), half_mass(alive).sum(), torch.tensor(len(alive))]
             numbers[name] += torch.stack([one.double() for one in counted])
     last = names[-1]
-    if not numbers[last][3]:
+    if not numbers[last][2]:
         raise NotApplicable(f"the central unit of {last} has no gradient on any of the images")
-    found = {name: (sums[name] / numbers[name][3].clamp(min=1)).float() for name in names}
+    found = {name: (sums[name] / numbers[name][2].clamp(min=1)).float() for name in names}
+    distance = {name: radii((mass.shape[0], mass.shape[1]), centre(mass)) for name, mass in found.items()}
     series: dict[str, Any] = {}
-    for i, key in enumerate(("pixels", "half_mass", "radius")):
-        values = [float(n[i] / n[3]) if n[3] else None for n in numbers.values()]
+    for i, key in enumerate(("pixels", "half_mass")):
+        values = [float(n[i] / n[2]) if n[2] else None for n in numbers.values()]
         series[key] = {"at": names, "values": values}
+    spread = [float((found[name] * distance[name]).sum()) if numbers[name][2] else None for name in names]
+    series["radius"] = {"at": names, "values": spread}
     steps = list(range(1, math.ceil(float(distance[last].max())) + 1))
     shares = [float(found[last][distance[last] <= step].sum()) for step in steps]
     series["within"] = {"at": steps, "values": shares}
@@ -148,4 +145,5 @@ ANALYSIS = Analysis(
     headline=headline,
     draw=draw,
     images=64,
+    version=2,
 )

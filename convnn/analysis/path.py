@@ -66,7 +66,8 @@ def recompute_statistics(model: nn.Module, batches: Sequence[Batch]) -> None:
         norm.train()
         norm.momentum = None  # a cumulative average
     for images, _ in batches:
-        model(images)
+        if len(images) > 1 or len(batches) == 1:  # one image more or less would count as much as a batch
+            model(images)
     for norm, (training, momentum) in zip(norms, before, strict=True):
         norm.train(training)
         norm.momentum = momentum

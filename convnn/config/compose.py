@@ -107,7 +107,7 @@ def translate(error: Exception, overrides: Sequence[str], schema: type = Config)
         if leaves:
             return unknown_key_error(key, schema)
         return ConfigError(f"unknown key '{key}'{nearest(key, [*all_keys(schema), *groups])}")
-    several = next((o for o in overrides if key_of(o) in ("tracker", "tracker.name") and "," in o), "")
+    several = next((o for o in overrides if key_of(o) in ("tracker", "tracker.name") and re.search(r",|=\[", o)), "")
     if several and re.search("Ambiguous value|requires --multirun|Error merging override", text):
         return several_trackers(several)
     if "Ambiguous value for argument" in text or "requires --multirun" in text:

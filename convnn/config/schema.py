@@ -316,10 +316,10 @@ class TrackerConfig:
 
         ``name`` has them as one text, a list, or a mapping of each to true, into which the options of the group merge.
         """
-        given = [self.name] if isinstance(self.name, str) else list(self.name or [])
+        given = list(self.name) if isinstance(self.name, list | dict) else [] if self.name is None else [self.name]
         if isinstance(self.name, dict):
             given = [name for name in given if self.name[name]]
-        return [name for name in dict.fromkeys(given) if name != NO_TRACKER]
+        return [name for name in dict.fromkeys(map(str, given)) if name != NO_TRACKER]
 
     @property
     def running(self) -> list[str]:

@@ -288,7 +288,9 @@ def _store(device: torch.device) -> None:
             for (own, case), times in _times.items()
             if own == name
         }
-        merged = _read(path) | worked
+        merged = _read(path)
+        for case, times in worked.items():
+            merged[case] = merged.get(case, {}) | times
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
             json.dump(merged, file, indent=1)
         Path(file.name).replace(path)

@@ -30,7 +30,7 @@ _RECIPE = (
     "optim.name", "optim.lr", "optim.weight_decay", "optim.sched", "optim.warmup_epochs", "train.epochs",
     "train.max_steps", "train.batch_size", "train.label_smoothing", "train.mixup", "train.cutmix", "train.ema",
     "train.amp", "data.flip", "data.crop_padding", "data.rand_augment", "data.random_erasing", "backbone.name",
-    "backbone.pretrained", "operator.name", "swap.init", "seed",
+    "backbone.pretrained", "backbone.checkpoint_sha256", "operator.name", "swap.init", "seed",
 )  # fmt: skip
 """Keys of a card's table; those without a value are left out."""
 
@@ -197,6 +197,8 @@ def _command(given: Any) -> str:
     """Return the command that trained a run, without the places of the machine where it did."""
     if not isinstance(given, list):
         return ""
+    if {key_of(arg) for arg in map(str, given)} & {"resume", "from_run", "backbone.checkpoint"}:
+        return ""  # which goes on from something that lies on that machine
     kept = [arg for arg in map(str, given) if not _is_local(arg)]
     return f" It was trained by\n\n    {command_line(['train.py', *kept])}"
 
@@ -204,7 +206,7 @@ def _command(given: Any) -> str:
 def _is_local(arg: str) -> bool:
     key = key_of(arg)
     value = arg.partition("=")[2].strip("'\"")
-    own = key in (*PLACES, "run.name", "run.if_exists", "resume", "from_run")
+    own = key in (*PLACES, "run.name", "run.if_exists")
     return own or arg.startswith("-") or key.startswith(("tracker", "hydra")) or bool(re.match(r"[/~]", value))
 
 

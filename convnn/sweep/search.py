@@ -29,7 +29,7 @@ from convnn.sweep.plan import Plan, Point, keep_known_names, point_name, save_pl
 from convnn.sweep.same_data import check_point
 from convnn.sweep.space import Space, read_space
 from convnn.sweep.state import point_state, stop_file
-from convnn.sweep.study import Follower, Running, SearchConfig, open_study, search_settings
+from convnn.sweep.study import JOURNAL, Follower, Running, SearchConfig, open_study, search_settings
 from convnn.sweep.warm import close as close_warm
 from convnn.text import command_line
 
@@ -41,6 +41,8 @@ _FLATTERED = (
     "there are no validation images, so that trials are compared on the test images, which flatters the best one; "
     "set data.val_fraction=0.1"
 )
+_RETRIED = "retried"
+"""Attribute of a study: numbers of failed trials whose choices were put to the front again; they do not count."""
 _LOST = "lost"
 """Attribute of a trial that a kill ended before it was chosen whole; it does not count."""
 
@@ -68,6 +70,9 @@ def run_search(options: SweepConfig, given: Sequence[str], launcher: Sequence[st
     if options.dry_run != "false":
         print("\n".join([f"{settings.n_trials} trials, chosen from", *(f"  {k}={t}" for k, t in space.texts.items())]))
         return 0
+    if options.status:
+        print(search_status(folder, settings, space, options, list(command)))
+        return 0
     folder.mkdir(parents=True, exist_ok=True)
     held = lock(folder / ".search.lock", wait=1.0)
     if held is None:
@@ -77,10 +82,15 @@ def run_search(options: SweepConfig, given: Sequence[str], launcher: Sequence[st
         own = [o for o in launcher if key_of(o) != "hydra/sweeper" and not key_of(o).startswith("hydra.sweeper.")]
         budget = Budget.from_now(folder, options.budget)
         search = Search(folder, options, settings, space, open_study(folder, settings, space), budget, list(command))
-        if options.status:
-            print(search.summary())
-            return 0
         return search.run(token, [*job_options(options, token, budget), *own])
+
+
+def search_status(folder: Path, settings: SearchConfig, space: Space, options: SweepConfig, command: list[str]) -> str:
+    """Return how a search stands, which may be going on; nothing is written."""
+    if not (folder / JOURNAL).exists():
+        return f"search {folder}: not begun"
+    study = open_study(folder, settings, space, looks=True)
+    return Search(folder, options, settings, space, study, Budget.from_now(folder, None), command).summary()
 
 
 @dataclass
@@ -107,6 +117,8 @@ class Search:
         for frozen in self.study.get_trials(deepcopy=False):  # so that the first of those that are alike has the run
             with contextlib.suppress(ConfigError, KeyError):
                 self._point(self.space.overrides(frozen.params))
+        if self.options.retry_failed:
+            self._retry_failed()
         stop = stop_file(self.folder, token)
         stop.unlink(missing_ok=True)
         try:
@@ -129,12 +141,26 @@ class Search:
         complete = any(t.state.name == "COMPLETE" for t in self.study.get_trials(deepcopy=False))
         return 0 if complete and not self._is_open() else EXIT_FAILED
 
-    def _is_open(self) -> bool:
-        states = [trial.state.name for trial in self.study.get_trials(deepcopy=False)]
-        return "RUNNING" in states or self._counted() < self.settings.n_trials
+    def _retry_failed(self) -> None:
+        """Put the choices of failed trials to the front of what is tried next."""
+        failed = [trial for trial in self._trials() if trial.state.name == "FAIL"]
+        if failed:
+            retried = [*self.study.user_attrs.get(_RETRIED, []), *(trial.number for trial in failed)]
+            self.study.set_user_attr(_RETRIED, retried)
+            for trial in failed:
+                self.study.enqueue_trial(trial.params)
 
-    def _counted(self) -> int:
-        return sum(_LOST not in trial.user_attrs for trial in self.study.get_trials(deepcopy=False))
+    def _trials(self) -> list[optuna.trial.FrozenTrial]:
+        """Return the trials that count."""
+        retried = set(self.study.user_attrs.get(_RETRIED, []))
+        trials = self.study.get_trials(deepcopy=False)
+        return [
+            t for t in trials if _LOST not in t.user_attrs and t.number not in retried and t.state.name != "WAITING"
+        ]
+
+    def _is_open(self) -> bool:
+        trials = self._trials()
+        return any(t.state.name == "RUNNING" for t in trials) or len(trials) < self.settings.n_trials
 
     def _batch(self) -> list[Running]:
         """Return the trials to run next: those that a call before this one has left, then new ones."""
@@ -152,7 +178,7 @@ class Search:
             running = self._running(optuna.Trial(self.study, frozen._trial_id), set(frozen.intermediate_values))
             if running and not self._settled(running, failures=True):
                 found.append(running)
-        while len(found) < (self.settings.n_jobs or 1) and self._counted() < self.settings.n_trials:
+        while len(found) < (self.settings.n_jobs or 1) and len(self._trials()) < self.settings.n_trials:
             running = self._running(self.study.ask(self.space.searched), set())
             if running and not self._settled(running, failures=not self.options.retry_failed):
                 found.append(running)
@@ -238,7 +264,7 @@ class Search:
 
     def summary(self) -> str:
         """Return how the study stands, its best trial, and the command that trains that one."""
-        trials = [t for t in self.study.get_trials(deepcopy=False) if _LOST not in t.user_attrs]
+        trials = self._trials()
         counts = Counter("failed" if t.state.name == "FAIL" else t.state.name.lower() for t in trials)
         told = ", ".join(f"{n} {name}" for name, n in sorted(counts.items())) or "none yet"
         lines = [f"search {self.folder}: {len(trials)} of {self.settings.n_trials} trials ({told})"]

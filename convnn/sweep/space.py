@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 
-from convnn.config.compose import hydra_context, translate
+from convnn.config.compose import hydra_context, several_trackers, translate
 from convnn.errors import ConfigError
 from convnn.sweep.options import SweepRun
 
@@ -51,6 +51,9 @@ def read_space(overrides: Sequence[str]) -> Space:
     except HydraException as error:
         raise translate(error, list(overrides), SweepRun) from error
     swept = [o for o in parsed if o.is_sweep_override()]
+    for override in swept:
+        if override.get_key_element() in ("tracker", "tracker.name"):
+            raise several_trackers(str(override.input_line))
     if not swept:
         raise ConfigError(
             "hydra/sweeper=optuna has nothing to choose; give a key several values or an interval: "
@@ -68,7 +71,11 @@ def _distribution(override: Override) -> BaseDistribution:
     value = override.value()
     kind: Any
     try:
+        if (tags := set(getattr(value, "tags", ()))) and (tags != {"log"} or not isinstance(value, IntervalSweep)):
+            raise ValueError("the only tag is log, around an interval")
         if isinstance(value, IntervalSweep):
+            if value.start == value.end:
+                raise ValueError(f"from {value.start} to {value.end} there is nothing to choose")
             kind = IntDistribution if isinstance(value.start, int) and isinstance(value.end, int) else FloatDistribution
             return kind(value.start, value.end, "log" in value.tags)
         if override.is_range_sweep():

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from convnn.config.compose import COMPOSE_ERRORS, hydra_context, translate
 from convnn.config.overrides import key_of
 from convnn.config.schema import Config
-from convnn.errors import ConfigError
+from convnn.errors import ConfigError, first_line
 from convnn.ops.settings import check_fields, choice, number
 from convnn.runs.metrics import is_number, read_metrics
 from convnn.runtime.files import write_text
@@ -28,6 +28,8 @@ from convnn.sweep.state import prune_file
 
 if TYPE_CHECKING:
     import optuna
+
+log = logging.getLogger("convnn")
 
 JOURNAL = "study.journal"
 """Of ``optuna.storages.JournalStorage``: every event is a line, so that a kill loses at most the last one."""
@@ -92,7 +94,6 @@ class Running:
     """Column of metrics.jsonl that counts, once there is one."""
     reported: set[int] = field(default_factory=set)
     """Epochs."""
-    pruned: bool = False
 
     def report(self, folder: Path, *, judge: bool) -> float | None:
         """Tell the study the accuracies that are new, and return the latest in percent; None before the first epoch.
@@ -112,8 +113,7 @@ class Running:
             self.trial.report(value, epoch)
             self.reported.add(epoch)
             last = epoch + 1 >= self.config.train.epochs  # what is nearly over is not worth stopping
-            if judge and not self.pruned and not last and self.trial.should_prune():
-                self.pruned = True
+            if judge and not last and self.trial.should_prune():
                 write_text(prune_file(folder, self.point), f"pruned after epoch {epoch + 1} at {value:.2f} %")
         return value
 
@@ -137,13 +137,22 @@ class Follower:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._end.wait(0.3):
-            for running in self.batch:
-                running.report(self.folder, judge=True)
+        try:
+            while not self._end.wait(0.3):
+                for running in self.batch:
+                    running.report(self.folder, judge=True)
+        except Exception as error:  # the runs go on, and are told when they have ended
+            log.warning("runs are no longer watched, so that none is pruned: %s", first_line(error))
 
 
-def open_study(folder: Path, settings: SearchConfig, space: Space) -> optuna.Study:
+def open_study(folder: Path, settings: SearchConfig, space: Space, *, looks: bool = False) -> optuna.Study:
     """Return the study of a sweep's folder, a new one if there is none; nobody else may write to it.
+
+    Args:
+        folder: of the sweep.
+        settings: of the search.
+        space: what it chooses among.
+        looks: there is one, to which somebody else may write: leave it as it is.
 
     Raises:
         ConfigError: if Optuna is not installed, or the study there searches something else.
@@ -155,7 +164,8 @@ def open_study(folder: Path, settings: SearchConfig, space: Space) -> optuna.Stu
         raise ConfigError("hydra/sweeper=optuna needs optuna; install it with: uv sync --extra optuna") from error
     optuna.logging.set_verbosity(logging.WARNING)
     path = folder / JOURNAL
-    _drop_torn_line(path)
+    if not looks:
+        _drop_torn_line(path)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
     pruner = optuna.pruners.NopPruner() if settings.pruner == "none" else optuna.pruners.MedianPruner(
         n_startup_trials=settings.startup_trials, n_warmup_steps=settings.warmup_epochs
@@ -171,7 +181,10 @@ def open_study(folder: Path, settings: SearchConfig, space: Space) -> optuna.Stu
     )
     searched = _as_text(space)
     known = study.user_attrs.get("search")
-    if known is None:
+    begun = any(t.state.name in ("COMPLETE", "PRUNED", "RUNNING") for t in study.get_trials(deepcopy=False))
+    if looks:
+        return study
+    if known is None or (known != searched and not begun):  # of trials that all failed nothing is compared
         study.set_user_attr("search", searched)
     elif known != searched:
         differs = sorted(set(known) ^ set(searched))

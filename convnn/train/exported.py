@@ -24,7 +24,7 @@ from convnn.models.build import build_network, without_weights
 from convnn.models.inspect import evaluating
 from convnn.models.plain import timm_description
 from convnn.models.sites import is_operator
-from convnn.models.swap import export_layers
+from convnn.models.swap import export_layers, neighbor_layers
 from convnn.runs.card import model_card
 from convnn.runs.checkpoint import load_model_state
 from convnn.runs.data_record import DataRecord
@@ -108,7 +108,8 @@ def load_exported(folder: str | os.PathLike[str], *, device: str = "auto", trust
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{place / WEIGHTS} is damaged: {first_line(error)}") from error
     try:
-        config = to_config(own["config"])
+        weightless = {"checkpoint": None, "checkpoint_sha256": None, "pretrained": False}  # no other file is looked at
+        config = to_config(own["config"] | {"backbone": own["config"]["backbone"] | weightless})
         classes, shape, image_size = list(own["classes"]), list(own["shape"]), int(own["image_size"])
         if not trust_code:
             _check_code(config, place)
@@ -118,10 +119,15 @@ def load_exported(folder: str | os.PathLike[str], *, device: str = "auto", trust
             model = create_backbone(config.backbone, len(classes), shape[0], image_size)
         else:
             model = build_network(config, len(classes), shape)[0]
-    except (KeyError, TypeError) as error:
+        step = int(own.get("step", 0))
+    except ConfigError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{place / CONFIG} is damaged: {type(error).__name__}: {error}") from error
     load_model_state(model, weights, place / WEIGHTS)
-    return LoadedModel(place, config, model.eval(), classes, shape, image_size, int(own.get("step", 0)))
+    for layer in neighbor_layers(model).values():
+        layer.backend = "auto"  # a run that demanded kernels may be used without them
+    return LoadedModel(place, config, model.eval(), classes, shape, image_size, step)
 
 
 def _check_code(config: Config, place: Path) -> None:

@@ -26,7 +26,7 @@ from convnn.train.predictions import Predictions, predict
 if TYPE_CHECKING:
     import pandas
 
-Images = Tensor | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+Images = Tensor | np.ndarray | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 
 @dataclass
@@ -65,6 +65,8 @@ class LoadedModel:
             return predict(self.model, config, split, self.image_size, step=step, base=base)[1]
 
     def _split(self, images: Images) -> tuple[AnySplit, Path | None]:
+        if isinstance(images, np.ndarray):
+            images = torch.from_numpy(images)
         if isinstance(images, Tensor):
             if images.ndim != 4 or images.shape[1] != self.shape[0] or images.dtype != torch.uint8 or not len(images):
                 found = f"{tuple(images.shape)} {str(images.dtype).removeprefix('torch.')}"
@@ -74,7 +76,12 @@ class LoadedModel:
             place = Path(images)
             paths, base = image_files(place), place if place.is_dir() else place.parent
         else:
-            listed = [os.fsencode(file) for file in images]
+            try:
+                listed = [os.fsencode(file) for file in images]
+            except TypeError as error:
+                raise ConfigError(
+                    f"images are a uint8 array, a file, a folder, or a list of files ({error})"
+                ) from error
             if not listed:
                 raise ConfigError("images is an empty list")
             paths, base = np.array(listed), None

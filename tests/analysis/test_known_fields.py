@@ -11,7 +11,7 @@ from torch import nn
 from convnn import ConvNN2d, neighbors_of, swap_layers
 from convnn.analysis.base import NotApplicable
 from convnn.analysis.distance import mean_distance
-from convnn.analysis.erf import field_masses, half_mass, place_of_unit, radii
+from convnn.analysis.erf import centre, field_masses, half_mass, radii
 from convnn.analysis.features import as_map, depths, feature_maps
 from convnn.analysis.fourier import frequencies, log_amplitudes
 from convnn.analysis.noise import BANDS, band_masks, band_noise
@@ -64,7 +64,7 @@ def test_the_convolution_end_has_the_field_of_a_convolution_and_features_reach_f
     images = torch.rand(2, 3, 12, 12)
     near, far = (nn.Sequential(ConvNN2d(3, 4, k=9, blend=blend)).eval() for blend in (0.0, 1.0))
     assert ((field_masses(near, ["0"], images)["0"] > 0).sum((1, 2)) == 9).all()
-    distance = radii((12, 12), place_of_unit((12, 12), (12, 12)))
+    distance = radii((12, 12), (6, 6))
     spread = [float((field_masses(net, ["0"], images)["0"] * distance).sum()) for net in (near, far)]
     assert spread[1] > 2 * spread[0]
 
@@ -74,7 +74,7 @@ def test_numbers_of_a_known_field():
     mass[0, 1, 1], mass[0, 1, 2], mass[0, 3, 3] = 0.4, 0.35, 0.25
     mass[1] = 1 / 16
     assert half_mass(mass).tolist() == [2, 8]
-    assert place_of_unit((3, 3), (9, 9)) == (4, 4) and place_of_unit((2, 2), (8, 8)) == (5.5, 5.5)
+    assert centre(mass[0]) == pytest.approx((0.75 * 1 + 0.25 * 3, 0.4 * 1 + 0.35 * 2 + 0.25 * 3))
     assert radii((9, 9), (4, 4))[4, 7] == 3 and radii((9, 9), (4, 4))[0, 0] == math.sqrt(32)
 
 

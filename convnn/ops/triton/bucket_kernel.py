@@ -40,7 +40,7 @@ def _place(lane, block, BM: tl.constexpr):
     return block * BM + ((lane + TURN * block) & (BM - 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])  # see ``select_kernel``
 def bucket_kernel(
     q, k, inverse_k, bias, own, tokens, share, floor, row_steps, column_steps, index, low, high, doubt,
     Q, M, D, K, prefix, columns, rows, extent, alike,

@@ -290,7 +290,7 @@ def _store(device: torch.device) -> None:
         }
         merged = _read(path)
         for case, times in worked.items():
-            merged[case] = merged.get(case, {}) | times
+            merged.setdefault(case, {}).update(times)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
             json.dump(merged, file, indent=1)
         Path(file.name).replace(path)

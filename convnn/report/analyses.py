@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +15,7 @@ from convnn.report.content import Picture, Section, Table, copied_picture
 from convnn.report.results import FoundRuns, Run, text_of
 from convnn.runs.contents import ANALYSES
 from convnn.runs.metrics import is_number
-from convnn.runtime.files import read_json
+from convnn.runtime.files import read_json, sha256_of
 from convnn.runtime.owned import naming
 from convnn.text import Score
 
@@ -38,8 +41,8 @@ def analysis_sections(
         OSError: if the disk refuses.
     """
     arms = arms_of(found, frame, summary, "top1_last")
-    kept = {run.folder: _kept(run) for arm in arms for run in arm.runs.values()}
-    titles = {name: title for one in kept.values() for name, (title, _) in one.items()}
+    kept, others = _alike({run.folder: _kept(run) for arm in arms for run in arm.runs.values()})
+    titles = {name: found.title for one in kept.values() for name, found in one.items()}
     if not titles:
         return []
     numbers = {folder: _numbers(one) for folder, one in kept.items()}
@@ -57,22 +60,52 @@ def analysis_sections(
             rows.append([arm.name, *map(_cell, scores)])
     tables: list[Table] = [(["arm", *names], rows)]
     text = "By scripts/analyze.py (docs/analyses.md says what each number means); mean ± standard deviation over seeds."
+    if others:
+        text += f" {others} results with other settings (images=, checkpoint=) than most are left out."
     return [Section("Analyses of the networks", text, _pictures(folders, titles, out), tables)]
 
 
-def _kept(run: Run) -> dict[str, tuple[str, Mapping[str, Any]]]:
-    """Return title and numbers of each analysis that a run folder keeps, by name; damaged files are left out."""
-    kept: dict[str, tuple[str, Mapping[str, Any]]] = {}
+@dataclass(frozen=True)
+class _Kept:
+    title: str
+    headline: Mapping[str, Any]
+    settings: str
+    """All but the checkpoint's digest."""
+
+
+def _kept(run: Run) -> dict[str, _Kept]:
+    """Return what a run folder keeps of each analysis, by name; damaged files and other checkpoints' are left out."""
+    kept: dict[str, _Kept] = {}
     for path in sorted((run.folder / ANALYSES).glob("*.json")):
         entry = read_json(path) or {}
-        title, headline = text_of(entry.get("title")), entry.get("headline")
-        if entry.get("analysis") == path.stem and title and isinstance(headline, dict):
-            kept[path.stem] = (title, headline)
+        title, headline, settings = text_of(entry.get("title")), entry.get("headline"), entry.get("settings")
+        if entry.get("analysis") != path.stem or not title:
+            continue
+        if not isinstance(headline, dict) or not isinstance(settings, dict):
+            continue
+        checkpoint = run.folder / "checkpoints" / f"{settings.get('checkpoint')}.pt"
+        if not checkpoint.is_file() or sha256_of(checkpoint) == settings.get("sha256"):  # else it has been trained on
+            how = json.dumps({key: value for key, value in settings.items() if key != "sha256"}, sort_keys=True)
+            kept[path.stem] = _Kept(title, headline, how)
     return kept
 
 
-def _numbers(kept: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, float]:
-    return {name: float(v) for _, headline in kept.values() for name, v in headline.items() if is_number(v)}
+def _alike(kept: Mapping[Path, dict[str, _Kept]]) -> tuple[dict[Path, dict[str, _Kept]], int]:
+    """Return the results of the settings that most runs have, for each analysis, and how many others there are."""
+    counts: dict[str, Counter[str]] = {}
+    for one in kept.values():
+        for name, found in one.items():
+            counts.setdefault(name, Counter())[found.settings] += 1
+    usual = {name: count.most_common(1)[0][0] for name, count in counts.items()}
+    same = {
+        folder: {name: found for name, found in one.items() if found.settings == usual[name]}
+        for folder, one in kept.items()
+    }
+    return same, sum(map(len, kept.values())) - sum(map(len, same.values()))
+
+
+def _numbers(kept: Mapping[str, _Kept]) -> dict[str, float]:
+    return {name: float(v) for one in kept.values() for name, v in one.headline.items() if is_number(v)}
 
 
 def _cell(score: Score) -> str:

@@ -66,6 +66,7 @@ def _compared(made: Differences) -> Answer:
     if not known:
         return _no_common_seed(made)
     best = max(known, key=lambda one: one.paired.mean)
+    apart = [one.arm.name for one in made.comparisons if not one.paired.n]
     above = [one for one in known if _decided(one, made) and one.paired.mean > 0]
     if above:
         answer = _won(made, max(above, key=lambda one: one.paired.mean), above)
@@ -73,8 +74,16 @@ def _compared(made: Differences) -> Answer:
         answer = _undecided(made, best)
     else:
         answer = _baseline_first(made, best)
+    if apart:
+        answer.text += f" {few(apart)}: no seed in common with {made.baseline.name}, and not compared."
     answer.cautions += _doubts(made, best, above)
     return answer
+
+
+def _of_arms(made: Differences) -> str:
+    """Say among how many arms the baseline and those compared with it are."""
+    compared = 1 + sum(one.paired.n > 0 for one in made.comparisons)
+    return f"{len(made.arms)} arms" if compared == len(made.arms) else f"{compared} compared arms"
 
 
 def _decided(one: Comparison, made: Differences) -> bool:
@@ -99,9 +108,9 @@ def _won(made: Differences, one: Comparison, above: Sequence[Comparison]) -> Ans
 
 def _undecided(made: Differences, best: Comparison) -> Answer:
     base = made.baseline.name
-    text = f"The highest mean is that of {best.arm.name}, {_measured(best, made)} "
+    text = f"The highest mean difference is that of {best.arm.name}, {_measured(best, made)} "
     facts = (
-        Fact("What won?", "Nothing so far", f"highest mean of {len(made.arms)} arms: {best.arm.name}"),
+        Fact("What won?", "Nothing so far", f"highest mean difference of {_of_arms(made)}: {best.arm.name}"),
         Fact("Is it real?", *_unreal(best, made)),
     )
     headline = f"No arm beats {base} beyond chance"
@@ -114,20 +123,21 @@ def _undecided(made: Differences, best: Comparison) -> Answer:
 
 def _baseline_first(made: Differences, nearest: Comparison) -> Answer:
     base = made.baseline.name
-    rest = [one for one in made.comparisons if not _decided(one, made)]
-    equal = nearest.paired.mean == 0
+    rest = [one for one in made.comparisons if one.paired.n and not _decided(one, made)]
+    equal = nearest.paired.mean == 0 or max(made.arms, key=lambda arm: made.score(arm).mean) is not made.baseline
     text = f"Nearest to {base} comes {nearest.arm.name} with {_measured(nearest, made)} "
     if not rest:
-        headline = f"{base}, the baseline, beats all {len(made.comparisons)} other arms beyond chance"
-        if len(made.comparisons) == 1:
+        compared = [one for one in made.comparisons if one.paired.n]
+        headline = f"{base}, the baseline, beats all {len(compared)} other arms beyond chance"
+        if len(compared) == 1:
             headline = f"{base}, the baseline, beats {nearest.arm.name} beyond chance"
         won = Fact("What won?", base, f"the baseline, of {len(made.arms)} arms")
         text += f"It is below {base} beyond chance{_p_words(nearest, made)}."
         real = Fact("Is it real?", "Yes, beyond chance", _real_note(nearest, made))
     else:
         headline = f"No arm beats {base}, the baseline" + ("" if equal else ", which has the highest mean")
-        won = Fact("What won?", "Nothing so far", f"highest mean of {len(made.arms)} arms: {base}")
-        decided = len(made.comparisons) - len(rest)
+        won = Fact("What won?", "Nothing so far", f"best of {_of_arms(made)} by common seeds: {base}")
+        decided = sum(one.paired.n > 0 for one in made.comparisons) - len(rest)
         text += f"{decided} of {len(made.comparisons)} arms are below {base} beyond chance. " if decided else ""
         text += "" if _decided(nearest, made) else _more_seeds(nearest, made)
         real = Fact("Is it real?", *_unreal(nearest, made))

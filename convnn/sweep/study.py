@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("convnn")
 
+_NAME = "convnn"
 JOURNAL = "study.journal"
 """Of ``optuna.storages.JournalStorage``: every event is a line, so that a kill loses at most the last one."""
 
@@ -170,8 +171,10 @@ def open_study(folder: Path, settings: SearchConfig, space: Space, *, looks: boo
     pruner = optuna.pruners.NopPruner() if settings.pruner == "none" else optuna.pruners.MedianPruner(
         n_startup_trials=settings.startup_trials, n_warmup_steps=settings.warmup_epochs
     )  # fmt: skip
+    if looks:
+        return optuna.load_study(storage=storage, study_name=_NAME)
     study = optuna.create_study(
-        storage=storage, study_name="convnn", direction="maximize", load_if_exists=True, pruner=pruner
+        storage=storage, study_name=_NAME, direction="maximize", load_if_exists=True, pruner=pruner
     )
     seed = None if settings.seed is None else settings.seed + len(study.trials)  # a call that goes on draws anew
     study.sampler = (
@@ -182,8 +185,6 @@ def open_study(folder: Path, settings: SearchConfig, space: Space, *, looks: boo
     searched = _as_text(space)
     known = study.user_attrs.get("search")
     begun = any(t.state.name in ("COMPLETE", "PRUNED", "RUNNING") for t in study.get_trials(deepcopy=False))
-    if looks:
-        return study
     if known is None or (known != searched and not begun):  # of trials that all failed nothing is compared
         study.set_user_attr("search", searched)
     elif known != searched:

@@ -1,5 +1,6 @@
 """hydra/sweeper=optuna: which runs a search makes, what the study knows of them, and what a kill leaves."""
 
+import contextlib
 import json
 import os
 import sys
@@ -14,9 +15,10 @@ from sweeps import stand_in_for_train, sweep
 
 from convnn.config.compose import CONF_DIR
 from convnn.errors import ConfigError
+from convnn.runtime.locks import lock
 from convnn.sweep import process
 from convnn.sweep.space import read_space
-from convnn.sweep.study import JOURNAL
+from convnn.sweep.study import JOURNAL, SearchConfig, open_study
 from convnn.sweep.sweep import run_sweep
 
 SEARCH = ["hydra/sweeper=optuna", "operator=spectrum", "train.epochs=6", "sweep.warm=false"]
@@ -131,6 +133,13 @@ def test_failures_stop_nothing_and_equal_trials_are_one_run(search, tmp_path):
     assert len(made) == 2 and min(made.values()) == 1
     assert "failed: RuntimeError: a fault of the test" in text
     assert text.count("warning: there are no validation images") == 1 and "note: there are no" in text
+    again = [*SEARCH, "operator.blend=0.5", "seed=1,13", "data.name=no_val", "hydra.sweeper.n_trials=8"]
+    search(*again, "sweep.retry_failed=false")
+    assert {name: len(one) for name, one in calls(tmp_path).items()} == made
+    code, text = search(*again)
+    assert code == 0 and "8 of 8 trials" in text
+    after = {name: len(one) for name, one in calls(tmp_path).items()}
+    assert sum(after[name] > made[name] for name in made) == 1  # what failed is tried again, what is complete is not
 
 
 @pytest.mark.parametrize(
@@ -151,23 +160,40 @@ def test_what_cannot_be_searched_is_refused(arguments, message, tmp_path):
     assert not (tmp_path / "s").exists()
 
 
-def test_a_study_of_something_else_is_refused(tmp_path, capsys):
-    status = ["hydra/sweeper=optuna", f"sweep.dir={tmp_path}", "sweep.status=true"]
-    assert run_sweep([*status, BLEND, "data=digits"]) == 0
-    assert "0 of 20 trials (none yet)" in capsys.readouterr().out
-    assert run_sweep([*status, BLEND, "data=digits", "tracker=jsonl", "hydra.sweeper.n_trials=5"]) == 0
+def study_of(folder, *overrides):
+    return open_study(folder, SearchConfig(n_jobs=1), read_space([BLEND, *overrides]))
+
+
+def test_a_study_of_something_else_is_refused(tmp_path):
+    study_of(tmp_path, "data=synthetic")
+    study = study_of(tmp_path, "data=digits", "tracker=jsonl")  # nothing has been compared yet
+    study.tell(study.ask(read_space([BLEND]).searched), 50.0)
+    study_of(tmp_path, "data=digits")
     with pytest.raises(ConfigError, match=r"study of other runs \(data=digits; data=synthetic\)"):
-        run_sweep([*status, BLEND, "data=synthetic"])
+        study_of(tmp_path, "data=synthetic")
+
+
+def test_a_search_that_goes_on_can_be_looked_at(tmp_path, capsys):
+    status = ["hydra/sweeper=optuna", f"sweep.dir={tmp_path}/s", "sweep.status=true", BLEND, "data=digits"]
+    assert run_sweep(status) == 0 and not (tmp_path / "s").exists()
+    assert "not begun" in capsys.readouterr().out
+    (tmp_path / "s").mkdir()
+    study_of(tmp_path / "s", "data=digits")
+    torn = (tmp_path / "s" / JOURNAL).read_bytes() + b'{"op_code": 4, "wor'  # somebody is writing
+    (tmp_path / "s" / JOURNAL).write_bytes(torn)
+    with contextlib.closing(lock(tmp_path / "s" / ".search.lock", wait=1.0)):
+        assert run_sweep(status) == 0
+    assert "0 of 20 trials (none yet)" in capsys.readouterr().out
+    assert (tmp_path / "s" / JOURNAL).read_bytes() == torn
 
 
 def test_a_torn_line_is_dropped(tmp_path):
-    status = ["hydra/sweeper=optuna", f"sweep.dir={tmp_path}", "sweep.status=true", BLEND]
-    run_sweep(status)
+    study_of(tmp_path)
     path = tmp_path / JOURNAL
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"op_code": 4, "wor')
-    assert run_sweep(status) == 0 and path.read_bytes().startswith(whole)
-    assert all(json.loads(line) for line in path.read_text().splitlines())
+    study_of(tmp_path)
+    assert path.read_bytes().startswith(whole) and all(json.loads(line) for line in path.read_text().splitlines())
 
 
 def test_optuna_is_named_where_it_is_missing(tmp_path, monkeypatch):

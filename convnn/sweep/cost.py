@@ -37,7 +37,7 @@ def estimate_cost(configs: Sequence[Config], folders: Sequence[Path]) -> str:
         folders: run folders; finished ones tell the rate.
     """
     datasets: dict[str, Dataset | None] = {}
-    models: dict[str, ModelCost] = {}
+    models: dict[str, ModelCost | ConfigError] = {}
     total, stored, unknown = 0.0, 0, []
     for config in configs:
         data = json.dumps(asdict(config.data), sort_keys=True)
@@ -50,19 +50,23 @@ def estimate_cost(configs: Sequence[Config], folders: Sequence[Path]) -> str:
             names = ("backbone", "operator", "swap", "optim", "checkpoint")
             key = data + json.dumps([*(asdict(getattr(config, name)) for name in names), config.train.ema])
             if key not in models:
-                models[key] = _model_cost(config, dataset)
+                models[key] = _cost_or_reason(config, dataset)
+            cost = models[key]
+            if isinstance(cost, ConfigError):
+                raise cost
         except ConfigError as error:
             datasets.setdefault(data, None)
             unknown.append(str(error))
             continue
         steps = len(dataset.train) // config.train.batch_size * config.train.epochs
         images = min(steps, config.train.max_steps or steps) * config.train.batch_size
-        total += 3 * models[key].gflops * images
-        stored += models[key].stored
-    lines = [f"to compute: {len(configs)} runs, " + (f"about {_operations(total)}" if models else "cost unknown")]
-    if models:
+        total += 3 * cost.gflops * images
+        stored += cost.stored
+    known = [cost for cost in models.values() if isinstance(cost, ModelCost)]
+    lines = [f"to compute: {len(configs)} runs, " + (f"about {_operations(total)}" if known else "cost unknown")]
+    if known:
         lines.append(f"to store: {size(stored)} of checkpoints when all are complete (checkpoint.keep)")
-    dear = [model.times for model in models.values() if model.times > DEAR]
+    dear = [cost.times for cost in known if cost.times > DEAR]
     if dear:
         lines.append(f"some swaps take up to {max(dear):.0f} times the operations of their plain network")
     rates = [
@@ -144,6 +148,13 @@ class ModelCost:
     """Operations as a multiple of the plain network's."""
     stored: int
     """Bytes of the checkpoints of a complete run."""
+
+
+def _cost_or_reason(config: Config, dataset: Dataset) -> ModelCost | ConfigError:
+    try:
+        return _model_cost(config, dataset)
+    except ConfigError as error:  # asked once, too
+        return error
 
 
 def _model_cost(config: Config, dataset: Dataset) -> ModelCost:

@@ -135,4 +135,4 @@ def test_a_trained_network_errs_more_at_each_severity():
     by_kind = {name: [error(corrupted(test, range(len(test)), name, s)) for s in (1, 2, 3, 4, 5)] for name in LEVELS}
     mean = np.mean(list(by_kind.values()), axis=0)
     assert clean < 0.15 and (np.diff([clean, *mean]) > 0).all()
-    assert all(errors[-1] >= errors[0] - 0.01 for errors in by_kind.values())  # strokes outlast pixels and files
+    assert all(errors[-1] >= errors[0] - 0.05 for errors in by_kind.values())  # strokes outlast pixels and files

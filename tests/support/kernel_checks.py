@@ -335,7 +335,9 @@ def test_auto_takes_what_was_measured_to_be_fastest(winner, monkeypatch, tmp_pat
     for _ in range(2):  # the second time nothing is measured
         for ours, theirs in zip(aggregate(), expected, strict=True):
             assert torch.allclose(ours, theirs, atol=1e-5)
-    assert sorted(timed) == ["attention"] * 3 + ["selection"] * 2 + ["selection kernel"] * len(select.WAYS)
+    assert (
+        sorted(timed) == ["attention"] * 3 + ["selection"] * 2 + ["selection kernel"] * 2
+    )  # too few tokens for buckets
     taken = {case.split()[0]: found["way"] for case, found in choice.choices().items() if "kernel" not in case}
     assert taken == {"selection": "torch" if winner == "torch" else "triton", "attention": winner}
     assert len(list(tmp_path.glob("convnn/*.json"))) == 1

@@ -1,6 +1,7 @@
 """``train.compile``: its modes, and how many graphs a moving blend and a smaller last batch take."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -79,15 +80,16 @@ def test_a_run_with_a_moving_blend_and_a_smaller_last_batch(tmp_path, monkeypatc
 
 @pytest.mark.long
 @pytest.mark.parametrize("mode, number", [(True, 2), ("reduce-overhead", 4)])
-def test_a_moving_k_is_a_variable_where_shapes_may_change(mode, number, monkeypatch):
+def test_a_moving_k_is_a_variable_where_shapes_may_change(mode, number, monkeypatch, request):
     graphs, compile_ = [], torch.compile
 
     def counted(model, mode=None, **options):
         return compile_(model, backend=lambda graph, _: graphs.append(1) or graph, fullgraph=True, **options)
 
     monkeypatch.setattr(torch, "compile", counted)
-    for name in ("recompile_limit", "accumulated_recompile_limit", "allow_unspec_int_on_nn_module"):
-        monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))
+    names = "recompile_limit", "accumulated_recompile_limit", "allow_unspec_int_on_nn_module"
+    for name in names:  # set back at the end: monkeypatch would delete them, and torch then hides them
+        request.addfinalizer(partial(setattr, torch._dynamo.config, name, getattr(torch._dynamo.config, name)))
     torch.manual_seed(0)
     torch.compiler.reset()
     layer, x = nn.Sequential(ConvNN2d(3, 4, 7, weighting="softmax")), torch.randn(2, 3, 4, 5)

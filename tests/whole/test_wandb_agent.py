@@ -55,7 +55,9 @@ def test_the_command_is_a_configuration_with_the_metric_that_is_named():
 @pytest.mark.long
 def test_the_command_trains_and_logs_the_metric(tmp_path):
     command = agents_command(1)
-    small = merge_overrides(command[3:], TINY, ["tracker=jsonl", "train.max_steps=1", f"run.dir={tmp_path}/r"])
+    small = merge_overrides(
+        command[3:], TINY, ["tracker=jsonl", "data.val_fraction=0.2", "train.max_steps=1", f"run.dir={tmp_path}/r"]
+    )
     small = [o for o in small if not o.startswith("tracker.mode")]
     environment = os.environ | {"WANDB_SWEEP_ID": "s", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command[:3], *small], cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -106,7 +106,7 @@ def test_timm_alone_loads_an_end(runs, tmp_path):
 def test_the_hub_has_what_timm_lacks_in_our_own_form(runs, tmp_path):
     printed = exported(runs / "s0", "format=hf", f"out={tmp_path}/hf")
     assert not printed["plain"] and printed["load"].startswith("convnn.load_exported")
-    assert ModelCard.load(tmp_path / "hf" / "README.md").data.library_name == "convnn"
+    assert ModelCard.load(tmp_path / "hf" / "README.md").data.to_dict()["library_name"] == "convnn"
     assert convnn.neighbor_layers(convnn.load_exported(tmp_path / "hf", device="cpu").model)
 
 

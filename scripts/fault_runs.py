@@ -27,8 +27,8 @@ run.if_exists=resume
 """The run that is broken: all on that could break a resume."""
 
 
-def start(place: Path, prepare: Callable[[], Any] = lambda: None) -> int:
-    """Fork a process that trains in ``place``/run as train.py would, and return its number."""
+def forked(place: Path, call: Callable[[], int]) -> int:
+    """Fork a process that writes to ``place``/log and ends with the code that a call returns; return its number."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -38,11 +38,22 @@ def start(place: Path, prepare: Callable[[], Any] = lambda: None) -> int:
         log = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        prepare()
-        code = train(place)
+        code = call()
     except BaseException:
         traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
+
+
+def start(place: Path, prepare: Callable[[], Any] = lambda: None) -> int:
+    """Fork a process that trains in ``place``/run as train.py would, and return its number."""
+
+    def prepared() -> int:
+        prepare()
+        return train(place)
+
+    return forked(place, prepared)
 
 
 def train(place: Path) -> Any:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import random
 import signal
-import sys
 import time
-import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fault_runs import Operations, train
+from fault_runs import Operations, forked, train
 
 from convnn.errors import EXIT_FAILED
 from convnn.runs.status import COMPLETE
@@ -36,25 +34,11 @@ def start_torchrun(place: Path, last: int | None = None, *, with_agent: bool = F
         last: operation on a file after which the first process is killed, in its first attempt; None: it is not.
         with_agent: torchrun is killed with it.
     """
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 70
-    try:
-        os.setsid()
-        log = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        code = _become_torchrun(place, last, with_agent)
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    return forked(place, lambda: _become_torchrun(place, last, with_agent))
 
 
 def _become_torchrun(place: Path, last: int | None, with_agent: bool) -> int:
+    os.setsid()
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

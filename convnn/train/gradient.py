@@ -55,6 +55,21 @@ def backward(
     return torch.stack(losses).sum(), torch.cat(outputs)
 
 
+def parts_of_step(asked: int, images: int, batch_size: int, processes: int) -> int:
+    """Return in how many parts a step goes through the network: of a short last batch in fewer, of the usual size.
+
+    All processes make the same number, whatever their own share of the images: with synchronised batch normalisation
+    they meet in each part.
+
+    Args:
+        asked: ``train.grad_accumulation``.
+        images: of the step, over all processes.
+        batch_size: of a whole step, over all processes.
+        processes: that share the images.
+    """
+    return max(1, min(asked * images // batch_size, images // processes))
+
+
 def gradient_summary(norms: list[Tensor]) -> dict[str, float | None]:
     """Return mean and largest of the norms of an epoch's gradients, of those that are finite."""
     values = torch.stack(norms).cpu().double() if norms else torch.zeros(0)

@@ -41,7 +41,7 @@ from convnn.runtime.device import check_compiler, make_autocast, pick_device, se
 from convnn.train.compiling import compiled_by_choice
 from convnn.train.divergence import DivergenceCheck
 from convnn.train.evaluate import Meter, evaluate
-from convnn.train.gradient import backward, gradient_summary, layer_norms, parameter_norm
+from convnn.train.gradient import backward, gradient_summary, layer_norms, parameter_norm, parts_of_step
 from convnn.train.kept import TestOutputs
 from convnn.train.lengths import planned_lengths
 from convnn.train.optim import learning_rate, make_optimizer, make_schedules
@@ -139,7 +139,7 @@ class Trainer:
     def _images_at_once(self) -> int:
         """Return how many images a forward pass of training has, on one process."""
         train = self.config.train
-        return max(1, train.batch_size // self.world.size // train.grad_accumulation)
+        return -(-train.batch_size // self.world.size // train.grad_accumulation)
 
     def _batches(self, split: AnySplit, train: bool) -> Batches:
         c = self.config
@@ -310,7 +310,8 @@ class Trainer:
             images, targets = self.mixup(images, labels)
         self.divergence.before_forward()
         self.optimizer.zero_grad(set_to_none=True)  # gradients that a CUDA graph made are gone with its next step
-        parts = self.config.train.grad_accumulation
+        train, count = self.config.train, self.batches["train"].images_of(self.state.step_in_epoch)
+        parts = parts_of_step(train.grad_accumulation, count, train.batch_size, self.world.size)
         what = self.forward, self.criterion, images, targets, parts, self.autocast, self.unsynchronised
         loss, output = backward(*what)
         if not self.divergence.may_step(loss, self.state):

@@ -15,7 +15,7 @@ from convnn.runs.checkpoint import load_checkpoint
 from convnn.runs.folder import open_run_folder
 from convnn.runtime.device import explain_out_of_memory, explain_small_batches
 from convnn.train.evaluate import Meter
-from convnn.train.gradient import backward, gradient_summary
+from convnn.train.gradient import backward, gradient_summary, parts_of_step
 from convnn.train.run import run
 from convnn.train.state import RunState
 from convnn.train.trainer import Trainer
@@ -24,6 +24,14 @@ from convnn.train.trainer import Trainer
 SMOOTH = ["data.size=40", "train.batch_size=16", "train.label_smoothing=0.1", "train.mixup=0.4", "train.cutmix=0.5",
           "train.ema=0.9", "optim.name=sgd", "optim.lr=0.1", "optim.clip_grad=0.5", "optim.warmup_epochs=1",
           "swap=none", "diagnostics.pictures=false"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "images", "processes", "parts"),
+    [(3, 64, 1, 3), (3, 2, 1, 1), (3, 63, 1, 2), (3, 3, 2, 1), (64, 64, 1, 64), (64, 64, 2, 32), (8, 1, 2, 1)],
+)
+def test_a_short_last_batch_makes_fewer_parts(asked, images, processes, parts):
+    assert parts_of_step(asked, images, 64, processes) == parts
 
 
 @pytest.mark.parametrize("parts, most", [(1, 1), (2, 2), (3, 3), (5, 5), (9, 5)])

@@ -124,7 +124,7 @@ def _undecided(made: Differences, best: Comparison) -> Answer:
 def _baseline_first(made: Differences, nearest: Comparison) -> Answer:
     base = made.baseline.name
     rest = [one for one in made.comparisons if one.paired.n and not _decided(one, made)]
-    equal = nearest.paired.mean == 0 or max(made.arms, key=lambda arm: made.score(arm).mean) is not made.baseline
+    highest = nearest.paired.mean < 0 and max(made.arms, key=lambda arm: made.score(arm).mean) is made.baseline
     text = f"Nearest to {base} comes {nearest.arm.name} with {_measured(nearest, made)} "
     if not rest:
         compared = [one for one in made.comparisons if one.paired.n]
@@ -135,7 +135,7 @@ def _baseline_first(made: Differences, nearest: Comparison) -> Answer:
         text += f"It is below {base} beyond chance{_p_words(nearest, made)}."
         real = Fact("Is it real?", "Yes, beyond chance", _real_note(nearest, made))
     else:
-        headline = f"No arm beats {base}, the baseline" + ("" if equal else ", which has the highest mean")
+        headline = f"No arm beats {base}, the baseline" + (", which has the highest mean" if highest else "")
         won = Fact("What won?", "Nothing so far", f"best of {_of_arms(made)} by common seeds: {base}")
         decided = sum(one.paired.n > 0 for one in made.comparisons) - len(rest)
         text += f"{decided} of {len(made.comparisons)} arms are below {base} beyond chance. " if decided else ""

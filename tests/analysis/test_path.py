@@ -44,6 +44,18 @@ def test_statistics_are_the_average_over_batches_without_dropout():
     assert not any(module.training for module in model.modules()) and model[1].momentum == 0.1
 
 
+def test_a_single_image_that_is_left_over_makes_no_statistics():
+    model = nn.Sequential(nn.Conv2d(3, 4, 4), nn.BatchNorm2d(4))  # of one image a 1x1 map has no variance
+    whole, left = batches(8), batches(9)
+    left[0] = whole[0]
+    assert len(left) == 2 and len(left[1][0]) == 1
+    means = []
+    for given in (whole, left):
+        recompute_statistics(model.eval(), given)
+        means.append(model[1].running_mean.clone())
+    assert torch.equal(*means)
+
+
 def test_the_model_is_left_as_it_was():
     model, data = net(), batches()
     model[1].running_mean.fill_(0.5)

@@ -12,9 +12,9 @@ pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
 
 
-def keep(folder, name, **headline):
+def keep(folder, name, settings=None, **headline):
     (folder / "analyses").mkdir(exist_ok=True)
-    entry = {"analysis": name, "title": f"The {name}", "headline": headline, "settings": {}, "result": {}}
+    entry = {"analysis": name, "title": f"The {name}", "headline": headline, "settings": settings or {}, "result": {}}
     (folder / "analyses" / f"{name}.json").write_text(json.dumps(entry))
 
 
@@ -47,6 +47,16 @@ def test_numbers_are_averaged_over_seeds_and_pictures_are_taken_along(tmp_path):
         ("blend=1", "0", 1.0),
         ("blend=1", "1", 2.0),
     ]
+
+
+def test_results_of_other_settings_and_checkpoints_are_left_out(tmp_path):
+    for seed, images in ((0, 64), (1, 64), (2, 4), (3, 64)):
+        folder = write_run(tmp_path / "s" / f"s{seed}", seed=seed)
+        keep(folder, "erf", {"images": images, "checkpoint": "last", "sha256": f"{seed}"}, erf_radius=float(seed))
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    (folder / "checkpoints" / "last.pt").write_bytes(b"trained on")
+    (section,) = make_report([tmp_path / "s"], tmp_path / "out").sections
+    assert section.tables[0][1][0][1] == "0.5 ± 0.71 (n=2)" and "1 results with other settings" in section.text
 
 
 def test_without_analyses_there_is_no_section(tmp_path):

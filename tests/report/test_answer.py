@@ -99,6 +99,12 @@ def test_no_common_seed(tmp_path):
     assert facts(made)[:3] == ["Cannot be told", "–", "Cannot be told"]
 
 
+def test_an_arm_that_is_not_compared_is_not_beaten(tmp_path):
+    made = answer(arms(tmp_path, {"plain": shares(0.7), "low": shares(0.6), "high": shares(0.9, first=9)}))
+    assert "highest mean" not in made.headline + made.facts[0].note and "of 3 arms" not in made.facts[0].note
+    assert "high: no seed in common with plain, and not compared." in made.text
+
+
 def test_other_images_take_a_winner_back(tmp_path):
     """Three images more on each seed are certain on these images; each arm has easy ones of its own."""
     base = shares(0.5, 0.03)

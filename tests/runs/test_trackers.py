@@ -215,6 +215,11 @@ def test_several_are_chosen_as_hydra_chooses_options(tmp_path):
     for wrong in ("tracker.name=[wandb,trackio]", "tracker=wandb,trackio"):
         with pytest.raises(ConfigError, match=r"'tracker=\[wandb,trackio\]'"):
             compose_config([wrong])
+    with pytest.raises(ConfigError, match=r"'tracker=\[trackio\]'"):
+        compose_config(["tracker.name=[trackio]"])
+    for wrong in ("5", "true"):
+        with pytest.raises(ConfigError, match=r"tracker\.name"):
+            compose_config([f"tracker.name={wrong}"])
     with pytest.raises(ConfigError, match="did you mean 'tensorboard'"):
         compose_config(["tracker.name=tensorbord"])
 

@@ -151,6 +151,9 @@ def test_failures_stop_nothing_and_equal_trials_are_one_run(search, tmp_path):
         ([BLEND, "hydra.sweeper.n_trials=0"], "n_trials"),
         ([BLEND, "hydra.sweeper.trials=3"], "trials"),
         (["optim.lr=tag(log,interval(0,1))"], "cannot be searched"),
+        (["operator.k=tag(log,range(1,9))"], "the only tag is log"),
+        (["operator.k=int(interval(0.1,0.9))"], "nothing to choose"),
+        (["tracker=wandb,tensorboard"], "list of options"),
         (["grid=study_resnet", BLEND], "sweep.points"),
     ],
 )

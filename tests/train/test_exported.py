@@ -125,6 +125,34 @@ def test_the_card_says_what_the_run_was(runs, middle):
     assert results[0]["data"]["content"]["test"] in card.text and re.search(r"\| ConvNN2d \| 0\.\d+ \|", card.text)
 
 
+def test_a_run_that_demanded_kernels_predicts_without(middle, tmp_path):
+    where = shutil.copytree(middle, tmp_path / "x")
+    values = json.loads((where / "config.json").read_text())
+    config = values["convnn"]["config"]
+    config["operator"]["backend"] = "triton"
+    config["backbone"] |= {"checkpoint": "/not/here.pt", "checkpoint_sha256": "0"}  # of which nothing is asked
+    (where / "config.json").write_text(json.dumps(values))
+    found = convnn.load_exported(where, device="cpu")
+    images = torch.zeros(2, found.shape[0], found.image_size, found.image_size, dtype=torch.uint8)
+    assert len(found.predict(images).predicted) == len(found.predict(images.numpy()).predicted) == 2
+    with pytest.raises(ConfigError, match="a list of files"):
+        found.predict([images])
+
+
+def test_a_command_that_goes_on_from_elsewhere_is_not_told(runs, tmp_path):
+    where = shutil.copytree(runs / "s0", tmp_path / "r")
+    environment = json.loads((where / "env.json").read_text())
+    for given, told in (
+        (["data=digits", "optim.lr=0.1"], True),
+        (["resume=/a/b"], False),
+        (["from_run=/a", "seed=1"], False),
+    ):
+        (where / "env.json").write_text(json.dumps(environment | {"command": given}))
+        out = tmp_path / f"{len(given)}{given[0][:3]}"
+        exported(where, "format=safetensors", f"out={out}")
+        assert ("It was trained by" in (out / "README.md").read_text()) == told
+
+
 def test_licences_are_told_where_they_are_known(runs):
     ours = convnn.load_run(runs / "end")
     for target, told in (
@@ -169,6 +197,9 @@ def test_a_file_of_others_stays(runs, tmp_path):
         ({"format": 2}, ConfigError, "newer convnn"),
         ({"classes": ["one"]}, CheckpointError, "does not fit the model"),
         ({"image_size": None}, ConfigError, "damaged"),
+        ({"image_size": "abc"}, ConfigError, "damaged"),
+        ({"step": "x"}, ConfigError, "damaged"),
+        ({"shape": []}, ConfigError, "damaged"),
     ],
 )
 def test_what_cannot_be_trusted_or_read_is_refused(change, error, message, middle, tmp_path):

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import tiny
+from subjects import images_of, subject_of
 from torch import nn
 
 from convnn import ConvNN2d, neighbors_of, swap_layers
+from convnn.analysis import erf
 from convnn.analysis.base import NotApplicable
 from convnn.analysis.distance import mean_distance
 from convnn.analysis.erf import centre, field_masses, half_mass, radii
@@ -76,6 +79,14 @@ def test_numbers_of_a_known_field():
     assert half_mass(mass).tolist() == [2, 8]
     assert centre(mass[0]) == pytest.approx((0.75 * 1 + 0.25 * 3, 0.4 * 1 + 0.35 * 2 + 0.25 * 3))
     assert radii((9, 9), (4, 4))[4, 7] == 3 and radii((9, 9), (4, 4))[0, 0] == math.sqrt(32)
+
+
+def test_distances_are_from_where_strides_have_moved_a_field():
+    layer = nn.Conv2d(3, 1, 3, stride=2, padding=1, bias=False)  # of the third of four rows: pixels 3 to 5
+    nn.init.ones_(layer.weight)
+    series = erf.measure(subject_of(nn.Sequential(layer), images_of(4, 2), 2, tiny()))["series"]
+    assert series["pixels"]["values"] == [9] and series["within"]["values"][0] == pytest.approx(5 / 9)
+    assert series["radius"]["values"] == pytest.approx([(4 + 4 * math.sqrt(2)) / 9])
 
 
 # ------------------------------------------------------------------------------------------- depth

@@ -121,7 +121,7 @@ def new_figure(panels: int, width: float = 9.6, height: float = 5.4) -> tuple[Fi
 
 def add_legend(figure: Figure, entries: Mapping[str, Any], title: str | None = None, size: float = 12) -> None:
     """Put a legend below all panels, no wider than the figure, and make the figure higher by as much."""
-    mark = 6  # characters that a line or a marker, and the gap behind it, take
+    mark = 8  # characters that a line or a marker, and the gaps beside it, take: 4.8 of the font's size
     room = characters(figure.get_figwidth() - 0.4, size)
     labels = [plain_text(label, min(60, room - mark)) for label in entries]
     longest = max(len(line) for label in labels for line in label.split("\n"))

@@ -1,7 +1,7 @@
 """Which of several ways computes a step fastest on this device: measured where a case first appears, and remembered.
 
 Nothing is known in advance of a GPU. The ways are timed on the tensors of the first call; the winner is kept for the
-process and in a file beside torch's own, one for each device and its versions of torch and triton.
+process and in a file beside torch's own, one for each device, its versions of torch and triton, and our kernels.
 
 A graph of ``torch.compile`` has cases of its own, since torch's operations are other kernels there. Nothing can be
 measured while it is traced: what is known then is looked up, and costs the graph nothing. ``for_graphs`` measures such
@@ -10,6 +10,7 @@ cases beforehand, in a pass through the network that is not compiled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -259,8 +260,15 @@ def cache_file(name: str) -> Path:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = "none"
-    stem = re.sub(r"[^A-Za-z0-9.]+", "-", f"{name} torch {torch.__version__} triton {triton}")
-    return Path(torch.hub.get_dir()).parent / "convnn" / f"{stem}.json"
+    stem = f"{name} torch {torch.__version__} triton {triton} kernels {_kernels()}"
+    return Path(torch.hub.get_dir()).parent / "convnn" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', stem)}.json"
+
+
+@lru_cache
+def _kernels() -> str:
+    """Return what changes with the kernels of this package, whose times would be those of others."""
+    sources = sorted((Path(__file__).parent / "triton").glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:8]
 
 
 @lru_cache

@@ -190,13 +190,15 @@ def _link(held: Path, owner: Owner) -> bool:
     temporary = held.with_name(f".{held.name}.{owner.nonce}.{owner.pid}.tmp")
     temporary.write_text(json.dumps(asdict(owner)))
     try:
-        with suppress(FileExistsError):  # over a network an answer may be lost, and the system's second try says so
-            held.hardlink_to(temporary)
-        return temporary.stat().st_nlink == 2
+        held.hardlink_to(temporary)
+    except FileExistsError:  # over a network an answer may be lost, and the system's second try says so
+        return _read(held) == owner
     except OSError as error:
         if error.errno not in _NO_LINK:
             raise
         return _made_alone(held, temporary.read_bytes())
+    else:
+        return True
     finally:
         temporary.unlink(missing_ok=True)
 

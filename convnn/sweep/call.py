@@ -15,7 +15,7 @@ from convnn.report.build import make_report
 from convnn.report.content import Report
 from convnn.runs.status import CANCELLED, COMPLETE, FAILURES, INTERRUPTED, PARTIAL, TODO
 from convnn.runtime.files import read_json
-from convnn.runtime.locks import is_locked, lock
+from convnn.runtime.locks import is_locked, lock, lock_owner
 from convnn.runtime.signals import StopSignals, hangup_as_term
 from convnn.sweep.budget import Budget
 from convnn.sweep.job import job_options, launch
@@ -85,7 +85,11 @@ class Sweep:
         """Write the plan."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.closing(lock(self.folder / ".plan.lock", wait=60.0)):  # type: ignore[type-var]
+            path = self.folder / ".plan.lock"
+            held = lock(path, wait=60.0)
+            if held is None:
+                raise ConfigError(f"sweep.dir={self.folder}: {lock_owner(path)} has been writing its plan for a minute")
+            with held:
                 save_plan(self.plan, self.folder, self.command, self.options.name)
         except OSError as error:
             raise ConfigError(f"sweep.dir={self.folder} cannot be written: {error.strerror}") from error

@@ -13,7 +13,15 @@ from matplotlib.figure import Figure
 
 from convnn.figures.curves import draw_curves, draw_layer_heat_maps, draw_over_depth, read_layer_measures
 from convnn.figures.neighbors import draw_blends, draw_neighbors, draw_weights
-from convnn.figures.style import add_title, axis_from_zero, integer_axis, line_styles, new_figure, plain_text
+from convnn.figures.style import (
+    add_legend,
+    add_title,
+    axis_from_zero,
+    integer_axis,
+    line_styles,
+    new_figure,
+    plain_text,
+)
 
 COUNTS = [1, 2, 9]
 NAMES = ["layer1.0.conv1", "stages.0.blocks.0.token_mixer.conv"]
@@ -54,6 +62,15 @@ def test_legends_of_long_labels_stay_inside(runs, tmp_path):
     measures = read_layer_measures(write_run(tmp_path / "r", {"operator.blend": 0.5}, layers=3))
     label = "a configuration with many keys, optim.lr=0.001, swap.fraction=[0.25, 0.75], operator.k=9, number "
     assert texts_outside(draw_over_depth({f"{label}{i}": measures for i in range(runs)})) == []
+
+
+def test_legends_of_many_short_labels_stay_inside():
+    figure, (axes,) = new_figure(1)
+    lines = {str(k): axes.plot([0, 1], [0, k], marker="o")[0] for k in range(2, 14)}
+    add_legend(figure, lines, "k")
+    figure.canvas.draw()
+    box, (legend,) = figure.bbox, figure.legends
+    assert legend.get_window_extent().x0 >= box.x0 and legend.get_window_extent().x1 <= box.x1
 
 
 @pytest.mark.parametrize("width", [3, 6.4, 13])

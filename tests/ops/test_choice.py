@@ -90,6 +90,13 @@ def test_a_damaged_file_is_measured_anew(text, times, tmp_path):
     assert json.loads(file.read_text())[str(case())] == {"torch": 3, "a": 1}
 
 
+def test_times_of_kernels_that_have_changed_since_are_of_others(monkeypatch):
+    file = choice.cache_file("Some GPU / 80GB")
+    assert choice.cache_file("Some GPU / 80GB") == file and choice.cache_file("Another") != file
+    monkeypatch.setattr(choice, "_kernels", lambda: "changed")
+    assert choice.cache_file("Some GPU / 80GB").name.endswith("-kernels-changed.json") and "changed" not in file.name
+
+
 def test_no_place_for_the_file_costs_only_the_memory(times, tmp_path):
     times |= {"torch": 3.0, "a": 1.0}
     (tmp_path / "convnn").write_text("a file")

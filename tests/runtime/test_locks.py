@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -69,6 +70,25 @@ def test_a_killed_process_of_this_machine_is_known_to_be_gone(shared, tmp_path):
     with lock(tmp_path / "l") as held:
         assert held and lock_owner(tmp_path / "l").startswith(f"pid {os.getpid()} ")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["l"]
+
+
+@pytest.mark.parametrize("answer", ["", "lost"])
+def test_links_that_the_file_system_does_not_count(answer, shared, tmp_path, monkeypatch):
+    """As with sshfs, whose files have one name each by what it says; an answer may be lost besides."""
+    link, stat = Path.hardlink_to, Path.stat
+
+    def linked(self, target):
+        link(self, target)
+        if answer == "lost":
+            raise FileExistsError
+
+    monkeypatch.setattr(Path, "hardlink_to", linked)
+    monkeypatch.setattr(
+        Path, "stat", lambda self, **more: os.stat_result((*stat(self, **more)[:3], 1, *stat(self, **more)[4:]))
+    )
+    with lock(tmp_path / "l") as held:
+        assert held and lock(tmp_path / "l") is None
+    assert [p.name for p in tmp_path.iterdir()] == ["l"]
 
 
 class Says:

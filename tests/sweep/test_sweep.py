@@ -13,7 +13,7 @@ from sweeps import ROOT, alive, statuses, sweep, wait_for
 
 from convnn.config.overrides import quoted
 from convnn.errors import ConfigError
-from convnn.sweep import gpus
+from convnn.sweep import call, gpus
 from convnn.sweep.budget import Budget
 from convnn.sweep.call import Sweep
 from convnn.sweep.options import SweepConfig
@@ -280,6 +280,16 @@ def test_the_point_of_a_peer_that_died_is_taken_over(tmp_path):
         assert bool(mine.left_by_others(lambda: False)) is left, (status, token)
         assert mine.left_by_others(lambda: False) == []  # once: where the point is refused, it stays as it is
     assert mine.left_by_others(lambda: True) == []
+
+
+def test_a_plan_that_another_call_writes_is_waited_for_a_minute(tmp_path, monkeypatch):
+    mine = Sweep(Plan([], [], {}), tmp_path, SweepConfig(dir=str(tmp_path)), "me-1", [], Budget(tmp_path))
+    (tmp_path / ".plan.lock").write_text("pid 7 on other\n")
+    waited = []
+    monkeypatch.setattr(call, "lock", lambda path, wait: waited.append((path, wait)))
+    with pytest.raises(ConfigError, match="pid 7 on other has been writing its plan for a minute"):
+        mine.prepare()
+    assert waited == [(tmp_path / ".plan.lock", 60.0)] and not (tmp_path / "plan.json").exists()
 
 
 @pytest.mark.slow

@@ -294,9 +294,9 @@ class TrainConfig:
 class TrackerConfig:
     """Where metrics go besides metrics.jsonl."""
 
-    name: Any = "wandb"
-    """``wandb``, ``tensorboard``, ``trackio``, or a list of them, which ``tracker=[wandb,tensorboard]`` makes;
-    ``jsonl``: nothing besides."""
+    name: Any = "jsonl"
+    """``wandb``, which the command line begins with, ``tensorboard``, ``trackio``, or a list of them, which
+    ``tracker=[wandb,tensorboard]`` makes; ``jsonl``, or an empty list: nothing besides."""
     mode: str = choice("offline", "online", "disabled")
     """Of W&B: ``offline``, ``online`` (falls back to offline without a key or network) or ``disabled``."""
     project: str = "convnn"

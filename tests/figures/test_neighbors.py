@@ -247,7 +247,7 @@ def test_the_reports_run_holds_tables_and_plots(tmp_path):
     report = make_report([grid(tmp_path / "runs", ks=(4,), seeds=(0,), layers=2)], tmp_path / "report")
     tables = [json.loads(table.to_json(orient="records")) for table in (report.summary, report.runs)]
     (tmp_path / "w").mkdir()
-    publish_report(TrackerConfig(), tmp_path / "w", "g", *tables, [p.png for p in report.pictures])
+    publish_report(TrackerConfig(name="wandb"), tmp_path / "w", "g", *tables, [p.png for p in report.pictures])
     (folder,) = (tmp_path / "w" / "wandb").glob("offline-run-*")
     files = folder / "files" / "media"
     runs = json.loads(next((files / "table").glob("runs_*.table.json")).read_text())

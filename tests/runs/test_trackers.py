@@ -210,7 +210,8 @@ def test_several_are_chosen_as_hydra_chooses_options(tmp_path):
     assert compose_config(["tracker=[trackio]"]).tracker.name == "trackio"
     assert compose_config(["tracker=[jsonl,wandb]"]).tracker.name == "wandb"
     assert compose_config(["tracker=jsonl", "tracker.name=wandb", "tracker.group=g"]).tracker.name == "wandb"
-    assert compose_config(["tracker=jsonl"]).tracker.names == []
+    assert compose_config(["tracker=jsonl"]).tracker.names == compose_config(["tracker=[]"]).tracker.names == []
+    assert compose_config([]).tracker.names == ["wandb"]
     assert TrackerConfig(name=["wandb", "jsonl", "trackio"], mode="disabled").running == ["trackio"]
     for wrong in ("tracker.name=[wandb,trackio]", "tracker=wandb,trackio"):
         with pytest.raises(ConfigError, match=r"'tracker=\[wandb,trackio\]'"):

@@ -136,6 +136,8 @@ class Follower:
     ) -> None:
         self._end.set()
         self._thread.join()
+        for running in self.batch:  # one that had ended by itself when it was told to
+            prune_file(self.folder, running.point).unlink(missing_ok=True)
 
     def _watch(self) -> None:
         try:

@@ -334,7 +334,7 @@ def test_auto_takes_what_was_measured_to_be_fastest(winner, monkeypatch, tmp_pat
     monkeypatch.setattr(choice, "_time", time)
     for _ in range(2):  # the second time nothing is measured
         for ours, theirs in zip(aggregate(), expected, strict=True):
-            assert torch.allclose(ours, theirs, atol=1e-5)
+            assert torch.allclose(ours, theirs, atol=2e-6 * float(theirs.abs().max()))  # of sums in other orders
     assert (
         sorted(timed) == ["attention"] * 3 + ["selection"] * 2 + ["selection kernel"] * 2
     )  # too few tokens for buckets

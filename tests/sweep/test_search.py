@@ -6,19 +6,22 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from optuna.storages.journal import JournalFileBackend
-from sweeps import stand_in_for_train, sweep
+from sweeps import stand_in_for_train, sweep, wait_for
 
 from convnn.config.compose import CONF_DIR
 from convnn.errors import ConfigError
 from convnn.runtime.locks import lock
 from convnn.sweep import process
+from convnn.sweep.plan import Point
 from convnn.sweep.space import read_space
-from convnn.sweep.study import JOURNAL, SearchConfig, open_study
+from convnn.sweep.state import prune_file
+from convnn.sweep.study import JOURNAL, Follower, SearchConfig, open_study
 from convnn.sweep.sweep import run_sweep
 
 SEARCH = ["hydra/sweeper=optuna", "operator=spectrum", "train.epochs=6", "sweep.warm=false"]
@@ -120,6 +123,20 @@ def test_what_is_worse_than_the_others_ends_early_and_can_go_on(search, tmp_path
     blend = f"operator.blend={pruned[0].params['operator.blend']:.6g}"
     code, text = search("operator=spectrum", "train.epochs=6", "+data.options.seconds=1", blend)
     assert code == 0 and calls(tmp_path)[folder.name] == ["from 0", f"from {epochs}"], text
+
+
+def test_nothing_is_left_of_a_request_that_came_too_late(tmp_path):
+    """The run has ended by itself in the moment when it was told to."""
+    point = Point("p", "0" * 16, ("seed=1",))
+    asked = prune_file(tmp_path, point)
+    asked.parent.mkdir()
+
+    def report(folder, *, judge):
+        asked.write_text("pruned after epoch 2")
+
+    with Follower(tmp_path, [SimpleNamespace(point=point, report=report)]):
+        wait_for("status/*.prune", tmp_path)
+    assert not asked.exists()
 
 
 @pytest.mark.long

@@ -14,10 +14,15 @@ Run = Callable[[Sequence[str], str], str]
 
 CANCELLED = "CANCELLED"
 RUNNING = "RUNNING"
+SUSPENDED = "SUSPENDED"
 _WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
-_RUNNING = (RUNNING, "CONFIGURING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED")
+_RUNNING = (RUNNING, "CONFIGURING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", SUSPENDED)
+_USUAL = ("", "None", "Priority", "Resources", "Dependency", "BeginTime", "JobArrayTaskLimit", "Prolog", "Cleaning")
+"""Reasons that say no more than that a job waits, or has begun."""
 _FIELDS = "ArrayJobID:|,ArrayTaskID:|,State:|,RestartCnt:|,NodeList:|,Reason:|"
-_QUEUE = ("squeue", "--noheader", "--array", "--states=all", f"-O{_FIELDS}")
+_QUEUE = ("squeue", "--noheader", "--all", "--array", "--states=all", f"-O{_FIELDS}")  # hidden partitions too
+_OF_OTHERS = ("SLURM_", "SBATCH_ARRAY", "SQUEUE_", "SCANCEL_", "SACCT_")
+"""Beginnings of variables that a job around us has set, or that narrow what the user sees of the queue."""
 _PATIENCE = 60.0
 """Seconds in which a command of SLURM has to answer."""
 
@@ -38,6 +43,11 @@ class Job:
     """Where it runs, or ran."""
     reason: str = ""
     """Why it waits, or ended."""
+
+    @property
+    def told(self) -> str:
+        """Why it waits or has ended, where that is not what all jobs wait for: ``PartitionTimeLimit`` for one."""
+        return "" if self.reason in _USUAL else self.reason
 
     @property
     def waiting(self) -> bool:
@@ -67,6 +77,13 @@ class Scheduler(Protocol):
             SchedulerError: if there is no answer, which says nothing about the jobs.
         """
 
+    def by_number(self, numbers: Iterable[str]) -> dict[str, Job]:
+        """Return the jobs of the arrays that these numbers are of, whatever they are called by now.
+
+        Raises:
+            SchedulerError: if there is no answer.
+        """
+
     def ended(self, numbers: Iterable[str]) -> dict[str, str]:
         """Return how jobs ended, as far as the scheduler keeps accounts of that."""
 
@@ -81,16 +98,21 @@ class Scheduler(Protocol):
 
 
 def _run(command: Sequence[str], text: str = "") -> str:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_ARRAY"))}  # of a job around us
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(_OF_OTHERS)}
     clean |= {k: v for k, v in os.environ.items() if k == "SLURM_CONF"}
     try:
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=_PATIENCE, env=clean)
     except (OSError, subprocess.SubprocessError) as error:
         raise SchedulerError(f"{command[0]}: {error}") from error
     if done.returncode:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise SchedulerError(f"{command[0]}: {said[-1] if said else f'exit code {done.returncode}'}")
+        raise SchedulerError(f"{command[0]}: {_complaint(done.stderr) or f'exit code {done.returncode}'}")
     return done.stdout
+
+
+def _complaint(said: str) -> str:
+    """Return in one line what a command has printed as it failed, without its name and its offer of help."""
+    lines = [re.sub(r"^(\w+: )?(error: |fatal: )?", "", line.strip()) for line in said.splitlines()]
+    return "; ".join(dict.fromkeys(line for line in lines if line and not line.startswith("Try ")))[:300]
 
 
 class Slurm:
@@ -121,15 +143,18 @@ class Slurm:
         Raises:
             SchedulerError: if there is no answer.
         """
-        try:
-            said = self._run(
-                ["squeue", "--noheader", "--array", "--states=all", f"--jobs={number}", f"-O{_FIELDS}"], ""
-            )
-        except SchedulerError as error:
-            if "Invalid job id" in str(error):
-                return None
-            raise
-        return next(iter(_read_queue(said).values()), None)
+        return self.by_number([number]).get(number)
+
+    def by_number(self, numbers: Iterable[str]) -> dict[str, Job]:
+        """Return the jobs of some arrays; see ``Scheduler``."""
+        found: dict[str, Job] = {}
+        for array in sorted({number.partition("_")[0] for number in numbers}, key=int):
+            try:
+                found |= _read_queue(self._run([*_QUEUE, f"--jobs={array}"], ""))
+            except SchedulerError as error:
+                if "Invalid job id" not in str(error):
+                    raise
+        return found
 
     def ended(self, numbers: Iterable[str]) -> dict[str, str]:
         """Return how jobs ended, where there is accounting; see ``Scheduler``."""

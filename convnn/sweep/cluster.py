@@ -15,9 +15,9 @@ from typing import Any
 from convnn.errors import ConfigError
 from convnn.runs.status import CANCELLED, COMPLETE, DIVERGED, FAILED, INTERRUPTED, QUEUED, RUNNING
 from convnn.runtime.files import read_json, write_json
-from convnn.runtime.locks import lock, release
+from convnn.runtime.locks import lock, lock_owner, release
 from convnn.runtime.scheduler import CANCELLED as JOB_CANCELLED
-from convnn.runtime.scheduler import Job, Scheduler, SchedulerError
+from convnn.runtime.scheduler import SUSPENDED, Job, Scheduler, SchedulerError
 from convnn.sweep.attempts import next_record
 from convnn.sweep.plan import Point
 from convnn.sweep.sbatch import Settings, batch_script
@@ -31,6 +31,9 @@ from convnn.sweep.submission import (
     save_submission,
     shares,
 )
+
+_OUTPUT = "hydra/slurm-{}.out"
+"""What SLURM and the batch script say, by the array's number, in the sweep's folder."""
 
 
 @dataclass
@@ -67,6 +70,9 @@ class Cluster:
         jobs = self.scheduler.jobs({submission.name: None for submission, _ in open_.values()})
         missing = [n for p in self.points if (n := open_.get(p.fingerprint, (None, ""))[1]) and n not in jobs
                    and point_state(self.folder, p).status != COMPLETE]  # fmt: skip
+        if missing:  # jobs may have been given other names
+            jobs |= self.scheduler.by_number(missing)
+            missing = [n for n in missing if n not in jobs]
         ended = self.scheduler.ended(missing) if missing else {}
         self.alive, self.lost, self.own, states = {}, [], set(), {}
         for point in self.points:
@@ -86,7 +92,7 @@ class Cluster:
                     self._waited.add(number)
                 states[key] = _shown(job, number)
             else:
-                states[key] = self._gone(point, submission, number, job.state if job else ended.get(number, ""))
+                states[key] = self._gone(point, submission, number, _final(jobs, number) or ended.get(number, ""))
         return states
 
     def _latest(self) -> dict[str, tuple[Submission, str]]:
@@ -127,6 +133,9 @@ class Cluster:
         status = INTERRUPTED
         if progress["stalled"] >= self.limit:
             status, reason = FAILED, f"{reason}, the last of {progress['stalled'] + 1} without progress"
+        output = self.folder / _OUTPUT.format(number.partition("_")[0])
+        if output.exists():
+            reason += f"; it said more in {output}"
         return self._record(point, self._base(point, record, number) | progress | {"status": status, "reason": reason})
 
     def _record(self, point: Point, record: dict[str, Any]) -> PointState:
@@ -141,7 +150,11 @@ class Cluster:
     def _alone(self) -> Iterator[None]:
         """Keep other processes from submitting points of this folder meanwhile."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        held = lock(self.folder / ".jobs.lock", wait=300.0)
+        path = self.folder / ".jobs.lock"
+        held = lock(path, wait=3.0)
+        if held is None:
+            print(f"waiting for another call that submits jobs of this sweep: {lock_owner(path)}", flush=True)
+            held = lock(path, wait=297.0)
         if held is None:
             raise ConfigError(f"sweep.dir={self.folder}: another call has been submitting its jobs for five minutes")
         try:
@@ -170,8 +183,9 @@ class Cluster:
         return bool(numbers)
 
     def submit(
-        self, wanted: Callable[[Mapping[str, PointState]], Sequence[Point]], settings: Settings, name: str, orders: Any
-    ) -> list[Submission]:
+        self, wanted: Callable[[Mapping[str, PointState]], Sequence[Point]], settings: Settings, name: str, orders: Any,
+        tell: Callable[[Submission], None] = lambda submission: None,
+    ) -> list[Submission]:  # fmt: skip
         """Submit points as arrays of jobs.
 
         Args:
@@ -179,6 +193,7 @@ class Cluster:
             settings: of the jobs.
             name: of the sweep.
             orders: what jobs have to know.
+            tell: called for each array that was submitted.
 
         Raises:
             SchedulerError: if the scheduler refuses; the arrays before are submitted.
@@ -204,6 +219,7 @@ class Cluster:
                 script = batch_script(self.folder, submission.name, settings.setup, cpus=cpus)
                 self._hand_in(submission, [array, *settings.options, *wait], script)
                 made.append(submission)
+                tell(submission)
         return made
 
     def _free(self, parallel: int) -> tuple[int, list[int | None]]:
@@ -214,31 +230,39 @@ class Cluster:
         return (free, []) if free > 0 else (parallel, [s.job for s in arrays])
 
     def submit_end(self, settings: Settings, name: str, script: str) -> Submission | None:
-        """Submit the job that follows all others and sums the sweep up, unless one waits already."""
+        """Submit the job that follows all others and sums the sweep up, unless one waits for the same points."""
         with self._alone():
-            ends = [s for s in read_submissions(self.folder) if not s.points and s.job is not None]
+            ends = [s for s in read_submissions(self.folder) if set(s.covers) >= set(self.alive) and s.job is not None]
             jobs = self.scheduler.jobs([s.name for s in ends])
             if any(job.waiting for job in jobs.values()):
                 return None
             arrays = sorted({number.partition("_")[0] for number in self.alive.values()}, key=int)
-            submission = Submission(f"{new_name(settings.name or name)}-end", [], self.call, [], settings.setup)
+            submission = Submission(
+                f"{new_name(settings.name or name)}-end", [], self.call, [], settings.setup, covers=sorted(self.alive)
+            )
             after = f"--dependency=afterany:{':'.join(arrays)}"
             self._hand_in(submission, [after, *settings.light], script)
         return submission
 
     def _hand_in(self, submission: Submission, options: Sequence[str], script: str) -> None:
         save_submission(self.folder, submission)
+        output = str(self.folder).replace("%", "%%") + "/" + _OUTPUT.format("%A")
         (self.folder / "hydra").mkdir(exist_ok=True)
-        output = self.folder / "hydra" / "slurm-%A.out"
         own = [f"--job-name={submission.name}", f"--output={output}", f"--chdir={Path.cwd()}"]
         try:
-            submission.job = self.scheduler.submit([*own, *options], script)
+            submission.job = self.scheduler.submit([*options, *own], script)
         except SchedulerError:
             with contextlib.suppress(SchedulerError):  # perhaps it was taken, and only the answer was lost
                 if self._take(submission):
                     return
             raise
         save_submission(self.folder, submission)
+
+    def others(self, options: Sequence[str]) -> list[str]:
+        """Return the numbers of jobs that wait with other options than these, by the last look."""
+        waiting = {number.partition("_")[0] for number in self.alive.values() if number in self._waited}
+        known = {str(s.job): s for s in read_submissions(self.folder)}
+        return sorted((a for a in waiting if a in known and known[a].options != list(options)), key=int)
 
     def cancel(self, keys: Iterable[str]) -> list[str]:
         """Cancel jobs of points, by fingerprint, for the user; return the jobs' numbers."""
@@ -256,5 +280,15 @@ def _shown(job: Job, number: str) -> PointState:
     """Return the state of a point by its job."""
     again = f"requeued ({job.restarts}), " if job.restarts else ""
     if not job.waiting:
-        return PointState(RUNNING, f"{again}on {job.node or 'a node'} (job {number})", job.restarts)
-    return PointState(QUEUED, f"{again}job {number}", job.restarts)
+        suspended = "suspended, " if job.state == SUSPENDED else ""
+        return PointState(RUNNING, f"{again}{suspended}on {job.node or 'a node'} (job {number})", job.restarts)
+    return PointState(QUEUED, f"{again}job {number}" + (f": {job.told}" if job.told else ""), job.restarts)
+
+
+def _final(jobs: Mapping[str, Job], number: str) -> str:
+    """Return how a job ended, in the scheduler's words, if it knows."""
+    job = jobs.get(number)
+    if job is None:  # of a cancelled array tasks that never began are forgotten, not the array
+        array = jobs.get(number.partition("_")[0])
+        return JOB_CANCELLED if array is not None and array.state.startswith(JOB_CANCELLED) else ""
+    return f"{job.state}, {job.told}" if job.told else job.state

@@ -26,12 +26,15 @@ from convnn.sweep.plan import Point
 from convnn.sweep.progress import Display
 from convnn.sweep.sbatch import Settings
 from convnn.sweep.state import PointState
+from convnn.sweep.submission import Submission
 from convnn.text import duration
 
 CALL = "CONVNN_SWEEP_CALL"
 """Environment variable by which the job that sums up belongs to the call that submitted it."""
 SHORTEST, LONGEST = 2.0, 30.0
 """Seconds between two looks at the queue; longer for more points."""
+TRIES = 15
+"""Looks at the queue, so far apart, until a call gives up that has only just submitted its jobs."""
 LEAVING = 120.0
 """Seconds in which jobs that were cancelled have to end."""
 
@@ -48,6 +51,7 @@ class ClusterSweep(Sweep):
         call = os.environ.get(CALL, f"{self.token}-{int(time.time())}")
         self.cluster = Cluster(self.folder, self.plan.points, self.scheduler, call, self.options.requeues)
         self._said: set[str] = set()
+        self._handed_in: list[str] = []
 
     def states(self) -> dict[str, PointState]:
         """Return the state of every point, by the scheduler's word where a job lives."""
@@ -63,22 +67,30 @@ class ClusterSweep(Sweep):
             skip += FAILURES
         if self.at_end:
             skip += [CANCELLED]
-        return [p for p in self.plan.points if states[p.fingerprint].status not in skip]
+        lost = {p.fingerprint for p in self.cluster.lost}  # killed from outside, which says nothing about the point
+        return [p for p in self.plan.points if p.fingerprint in lost or states[p.fingerprint].status not in skip]
 
     def run(self, launcher: list[str]) -> int:
         """Submit what is to be run, follow it to its end or leave it, and sum up; return the exit code.
 
         Raises:
-            ConfigError: if the scheduler refuses or does not answer before anything was submitted.
+            ConfigError: if the scheduler refuses, or does not answer, before anything was submitted.
         """
+        if "\\" in str(self.folder.resolve()):
+            raise ConfigError(f"sweep.dir={self.folder}: sbatch takes no backslash in the names of its files")
         self.prepare()
         try:
             self.cluster.recover()
             print(self.opening(self.todo()), flush=True)
             self._submit(self._wanted)
             states = self.states()
-        except SchedulerError as error:
-            raise ConfigError(f"hydra/launcher=submitit_slurm: {error}") from error
+        except (SchedulerError, OSError) as error:
+            if not self._handed_in:
+                raise ConfigError(f"hydra/launcher=submitit_slurm: {self._said_by(error)}") from error
+            states = self._states_after(error)
+        if others := self.cluster.others(self.settings.options):
+            print(f"note: job {', '.join(others)} waits with other hydra.launcher settings than these; "
+                  "they hold for what is submitted from now on", flush=True)  # fmt: skip
         if self.options.detach and self.cluster.alive:
             return self._leave()
         with StopSignals() as signals, hangup_as_term():
@@ -90,9 +102,29 @@ class ClusterSweep(Sweep):
     def _submit(self, wanted: Any) -> None:
         orders = {"name": self.options.name, "processes": self.processes, "nodes": self.settings.nodes}
         orders |= {"deadline": self.budget.deadline, "requeues": self.options.requeues}
-        for submission in self.cluster.submit(wanted, self.settings, self.options.name, orders):
-            count = len(submission.points)
-            print(f"submitted {count} point{'s' * (count > 1)} as job {submission.job} ({submission.name})", flush=True)
+        self.cluster.submit(wanted, self.settings, self.options.name, orders, self._tell)
+
+    def _tell(self, submission: Submission) -> None:
+        self._handed_in.append(str(submission.job))
+        count = len(submission.points)
+        print(f"submitted {count} point{'s' * (count > 1)} as job {submission.job} ({submission.name})", flush=True)
+
+    def _said_by(self, error: Exception) -> str:
+        return f"sweep.dir={self.folder}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
+
+    def _states_after(self, error: Exception) -> dict[str, PointState]:
+        """Return the states where something failed after jobs had been submitted: what was submitted is followed.
+
+        Raises:
+            ConfigError: if the scheduler does not answer for a while.
+        """
+        print(f"warning: {self._said_by(error)}; what was submitted goes on", flush=True)
+        for _ in range(TRIES):
+            with contextlib.suppress(SchedulerError, OSError):
+                return self.states()
+            time.sleep(SHORTEST)
+        jobs = ", ".join(self._handed_in)
+        raise ConfigError(f"{self._said_by(error)}; job {jobs} goes on, and the same command follows it") from error
 
     @property
     def processes(self) -> int:
@@ -138,6 +170,8 @@ class ClusterSweep(Sweep):
 
     def _lost(self, states: Mapping[str, PointState]) -> dict[str, PointState]:
         """Return how points are shown whose jobs are gone, while they have not ended."""
+        if self.budget.spent():
+            return {}
         lost = {p.fingerprint: states[p.fingerprint].reason for p in self.cluster.lost}
         return {
             f: PointState(QUEUED, f"to be submitted again: {reason or 'its job is gone'}") for f, reason in lost.items()
@@ -154,13 +188,14 @@ class ClusterSweep(Sweep):
 
     @contextlib.contextmanager
     def _patience(self) -> Iterator[None]:
-        """Say once that the scheduler does not answer, which happens when it is restarted, and go on asking."""
+        """Say once that the scheduler does not answer, or that the disk is full, and go on asking: it may pass."""
         try:
             yield
-        except SchedulerError as error:
-            if str(error) not in self._said:
-                self._said.add(str(error))
-                print(f"warning: {error}; asking again", flush=True)
+        except (SchedulerError, OSError) as error:
+            said = self._said_by(error)
+            if said not in self._said:
+                self._said.add(said)
+                print(f"warning: {said}; asking again", flush=True)
 
     def _cancel(self, signals: StopSignals, end: float) -> bool:
         """After Ctrl-C, cancel this call's jobs once; return whether to wait for them any longer."""
@@ -194,14 +229,15 @@ class ClusterSweep(Sweep):
     def _leave(self) -> int:
         """Submit the job that sums up when all others are through, say where everything is, and leave."""
         environment = {CALL: self.cluster.call}
+        numbers: Sequence[str] = sorted({n.partition("_")[0] for n in self.cluster.alive.values()}, key=int)
         lines = ["#!/bin/bash", *self.settings.setup]
         lines += [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
         lines += [f"exec {shlex.join([sys.executable, '-m', 'convnn.cli.sweep', *self.command[1:]])}", ""]
         try:
             end = self.cluster.submit_end(self.settings, self.options.name, "\n".join(lines))
-        except SchedulerError as error:
-            raise ConfigError(f"hydra/launcher=submitit_slurm: {error}") from error
-        numbers: Sequence[str] = sorted({n.partition("_")[0] for n in self.cluster.alive.values()}, key=int)
+        except (SchedulerError, OSError) as error:
+            raise ConfigError(f"{self._said_by(error)}; job {', '.join(numbers)} goes on, but none follows: "
+                              "the same command with sweep.detach=false does") from error  # fmt: skip
         print(f"{len(self.cluster.alive)} points are queued or running as job {', '.join(numbers)}"
               + (f"; job {end.job} sums up after them" if end else ""))  # fmt: skip
         print(f"how far it is: uv run scripts/status.py {shlex.quote(str(self.folder))}; "

@@ -53,7 +53,7 @@ class Display:
             text += f"  top-1 {state.top1:.2f} %"
         if state.reason:
             text += f"  {state.reason}"
-        if state.status in FAILURES:
+        if state.status in FAILURES and (self.folder / point.log).exists():
             text += f"; log {self.folder / point.log}"
         left = len(self.todo) - len(self._done)
         if self._done and left and state.status not in (RUNNING, QUEUED):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,12 @@ from convnn.sweep.options import SweepRun
 
 _PLAIN = ("cpus_per_task", "gpus_per_node", "nodes", "partition", "qos", "comment", "constraint", "exclude", "gres",
           "cpus_per_gpu", "gpus_per_task", "mem_per_gpu", "mem_per_cpu", "account")  # fmt: skip
+_OWN = ("job-name", "output", "chdir", "array", "parsable", "wrap")
+"""Options of sbatch that a sweep sets itself."""
+_HEAVY = re.compile(
+    "(gpus|gres|mem|cpus|cores|threads|sockets|ntasks|nodes|nodelist|exclusive|licenses|tres|mail)(-.*)?"
+)
+"""Options that the job which sums up does without."""
 _GPUS = ("gpus_per_node", "gres", "cpus_per_gpu", "gpus_per_task", "mem_per_gpu")
 
 
@@ -61,25 +68,29 @@ def read_settings(launcher: Sequence[str]) -> Settings:
         raise ConfigError("hydra.launcher.timeout_min and hydra.launcher.array_parallelism are at least 1")
     delay = max(1, min(int(values["signal_delay_s"]), minutes * 60 // 4))  # lest a short job has no time to train
     always = [f"--time={minutes}", "--requeue", "--open-mode=append"]
-    more = [_option(key, value) for key, value in (values["additional_parameters"] or {}).items()]
+    given = {str(k).replace("_", "-"): v for k, v in (values["additional_parameters"] or {}).items()}
+    if own := next((key for key in given if key in _OWN), None):
+        raise ConfigError(f"hydra.launcher.additional_parameters.{own}: a sweep sets that itself; leave it out")
     plain = {key: values[key] for key in _PLAIN if values.get(key) is not None}
     if values.get("mem_gb") is not None:
         plain["mem"] = f"{values['mem_gb']}G"
-    light = [_option(k, v) for k, v in plain.items() if k not in (*_GPUS, "nodes", "cpus_per_task", "mem")]
+    light = {k: v for k, v in plain.items() if k not in (*_GPUS, "nodes", "cpus_per_task", "mem")}
+    light |= {k: v for k, v in given.items() if not _HEAVY.fullmatch(k)}
     return Settings(
-        [*always, f"--signal=USR2@{delay}", "--ntasks-per-node=1", *(_option(k, v) for k, v in plain.items()), *more],
+        [*always, f"--signal=USR2@{delay}", "--ntasks-per-node=1", *_options(plain), *_options(given)],
         list(values.get("setup") or []),
         int(values["array_parallelism"]),
         int(values["nodes"] or 1),
         int(values["gpus_per_node"] or 0),
         "" if "${" in str(values["name"]) else str(values["name"]),
-        [*always, "--nodes=1", "--ntasks=1", *light],
+        [*always, "--nodes=1", "--ntasks=1", *_options(light)],
     )
 
 
-def _option(key: str, value: Any) -> str:
-    name = "--" + key.replace("_", "-")
-    return name if value is True else f"{name}={value}"
+def _options(values: Mapping[str, Any]) -> list[str]:
+    """Return options for sbatch; what is true stands alone, what is false or null is left out."""
+    found = {"--" + key.replace("_", "-"): value for key, value in values.items() if value is not None}
+    return [name if value is True else f"{name}={value}" for name, value in found.items() if value is not False]
 
 
 def batch_script(folder: Path, name: str, setup: Sequence[str], *, cpus: bool) -> str:

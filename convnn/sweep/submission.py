@@ -41,7 +41,9 @@ class Submission:
     stopped: bool = False
     """The user ended the sweep, by Ctrl-C."""
     sweep: dict[str, Any] = field(default_factory=dict)
-    """What jobs have to know besides; see ``convnn.sweep.cluster.Orders``."""
+    """What jobs have to know besides; see ``ClusterSweep``."""
+    covers: list[str] = field(default_factory=list)
+    """Fingerprints of the points after which this job sums up, if it is one that does."""
 
     def number(self, index: int) -> str:
         """Return the number of a point's job."""
@@ -61,7 +63,7 @@ def save_submission(folder: Path, submission: Submission) -> None:
 
 def read_submissions(folder: Path) -> list[Submission]:
     """Return all submissions of a sweep's folder, oldest first by the jobs' numbers, which a scheduler counts up."""
-    found = [read_submission(folder, path.stem) for path in (folder / FOLDER).glob("*.json")]
+    found = [read_submission(folder, path.stem) for path in (folder / FOLDER).glob("*.json") if path.exists()]
     return sorted(found, key=lambda s: (s.job is None, s.job or 0, s.name))
 
 
@@ -72,6 +74,8 @@ def read_submission(folder: Path, name: str) -> Submission:
         ConfigError: if its file is damaged.
     """
     path = folder / FOLDER / f"{name}.json"
+    if not path.exists():
+        raise ConfigError(f"{path} is gone: another call took these jobs for lost, and has submitted others")
     values = read_json(path) or {}
     known = {f.name for f in fields(Submission)}
     if not {"name", "points", "call", "options", "script"} <= set(values) <= known:

@@ -86,14 +86,48 @@ def test_a_job_is_handed_in():
 
 def test_errors_are_one_line(monkeypatch):
     def run(command, **options):
-        assert not [key for key in options["env"] if key.startswith("SLURM_") and key != "SLURM_CONF"]
+        assert not [key for key in options["env"] if key.startswith(("SLURM_", "SQUEUE_")) and key != "SLURM_CONF"]
         return subprocess.CompletedProcess(command, 1, "", "squeue: error: x\nslurm_load_jobs error: No contact\n")
 
     monkeypatch.setenv("SLURM_JOB_ID", "3")
+    monkeypatch.setenv("SQUEUE_PARTITION", "urgent")
     monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(SchedulerError, match=r"^squeue: slurm_load_jobs error: No contact$"):
+    with pytest.raises(SchedulerError, match=r"^squeue: x; slurm_load_jobs error: No contact$"):
         Slurm().jobs(["a"])
     assert not Slurm().requeue("3_1")
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("sbatch: unrecognized option '--foo=1'\nTry \"sbatch --help\" for more\n", "unrecognized option '--foo=1'"),
+        ("sbatch: error: QOSMax\nsbatch: error: Batch job failed: over it\n", "QOSMax; Batch job failed: over it"),
+        ("", "exit code 1"),
+    ],
+)
+def test_what_sbatch_complains_of_is_told(said, message, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said))
+    with pytest.raises(SchedulerError) as told:
+        Slurm().submit([], "")
+    assert str(told.value) == f"sbatch: {message}"
+
+
+def test_jobs_are_found_by_number_whatever_their_name_and_partition():
+    calls = []
+
+    def run(command, text):
+        calls.append(list(command))
+        if "--jobs=36" in command:
+            raise SchedulerError("squeue: slurm_load_jobs error: Invalid job id specified")
+        return SQUEUE.replace("36|N/A|CANCELLED|0||Dependency|\n", "")
+
+    slurm = Slurm(run)
+    assert set(slurm.by_number(["35_7", "36_1", "35_0"])) == {"35_0", "35_1", "35_2", "35_7"}
+    assert [command[-1] for command in calls] == ["--jobs=35", "--jobs=36"] and all("--all" in c for c in calls)
+    assert slurm.job("35_7") == Job("PENDING", 2, "", "BeginTime") and slurm.job("36_1") is None
+    silent = Slurm(lambda *_: (_ for _ in ()).throw(SchedulerError("squeue: Socket timed out")))
+    with pytest.raises(SchedulerError, match="timed out"):
+        silent.by_number(["35_7"])
 
 
 def test_settings_become_options_of_sbatch(tmp_path):
@@ -112,5 +146,12 @@ def test_settings_become_options_of_sbatch(tmp_path):
     assert (
         "--signal=USR2@15" in read_settings([own[0], "hydra.launcher.timeout_min=1"]).options
     )  # time to train is left
+    more = "{reservation: r, mem-per-cpu: 1G, exclusive: false, nice: 0, wckey: null}"
+    settings = read_settings([own[0], f"+hydra.launcher.additional_parameters={more}"])
+    assert {"--reservation=r", "--mem-per-cpu=1G", "--nice=0"} <= set(settings.options)
+    assert {"--reservation=r", "--nice=0"} <= set(settings.light) and not [o for o in settings.light if "mem" in o]
+    assert not [o for o in settings.options if "exclusive" in o or "wckey" in o]
+    with pytest.raises(ConfigError, match=r"additional_parameters\.job-name: a sweep sets that itself"):
+        read_settings([own[0], "+hydra.launcher.additional_parameters={job_name: x}"])
     with pytest.raises(ConfigError, match="tasks_per_node"):
         read_settings([own[0], "hydra.launcher.tasks_per_node=2"])

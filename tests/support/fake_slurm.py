@@ -35,6 +35,10 @@ class FakeScheduler:
         self.on_jobs()
         return {n: j for n, j in self.found.items() if self.names[int(n.partition("_")[0])] in wanted}
 
+    def by_number(self, numbers):
+        arrays = {n.partition("_")[0] for n in numbers}
+        return {n: j for n, j in self.found.items() if n.partition("_")[0] in arrays}
+
     def ended(self, numbers):
         return {n: self.accounts[n] for n in numbers if n in self.accounts}
 

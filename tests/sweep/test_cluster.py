@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 from fake_slurm import FakeScheduler
 
+from convnn.errors import ConfigError
 from convnn.runtime.scheduler import Job, SchedulerError
+from convnn.sweep import on_cluster
 from convnn.sweep.attempts import next_record
 from convnn.sweep.budget import Budget
 from convnn.sweep.cluster import Cluster
@@ -118,6 +120,138 @@ def test_cancelled_jobs_are_told_from_lost_ones(cluster):
     assert cluster.lost == [POINTS[3]] and states[POINTS[1].fingerprint].reason == "its job 10_1 was cancelled"
     late = Cluster(cluster.folder, POINTS, cluster.scheduler, "call")  # which saw nothing of that
     assert [s.status for s in late.look().values()][:3] == ["cancelled"] * 3
+
+
+def test_jobs_of_another_name_are_not_lost(cluster):
+    submit(cluster)
+    cluster.scheduler.names[10] = "renamed"
+    assert words(cluster) == ["queued"] * 5 and cluster.lost == [] and submit(cluster) == []
+
+
+def test_a_cancelled_array_that_has_forgotten_its_tasks(cluster):
+    submit(cluster)
+    cluster.scheduler.found = {"10": Job("CANCELLED"), "10_0": Job("CANCELLED")}
+    record(cluster, POINTS[0], status="interrupted", reason="stopped by SIGTERM", job="10_0")
+    late = Cluster(cluster.folder, POINTS, cluster.scheduler, "call")
+    assert words(late) == ["cancelled"] * 5 and late.lost == []
+
+
+def test_why_a_job_waits_is_told_where_it_is_not_what_all_wait_for(cluster):
+    submit(cluster)
+    found = cluster.scheduler.found
+    found["10_1"] = Job("PENDING", reason="PartitionTimeLimit")
+    found["10_2"] = Job("PENDING", restarts=1, reason="JobHeldUser")
+    found["10_3"] = Job("SUSPENDED", node="n1", reason="None")
+    found["10_4"] = Job("FAILED", reason="BadConstraints")
+    (cluster.folder / "hydra" / "slurm-10.out").write_text("module: command not found")
+    reasons = [state.reason for state in cluster.look().values()]
+    waiting = ["job 10_0", "job 10_1: PartitionTimeLimit", "requeued (1), job 10_2: JobHeldUser"]
+    assert reasons[:4] == [*waiting, "suspended, on n1 (job 10_3)"]
+    assert "ended before it began (FAILED, BadConstraints); it said more in" in reasons[4]
+    assert reasons[4].endswith("hydra/slurm-10.out")
+    assert cluster.others(SETTINGS.options) == [] and cluster.others(["--time=9"]) == ["10"]
+
+
+def test_own_options_come_last_and_a_percent_is_no_pattern(tmp_path):
+    cluster = Cluster(tmp_path / "50%normal", POINTS, FakeScheduler(), "call")
+    submit(cluster)
+    options = cluster.scheduler.scripts[10][0]
+    assert options[-2] == f"--output={tmp_path}/50%%normal/hydra/slurm-%A.out" and (cluster.folder / "hydra").is_dir()
+    assert [o.partition("=")[0] for o in options[-3:]] == ["--job-name", "--output", "--chdir"]
+
+
+def test_one_job_follows_all_points_that_there_are_by_now(cluster):
+    submit(cluster, POINTS[:1])
+    cluster.look()
+    assert cluster.submit_end(SETTINGS, "a sweep", "").job == 20
+    submit(cluster, POINTS)
+    cluster.look()
+    assert cluster.submit_end(SETTINGS, "a sweep", "").job == 40  # the first knows nothing of the others
+    assert "--dependency=afterany:10:30" in cluster.scheduler.scripts[40][0]
+    assert cluster.submit_end(SETTINGS, "a sweep", "") is None
+
+
+def call_of(tmp_path, scheduler, points=POINTS, **options):
+    options = SweepConfig(dir=str(tmp_path), report=False, **options)
+    given = Plan(list(points), [], {}), tmp_path, options, "a-1", ["sweep.py", "seed=1"], Budget(tmp_path)
+    return ClusterSweep(*given, settings=SETTINGS, scheduler=scheduler)
+
+
+def refusing(scheduler, which):
+    """Let a scheduler refuse submissions."""
+    hand_in = scheduler.submit
+
+    def submit(options, script):
+        if which(options):
+            raise SchedulerError("sbatch: over the limit")
+        return hand_in(options, script)
+
+    scheduler.submit = submit
+    return scheduler
+
+
+def is_array(options):
+    return any(option.startswith("--array") for option in options)
+
+
+def test_arrays_before_one_that_is_refused_are_told_and_followed(tmp_path, capsys):
+    scheduler = FakeScheduler(largest=2)
+    refusing(scheduler, lambda options: is_array(options) and len(scheduler.names) == 1)
+    assert call_of(tmp_path, scheduler, detach=True).run([]) == 0
+    said = capsys.readouterr().out
+    assert "submitted 2 points as job 10" in said
+    assert "warning: sbatch: over the limit; what was submitted goes on" in said
+    assert "2 points are queued or running as job 10; job 20 sums up after them" in said
+
+
+def test_a_queue_that_is_silent_after_the_submission_is_asked_again(tmp_path, monkeypatch, capsys):
+    scheduler, silent = FakeScheduler(), []
+    monkeypatch.setattr(on_cluster, "SHORTEST", 0.0)
+    jobs = scheduler.jobs
+
+    def ask(names):
+        if scheduler.names and len(silent) < 3:
+            silent.append(1)
+            raise SchedulerError("squeue: Socket timed out")
+        return jobs(names)
+
+    scheduler.jobs = ask
+    assert call_of(tmp_path, scheduler, detach=True).run([]) == 0
+    said = capsys.readouterr().out
+    assert "warning: squeue: Socket timed out" in said and "job 20 sums up after them" in said
+    silent[:] = [1, 1]
+    scheduler.jobs = lambda names: (_ for _ in ()).throw(SchedulerError("squeue: gone"))
+    with pytest.raises(ConfigError, match="hydra/launcher=submitit_slurm: squeue: gone"):
+        call_of(tmp_path, scheduler).run([])
+
+
+def test_without_the_job_that_follows_them_all_the_call_says_so(tmp_path):
+    scheduler = refusing(FakeScheduler(), lambda options: not is_array(options))
+    with pytest.raises(ConfigError, match="over the limit; job 10 goes on, but none follows: the same command with"):
+        call_of(tmp_path, scheduler, detach=True).run([])
+
+
+@pytest.mark.parametrize("retry", [True, False])
+def test_the_job_that_sums_up_hands_on_what_was_killed(retry, tmp_path, monkeypatch, capsys):
+    """It leaves again at once, with another job to follow, instead of waiting in person."""
+    scheduler, options = FakeScheduler(), {"detach": True, "retry_failed": retry}
+    assert call_of(tmp_path, scheduler, POINTS[:1], **options).run([]) == 0
+    scheduler.found["10_0"] = Job("FAILED")
+    known = {"status": "killed", "reason": "killed by SIGKILL", "job": "10_0"}
+    record(Cluster(tmp_path, POINTS, scheduler, ""), POINTS[0], **known)
+    scheduler.found["20"] = Job("RUNNING")
+    monkeypatch.setenv(on_cluster.CALL, "a-1")
+    capsys.readouterr()
+    assert call_of(tmp_path, scheduler, POINTS[:1], **options).run([]) == 0
+    assert "1 points are queued or running as job 30; job 40 sums up after them" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_waited_for(tmp_path, capsys):
+    call = call_of(tmp_path, FakeScheduler())
+    for _ in range(2):
+        with call._patience():
+            raise OSError(28, "No space left on device")
+    assert capsys.readouterr().out == f"warning: sweep.dir={tmp_path}: No space left on device; asking again\n"
 
 
 def test_after_ctrl_c_nothing_is_lost_or_cancelled_by_others(cluster):

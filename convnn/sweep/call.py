@@ -22,7 +22,7 @@ from convnn.sweep.job import job_options, launch
 from convnn.sweep.options import SweepConfig
 from convnn.sweep.plan import Plan, Point, save_plan
 from convnn.sweep.progress import Progress
-from convnn.sweep.state import PointState, lock_file, point_state, status_file, stop_file
+from convnn.sweep.state import PointState, lock_file, log_of, point_state, status_file, stop_file
 from convnn.sweep.warm import close as close_warm
 from convnn.text import command_line
 
@@ -149,7 +149,7 @@ class Sweep:
         for point in self.plan.points:
             state = states[point.fingerprint]
             if failures and state.status in (*FAILURES, CANCELLED):
-                lines.append(f"{state.status}: {point.name}: {state.reason}; log {self.folder / point.log}")
+                lines.append(f"{state.status}: {point.name}: {state.reason}{log_of(self.folder, point)}")
         counts = Counter(s.status for s in states.values())
         summary = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
         lines.append(f"sweep {self.folder}: {summary}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +13,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from convnn.config.compose import COMPOSE_ERRORS, hydra_context, translate
-from convnn.config.keys import meant, schema_node
+from convnn.config.keys import meant, nearest, schema_node
 from convnn.config.load import expanded
+from convnn.config.overrides import key_of
 from convnn.config.schema import Config
 from convnn.errors import ConfigError
 from convnn.ops.settings import check_fields, choice, number
@@ -77,6 +80,20 @@ class SweepRun(Config):
 ConfigStore.instance().store(name="sweep_schema", node=schema_node(SweepRun))
 
 
+def _unknown_to_hydra(error: Exception, launcher: Sequence[str]) -> ConfigError | None:
+    """Return the error for a key that a launcher or sweeper lacks, if that is what Hydra means."""
+    found = re.search(r"'(hydra\.[\w.]+)'", str(error))
+    if found is None:
+        return None
+    parent, _, leaf = found[1].rpartition(".")
+    with hydra_context(), suppress(*COMPOSE_ERRORS):
+        chosen = compose("sweep", [o for o in launcher if "/" in key_of(o)], return_hydra_config=True)
+        known = [str(key) for key in OmegaConf.select(chosen, parent) or () if not str(key).startswith("_")]
+        if known and leaf not in known:
+            return ConfigError(f"unknown key '{found[1]}'{nearest(leaf, known, f'{parent}.')}")
+    return None
+
+
 def sweep_options(overrides: Sequence[str], launcher: Sequence[str] = ()) -> SweepConfig:
     """Compose the ``sweep`` part of conf/sweep.yaml, and check Hydra's own overrides with it.
 
@@ -88,7 +105,7 @@ def sweep_options(overrides: Sequence[str], launcher: Sequence[str] = ()) -> Swe
             values = compose("sweep", [*overrides, *launcher])
         options: SweepConfig = OmegaConf.to_object(values.sweep)  # type: ignore[assignment]
     except (*COMPOSE_ERRORS, ValueError) as error:
-        raise translate(error, [*overrides, *launcher], SweepRun) from error
+        raise _unknown_to_hydra(error, launcher) or translate(error, [*overrides, *launcher], SweepRun) from error
     if not options.dir.strip():
         raise ConfigError("sweep.dir is empty; name a folder")
     options.dir = expanded(options.dir, "sweep.dir")

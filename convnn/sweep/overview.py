@@ -10,7 +10,7 @@ from convnn.runs.status import CANCELLED, COMPLETE, FAILURES, INTERRUPTED, PARTI
 from convnn.runtime.scheduler import Scheduler, SchedulerError, Slurm
 from convnn.sweep.cluster import Cluster
 from convnn.sweep.plan import Point, read_plan, to_point
-from convnn.sweep.state import PointState, point_state
+from convnn.sweep.state import PointState, log_of, point_state
 from convnn.sweep.submission import read_submissions
 
 MOST = 20
@@ -64,4 +64,4 @@ def _line(folder: Path, point: Point, state: PointState) -> str:
         text += f"  top-1 {state.top1:.2f} %"
     if state.reason:
         text += f"  {state.reason}"
-    return text + (f"; log {folder / point.log}" if state.status in FAILURES else "")
+    return text + (log_of(folder, point) if state.status in FAILURES else "")

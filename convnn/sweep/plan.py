@@ -82,6 +82,9 @@ def expand_points(
             with hydra_context():
                 parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
                 parsed = parser.parse_overrides(merged)
+                if between := next((o.input_line for o in parsed if o.is_interval_sweep()), None):
+                    way = "a grid takes values such as 0,0.5,1; hydra/sweeper=optuna searches an interval"
+                    raise ConfigError(f"{between}: {way}")
                 deleted = [str(o.input_line) for o in parsed if o.is_delete()]
                 batch = BasicSweeper.split_arguments([o for o in parsed if not o.is_delete()], None)[0]
                 for override in parsed:

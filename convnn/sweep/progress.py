@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from convnn.runs.status import CANCELLED, COMPLETE, FAILURES, INTERRUPTED, QUEUED, RUNNING
 from convnn.sweep.plan import Point
-from convnn.sweep.state import PointState, point_state
+from convnn.sweep.state import PointState, log_of, point_state
 from convnn.text import duration
 
 
@@ -53,8 +53,8 @@ class Display:
             text += f"  top-1 {state.top1:.2f} %"
         if state.reason:
             text += f"  {state.reason}"
-        if state.status in FAILURES and (self.folder / point.log).exists():
-            text += f"; log {self.folder / point.log}"
+        if state.status in FAILURES:
+            text += log_of(self.folder, point)
         left = len(self.todo) - len(self._done)
         if self._done and left and state.status not in (RUNNING, QUEUED):
             text += f"  (about {duration((time.monotonic() - self._start) / len(self._done) * left)} left)"

@@ -28,7 +28,7 @@ from convnn.sweep.options import SweepConfig
 from convnn.sweep.plan import Plan, Point, keep_known_names, point_name, save_plan
 from convnn.sweep.same_data import check_point
 from convnn.sweep.space import Space, read_space
-from convnn.sweep.state import point_state, stop_file
+from convnn.sweep.state import log_of, point_state, stop_file
 from convnn.sweep.study import JOURNAL, Follower, Running, SearchConfig, open_study, search_settings
 from convnn.sweep.warm import close as close_warm
 from convnn.text import command_line
@@ -241,7 +241,7 @@ class Search:
             self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             print(f"trial {trial.number}: {state.reason}", flush=True)
         else:
-            self._fail(trial, f"{state.status}: {state.reason or 'no accuracy'}; log {self.folder / running.point.log}")
+            self._fail(trial, f"{state.status}: {state.reason or 'no accuracy'}{log_of(self.folder, running.point)}")
         return True
 
     def _fail(self, trial: optuna.Trial, reason: str) -> None:

@@ -10,10 +10,16 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from convnn.config.compose import hydra_context, several_trackers, translate
+from convnn.config.load import to_config
 from convnn.errors import ConfigError
 from convnn.sweep.options import SweepRun
+
+MOST_CHECKED = 100
+"""Choices of a key that are looked at before the first trial."""
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -62,7 +68,27 @@ def read_space(overrides: Sequence[str]) -> Space:
     fixed = tuple(str(o.input_line) for o in parsed if not o.is_sweep_override())
     keys = {override.get_key_element(): override for override in swept}
     texts = {key: str(override.input_line).partition("=")[2] for key, override in keys.items()}
-    return Space(fixed, {key: _distribution(override) for key, override in keys.items()}, texts)
+    searched = {key: _distribution(override) for key, override in keys.items()}
+    for override in swept:
+        _check_ends(override)
+    return Space(fixed, searched, texts)
+
+
+def _check_ends(override: Override) -> None:
+    """Raise ConfigError for a choice, or an end of an interval, that no run could have."""
+    key, value = override.get_key_element(), override.value()
+    if isinstance(value, IntervalSweep):
+        ends = [str(value.start), str(value.end)]
+    else:
+        ends = [str(text) for text in override.sweep_string_iterator()]
+    for end in ends[:MOST_CHECKED]:
+        try:
+            to_config(OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={end}"])))
+        except ConfigError as error:
+            if str(error).startswith(f"{key}="):  # of itself, whatever the other keys are
+                raise ConfigError(f"{override.input_line}: {error}") from error
+        except OmegaConfBaseException:
+            return  # of a group, or of the user's own
 
 
 def _distribution(override: Override) -> BaseDistribution:

@@ -39,6 +39,11 @@ def lock_file(folder: Path, point: Point) -> Path:
     return folder / "status" / f"{point.fingerprint}.lock"
 
 
+def log_of(folder: Path, point: Point) -> str:
+    """Return where a failed point's log is, to follow its reason; nothing if it never began."""
+    return f"; log {folder / point.log}" if (folder / point.log).exists() else ""
+
+
 def prune_file(folder: Path, point: Point) -> Path:
     """Return the file that asks whoever runs a point to stop it, as a search sees no promise in it; it says why."""
     return folder / "status" / f"{point.fingerprint}.prune"

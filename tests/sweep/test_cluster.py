@@ -359,6 +359,8 @@ def test_the_overview_lists_what_is_open(cluster):
     cluster.scheduler.found["10_0"] = Job("COMPLETED")
     record(cluster, POINTS[2], status="failed", reason="no such file", job="10_2")
     cluster.scheduler.found["10_2"] = Job("FAILED")
+    (cluster.folder / "logs").mkdir()
+    (cluster.folder / "logs" / "p2.log").touch()
     cluster.look()
     cluster.submit_end(SETTINGS, "a sweep", "#!/bin/bash")
     before = sorted(cluster.folder.rglob("*"))

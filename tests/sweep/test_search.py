@@ -170,6 +170,13 @@ def test_failures_stop_nothing_and_equal_trials_are_one_run(search, tmp_path):
         (["optim.lr=tag(log,interval(0,1))"], "cannot be searched"),
         (["operator.k=tag(log,range(1,9))"], "the only tag is log"),
         (["operator.k=int(interval(0.1,0.9))"], "nothing to choose"),
+        (["operator.blend=interval(0,2)"], r"interval\(0,2\): operator.blend=2.0 must lie in \[0, 1\]"),
+        (["operator.blend=choice(0,0.5,-1)"], r"operator.blend=-1.0 must lie in \[0, 1\]"),
+        (["operator.similarity=cosine,dott"], "operator.similarity=dott is not one of"),
+        (
+            [BLEND, "hydra.sweeper.ntrials=3"],
+            "ntrials'; did you mean 'hydra.sweeper.n_trials'",
+        ),
         (["tracker=wandb,tensorboard"], "list of options"),
         (["grid=study_resnet", BLEND], "sweep.points"),
     ],
@@ -226,7 +233,7 @@ def test_the_space_is_that_of_hydras_sweep_syntax():
     space = read_space([
         "data=digits", "operator=convnn,hybrid", "+operator.options.a=choice(1,x)", "operator.blend=interval(0,1)",
         "optim.lr=tag(log,interval(1e-4,1e-1))", "operator.k=int(interval(1,9))", "seed=range(0,5,2)",
-        "swap.fraction=range(0.5,1.1,0.25)",
+        "optim.weight_decay=range(0.5,1.1,0.25)",
     ])  # fmt: skip
     d = optuna.distributions
     assert space.fixed == ("data=digits",)
@@ -237,7 +244,7 @@ def test_the_space_is_that_of_hydras_sweep_syntax():
         "optim.lr": d.FloatDistribution(1e-4, 1e-1, log=True),
         "operator.k": d.IntDistribution(1, 9),
         "seed": d.IntDistribution(0, 4, step=2),
-        "swap.fraction": d.FloatDistribution(0.5, 1.0, step=0.25),
+        "optim.weight_decay": d.FloatDistribution(0.5, 1.0, step=0.25),
     }
     params = {key: getattr(one, "low", None) or one.choices[0] if hasattr(one, "choices") else one.low
               for key, one in space.searched.items()}  # fmt: skip

@@ -105,7 +105,7 @@ def _back_into_the_queue(scheduler: Scheduler, folder: Path, submission: Submiss
     now. Where the scheduler refuses, whoever looks at the sweep next submits the point again.
     """
     try:
-        job = scheduler.jobs([submission.name]).get(number)
+        job = scheduler.by_number([number]).get(number)
     except SchedulerError:
         return
     if job is not None and job.state == RUNNING and not read_submission(folder, submission.name).stopped:

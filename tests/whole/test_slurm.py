@@ -145,8 +145,9 @@ def kill(number):
 
 
 def start_now(number):
-    """SLURM holds a job that was requeued for two minutes."""
+    """SLURM holds a job that was requeued for two minutes: at once its node may not be done with it, and it fails."""
     wait(lambda: state(number) == "PENDING")
+    time.sleep(2)
     asked("scontrol", "update", f"JobId={number}", "StartTime=now")
 
 

@@ -31,6 +31,8 @@ class RunWeights:
     """Names of its layers that choose neighbours."""
     classes: tuple[str, ...]
     """In the order of its outputs; empty if the checkpoint does not tell."""
+    channels: int = 3
+    """Of its images; of the first versions' checkpoints, which do not tell, 3 is assumed."""
 
     @property
     def swapped(self) -> bool:
@@ -46,7 +48,7 @@ class RunWeights:
         state = read_weights(self.path, config.checkpoint_sha256)
         if self.classes and classes and self.classes != tuple(classes):
             state = {name: tensor for name, tensor in state.items() if not name.startswith(head_prefixes(model))}
-        put_weights(model, state, config, in_chans)
+        put_weights(model, state, config, in_chans, self.channels)
         model.pretrained_cfg["of_run"] = True  # type: ignore[index, operator]
 
     def check(self, model: nn.Module, config: Config) -> None:
@@ -76,5 +78,6 @@ def run_weights(backbone: BackboneConfig) -> RunWeights | None:
         return None
     if not isinstance(content, Mapping) or not {"identity", "fingerprint", "model", "spectrum"} <= content.keys():
         return None
-    classes = (content.get("data") or {}).get("classes") or ()  # checkpoints of version 0.1 have none
-    return RunWeights(path, content["identity"], frozenset(content["spectrum"]), tuple(classes))
+    data = content.get("data") or {}
+    classes, shape = data.get("classes") or (), data.get("shape") or (3,)  # checkpoints of version 0.1 have none
+    return RunWeights(path, content["identity"], frozenset(content["spectrum"]), tuple(classes), int(shape[0]))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import adapt_input_conv, clean_state_dict
+from timm.models import clean_state_dict
 from timm.models import load_state_dict as load_safetensors
 from torch import Tensor, nn
 
@@ -40,8 +41,15 @@ def load_checkpoint_file(model: nn.Module, config: BackboneConfig, in_chans: int
     put_weights(model, read_weights(Path(config.checkpoint or ""), config.checkpoint_sha256), config, in_chans)
 
 
-def put_weights(model: nn.Module, state: State, config: BackboneConfig, in_chans: int) -> None:
+def put_weights(model: nn.Module, state: State, config: BackboneConfig, in_chans: int, from_chans: int = 3) -> None:
     """Load what ``read_weights`` returned into a model, as ``load_checkpoint_file`` says.
+
+    Args:
+        model: whose first layer may be replaced already.
+        state: changed in place.
+        config: of the backbone, for messages.
+        in_chans: channels of the model's images.
+        from_chans: of the images that the weights were trained on.
 
     Raises:
         ConfigError: if they are other weights than the model's.
@@ -49,17 +57,20 @@ def put_weights(model: nn.Module, state: State, config: BackboneConfig, in_chans
     said = f"backbone.checkpoint={config.checkpoint}"
     settings: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
     heads = _heads(model)
+    named = settings.get("first_conv") or ()
+    first = tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
     try:
         state, whose = timm_names(state, heads[0] if heads else "head")
         state = _as_timm_does(model, state)
-        _adapt_first(state, model, settings.get("first_conv"), in_chans)
+        _adapt_first(state, model, first, from_chans, in_chans)
     except Exception as error:  # whatever comes of weights of another network
         raise ConfigError(f"{said} is not of {config.name}: {first_line(error)}") from error
     anew = _without_other_heads(state, model, heads)
     misfit = _misfit(state, model, heads)
     if misfit:
         names = "" if whose == "timm" else f", by the names of {whose},"
-        raise ConfigError(f"{said} does not fit {config.name}: it{names} {misfit}")
+        way = _other_channels(state, model, first, from_chans, in_chans)
+        raise ConfigError(f"{said} does not fit {config.name}: it{names} {misfit}{way}")
     model.load_state_dict(state, strict=False)
     settings["num_classes"] = None if anew else getattr(model, "num_classes", None)
     model.pretrained_cfg = settings  # type: ignore[assignment]
@@ -137,14 +148,50 @@ def _as_timm_does(model: nn.Module, state: State) -> State:
     return found
 
 
-def _adapt_first(state: State, model: nn.Module, first: Any, in_chans: int) -> None:
-    """Adapt the first convolutions to images of other channels, as timm does."""
-    for name in (first,) if isinstance(first, str) else first or ():
-        weight = state.get(f"{name}.weight")
-        if weight is None or weight.ndim != 4 or weight.shape[1] != 3:  # such as of a replaced layer
+def _adapt_first(state: State, model: nn.Module, first: tuple[str, ...], base: int, in_chans: int) -> None:
+    """Adapt the first convolutions, replaced ones too, to images of other channels.
+
+    Only weights whose axis 1 is that of the images' channels, and which differ in nothing else.
+    """
+    for name, own in model.state_dict().items():
+        weight = state.get(name)
+        if weight is None or not name.startswith(first) or weight.ndim < 2 or weight.ndim != own.ndim:
             continue
-        if model.get_parameter(f"{name}.weight").shape[1] != 3:
-            state[f"{name}.weight"] = adapt_input_conv(in_chans, weight)
+        if (weight.shape[1], own.shape[1]) == (base, in_chans) and base != in_chans:
+            state[name] = adapt_channels(weight, in_chans)
+
+
+def adapt_channels(weight: Tensor, in_chans: int) -> Tensor:
+    """Adapt a weight to images of other channels by timm's rule (``adapt_input_conv``), whatever axes follow.
+
+    To one channel the sum; else the channels over and over, as many as are needed, times ``C / in_chans``. From one to
+    several, to one, and to a multiple of C, images of equal channels give what they gave.
+
+    Args:
+        weight: (O, C, ...).
+        in_chans: channels of the images.
+
+    Returns:
+        (O, in_chans, ...) of the same type, summed in float32 at least.
+    """
+    base, wide = weight.shape[1], weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if in_chans == 1:
+        return wide.sum(1, keepdim=True).to(weight.dtype)
+    repeated = torch.cat([wide] * math.ceil(in_chans / base), dim=1)[:, :in_chans]
+    return (repeated * (base / in_chans)).to(weight.dtype)
+
+
+def _other_channels(state: State, model: nn.Module, first: tuple[str, ...], base: int, in_chans: int) -> str:
+    """Return the way out where a first layer does not fit because the images have other channels, else nothing."""
+    own = model.state_dict()
+    shapes = [name for name in own if name.startswith(first) and name in state and state[name].shape != own[name].shape]
+    if base == in_chans or not shapes:
+        return ""
+    kinds = [f"{count} channel{'s' if count > 1 else ''}" for count in (base, in_chans)]
+    return (
+        f"; {shapes[0]} stems from images of {kinds[0]} and cannot be adapted to {kinds[1]}: choose data of "
+        f"{kinds[0]}, or leave out backbone.checkpoint"
+    )
 
 
 def _without_other_heads(state: State, model: nn.Module, heads: tuple[str, ...]) -> list[str]:

@@ -26,13 +26,18 @@ def pick_device(name: str) -> torch.device:
     ``auto`` is CUDA where there is some, else the CPU. Apple's GPUs (mps) have to be asked for.
 
     Raises:
-        ConfigError: if this machine, or this torch, has no such device.
+        ConfigError: if it names no device, or one that this machine or this torch has not.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and distributed.world().size > 1:
         name = f"cuda:{distributed.world().local_rank}"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # whose message lists dozens of names
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"device={name} is not one of auto, cpu, cuda, cuda:N, mps")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:

@@ -28,6 +28,7 @@ from convnn.models.swap import export_layers, neighbor_layers
 from convnn.runs.card import model_card
 from convnn.runs.checkpoint import load_model_state
 from convnn.runs.data_record import DataRecord
+from convnn.runtime.device import pick_device
 from convnn.runtime.files import read_json, write_json, write_text
 from convnn.runtime.owned import Owner, naming
 from convnn.train.finished import LoadedModel
@@ -88,14 +89,14 @@ def load_exported(folder: str | os.PathLike[str], *, device: str = "auto", trust
 
     Args:
         folder: with model.safetensors and config.json.
-        device: that ``predict`` computes on, as ``device=`` of train.py.
+        device: that ``predict`` computes on, as ``device=`` of train.py; ``auto`` is settled here.
         trust_code: import the modules that config.json names besides convnn's and timm's own, which runs their code.
 
     Raises:
-        ConfigError: if the folder is none of an export, or names code that is not trusted.
+        ConfigError: if the folder is none of an export, names code that is not trusted, or there is no such device.
         CheckpointError: if the weights are damaged or do not fit.
     """
-    place = Path(folder)
+    place, chosen = Path(folder), str(pick_device(device))
     own = (read_json(place / CONFIG) or {}).get("convnn")
     if not isinstance(own, dict) or not isinstance(own.get("format"), int):
         raise ConfigError(f"{place} is no exported model: it has no {CONFIG} that scripts/export.py wrote")
@@ -113,7 +114,7 @@ def load_exported(folder: str | os.PathLike[str], *, device: str = "auto", trust
         classes, shape, image_size = list(own["classes"]), list(own["shape"]), int(own["image_size"])
         if not trust_code:
             _check_code(config, place)
-        config.device = device
+        config.device = chosen
         config.backbone = without_weights(config.backbone)  # no other file is read
         if own["plain"]:
             model = create_backbone(config.backbone, len(classes), shape[0], image_size)

@@ -19,6 +19,7 @@ from convnn.data.images import reading
 from convnn.data.splits import AnySplit, Split
 from convnn.errors import ConfigError
 from convnn.runs.metrics import read_metrics
+from convnn.runtime.device import pick_device
 from convnn.runtime.files import read_json
 from convnn.train import restore
 from convnn.train.predictions import Predictions, predict
@@ -117,16 +118,16 @@ def load_run(
     Args:
         folder: of the run.
         checkpoint: ``last`` or ``best``.
-        device: that ``predict`` computes on, as ``device=`` of train.py.
+        device: that ``predict`` computes on, as ``device=`` of train.py; ``auto`` is settled here.
         data_root: where the data is, for folders of before runs recorded their classes and the size of their images.
 
     Raises:
         CheckpointError: if the checkpoint is missing, damaged or does not fit.
-        ConfigError: if the folder is none of a run.
+        ConfigError: if the folder is none of a run, or there is no such device.
     """
-    place = Path(folder)
+    place, chosen = Path(folder), str(pick_device(device))
     config = load_config(place)
-    config.device = device
+    config.device = chosen
     if data_root is not None:
         config.data.root = data_root
     found = restore.load_run(config, place, checkpoint, splits=(), other_data=data_root is not None)

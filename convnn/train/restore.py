@@ -26,6 +26,8 @@ from convnn.models.swap import neighbor_layers
 from convnn.runs.checkpoint import load_checkpoint, load_model_state
 from convnn.runs.data_record import DataRecord
 from convnn.runs.folder import known_record
+from convnn.runs.record import read_result
+from convnn.runs.status import COMPLETE, DIVERGED, UNFINISHED
 from convnn.train.predictions import Predictions, predict
 
 log = logging.getLogger("convnn")
@@ -69,6 +71,8 @@ def load_run(
 ) -> Restored:
     """Rebuild the model of ``checkpoints/<checkpoint>.pt``, and load the data where that is needed.
 
+    A run that is not complete is a warning.
+
     Args:
         config: of the run, as its folder has it.
         folder: of the run.
@@ -98,7 +102,29 @@ def load_run(
     for name, layer in neighbor_layers(model).items():
         layer.set_spectrum(**state["spectrum"][name])
         layer.backend = "auto"  # a run that demanded kernels may be evaluated without them
+    _warn_unless_complete(config, folder, checkpoint, state)
     return Restored(model, image_size, classes, shape, state, dataset, same)
+
+
+def _warn_unless_complete(config: Config, folder: Path, checkpoint: str, state: dict[str, Any]) -> None:
+    """Warn that a run is interrupted, has diverged or is still to end, with what its checkpoint is worth."""
+    result, train = read_result(folder) or {}, config.train
+    status = result.get("status", UNFINISHED)
+    if status == COMPLETE and len(result.get("extended_from") or ()) < len(train.extended_from):
+        status = UNFINISHED  # it was complete before it was extended
+    if status == COMPLETE:
+        return
+    most = "" if train.max_steps is None else f", of at most {train.max_steps}"
+    log.warning(
+        "%s %s; the weights of its %s checkpoint are those after %d of %d epochs (step %d%s)",
+        folder,
+        "has diverged" if status == DIVERGED else f"is {status}",
+        checkpoint,
+        state["epoch"],
+        train.epochs,
+        state["step"],
+        most,
+    )
 
 
 def _load_data(

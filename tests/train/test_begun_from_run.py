@@ -5,11 +5,13 @@ import shutil
 import pytest
 import torch
 from helpers import equal_states, tiny
+from timm.models import adapt_input_conv
 
 from convnn.config.identity import fingerprint
 from convnn.errors import ConfigError
 from convnn.models.build import build_network
 from convnn.models.swap import neighbor_layers
+from convnn.models.weights import adapt_channels, put_weights
 from convnn.runs.checkpoint import load_checkpoint
 from convnn.train.run import run
 
@@ -68,6 +70,64 @@ def test_a_first_convolution_takes_images_of_one_channel(swapped):
     model, _, _ = build_network(tiny(*SWAP, f"backbone.checkpoint={swapped}"), 10, (1, 8, 8))
     wanted = weights_of(swapped, "ema")["conv1.weight"].sum(1, keepdim=True)
     torch.testing.assert_close(model.conv1.weight, wanted)
+
+
+@pytest.mark.parametrize("base, count", [(3, 1), (1, 3), (3, 4), (3, 8), (4, 3), (2, 6)])
+def test_channels_are_adapted_as_timm_does_it(base, count):
+    weight = torch.randn(8, base, 3, 3)
+    torch.testing.assert_close(adapt_channels(weight, count), adapt_input_conv(count, weight, base))
+    assert adapt_channels(weight.flatten(2).half(), count).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    "overrides, base, count",
+    [
+        (["swap=none"], 3, 1),
+        (["operator=conv2d"], 3, 1),
+        (["operator=spectrum", "operator.similarity=euclidean", "operator.blend=1"], 3, 1),
+        (["operator=spectrum", "operator.similarity=dot", "operator.blend=0.5"], 1, 3),
+        (["operator=hybrid", "operator.similarity=euclidean"], 3, 1),
+        (["operator=hybrid", "operator.similarity=euclidean"], 1, 3),
+        (["operator=hybrid"], 1, 4),  # cosine: grey pixels are alike or opposite, of 4 channels without rounding too
+        (["operator=hybrid"], 4, 1),
+        (["operator=convnn", "operator.aggregation=edge", "operator.similarity=euclidean"], 3, 1),
+        (["operator=convnn", "operator.aggregation=gin", "operator.similarity=euclidean"], 1, 3),
+        (["operator=depthwise_conv2d"], 2, 1),  # whose weights are the same for any channels
+        (["operator=acmix"], 3, 1),
+    ],
+)
+def test_a_first_layer_answers_equal_channels_as_it_answers_grey(overrides, base, count):
+    """In float64: selection by features and sums alike."""
+    config = tiny(*overrides, *([] if "swap=none" in overrides else ["swap.match=conv1", "swap.init=fresh"]))
+    models = {size: build_network(config, 10, (size, 8, 8))[0].double().eval() for size in (base, count)}
+    state = {k: v for k, v in models[base].state_dict().items() if not k.endswith("_extra_state")}
+    put_weights(models[count], state, config.backbone, count, base)
+    images = torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    answers = [model.conv1(images.expand(-1, size, -1, -1).contiguous()) for size, model in models.items()]
+    torch.testing.assert_close(*answers, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("of", [["aggregation=separable"], ["aggregation=max_relative"], ["coordinates=true"]])
+def test_a_first_layer_that_cannot_be_adapted_is_refused_with_a_way_out(of):
+    config = tiny("operator=convnn", "swap.match=conv1", *(f"operator.{key}" for key in of))
+    models = [build_network(config, 10, (size, 8, 8))[0] for size in (3, 1)]
+    state = {k: v for k, v in models[0].state_dict().items() if not k.endswith("_extra_state")}
+    way = r"stems from images of 3 channels and cannot be adapted to 1 channel: choose data of 3 channels, or leave out"
+    with pytest.raises(ConfigError, match=rf"has another shape of conv1\.\S*weight .*; conv1\.\S*weight {way} backb"):
+        put_weights(models[1], state, config.backbone, 1, 3)
+
+
+def test_a_replaced_first_layer_goes_from_colour_to_grey_and_back(tmp_path):
+    whole, parts = ["operator=hybrid", "swap=all_conv", *SHORT], ["neighbors.weight", "conv.weight"]
+    run(tiny(*whole, f"run.dir={tmp_path}/rgb"))
+    more = ["data=digits", "data.limit=32", "data.limit_test=16", f"backbone.checkpoint={tmp_path}/rgb"]
+    model, _, _ = build_network(tiny(*whole, *more), 10, (1, 8, 8))
+    run(tiny(*whole, *more, f"run.dir={tmp_path}/grey"))
+    back, _, _ = begun(tmp_path / "grey", *whole)
+    for part in parts:
+        rgb, grey = (weights_of(tmp_path / name)[f"conv1.{part}"] for name in ("rgb", "grey"))
+        torch.testing.assert_close(model.conv1.get_parameter(part), rgb.sum(1, keepdim=True))
+        torch.testing.assert_close(back.conv1.get_parameter(part), grey.expand_as(rgb) / 3)
 
 
 def test_a_classifier_of_other_classes_begins_anew(swapped):

@@ -69,6 +69,23 @@ def test_what_is_no_run_is_refused(place, tmp_path):
         convnn.load_run(place / "run", checkpoint="newest")
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda:1", r"^device=cuda:1: this machine has 0 usable CUDA devices; set device=cpu or auto$"),
+        ("gpu", r"^device=gpu is not one of auto, cpu, cuda, cuda:N, mps$"),
+        ("meta", r"^device=meta is not one of auto"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_at_once(device, message, place, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=message):
+        convnn.load_run(place / "run", device=device)
+    with pytest.raises(ConfigError, match=message):
+        convnn.load_exported(place, device=device)
+    assert convnn.load_run(place / "run").config.device == "cpu"
+
+
 def test_metrics_need_pandas(place, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ConfigError, match=r"pip install convnn\[report\]"):

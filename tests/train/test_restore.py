@@ -1,6 +1,7 @@
 """Programs that read a run use it as it was trained: its configuration, its classes, its images, its draws."""
 
 import json
+import logging
 import re
 
 import pytest
@@ -13,12 +14,14 @@ from training import stop_after
 
 from convnn.cli.evaluate import evaluate
 from convnn.cli.export import export
+from convnn.cli.predict import predict
 from convnn.cli.visualize import visualize
 from convnn.config.load import load_config
 from convnn.data.classes import class_order
 from convnn.data.datasets import load_imagefolder
 from convnn.errors import ConfigError
 from convnn.train.evaluate import evaluate as evaluate_model
+from convnn.train.finished import load_run as load_object
 from convnn.train.restore import evaluate_run, load_run
 from convnn.train.run import run
 
@@ -231,3 +234,35 @@ def test_the_messages_are_one_line(finished, tmp_path):
         r"data_root=DIR",
         refusal("evaluate", where),
     )
+
+
+# ------------------------------------------------------------------------------------------- runs that have not ended
+
+
+def test_an_unfinished_run_is_a_warning_wherever_it_is_used(tmp_path, monkeypatch, capsys, caplog):
+    root, where = write_pets(tmp_path / "pets"), tmp_path / "run"
+    stop_after(monkeypatch, 0)
+    run(folder_config(root, where, "operator=conv2d", "swap.init=transfer", "swap.last=1", "train.epochs=3"))
+    weights = r"the weights of its last checkpoint are those after 0 of 3 epochs \(step 0\)"
+    programs = PROGRAMS | {"predict": lambda place: predict([f"run={place}", str(root / "test"), "device=cpu"])}
+    for use in [*programs.values(), load_object]:
+        caplog.clear()
+        use(where)
+        assert re.fullmatch(rf"{where} is interrupted; {weights}", "\n".join(caplog.messages))
+        assert {record.levelno for record in caplog.records} == {logging.WARNING}
+        assert "interrupted" not in capsys.readouterr().out
+    (where / "result.json").unlink()
+    load_object(where)
+    assert "is unfinished; " in caplog.messages[-1]
+
+
+def test_a_complete_run_is_none_until_it_is_extended(finished, tmp_path, caplog):
+    _, where = copied(finished, tmp_path)
+    for checkpoint in ("last", "best"):
+        load_object(where, checkpoint=checkpoint)
+    assert not caplog.messages
+    config = load_config(where)
+    config.train.extended_from = [{"epochs": config.train.epochs}]
+    config.train.epochs += 2
+    load_run(config, where, "last", splits=())
+    assert re.search(rf"is unfinished; .* after {config.train.epochs - 2} of {config.train.epochs} ep", caplog.text)

@@ -97,6 +97,13 @@ def test_the_packages_are_those_of_the_checked_rule():
     assert tree == [name for name in told if (ROOT / "convnn" / name).is_dir()]
 
 
+def test_the_installed_programs_are_all_named():
+    programs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    for page, start in ((ROOT / "README.md", "Installed as"), (ROOT / "docs" / "extending.md", "Installed in another")):
+        told = re.search(rf"^{start} .*?(?=\n\n)", page.read_text(), re.M | re.S)
+        assert sorted(re.findall(r"`(convnn-[a-z-]+)`", told[0])) == sorted(programs), page
+
+
 def commands(program, *pages):
     """Arguments of the complete commands of a program, with a folder for DIR; the reader's own code is left out."""
     for page in pages:

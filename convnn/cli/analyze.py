@@ -31,7 +31,7 @@ are others. Writes NAME.png, NAME.svg and NAME.csv (mean, interval and seeds of 
 them. docs/analyses.md says what each means.
   DIR     a run folder, a sweep folder, or any folder above them; the runs of all are taken together
 {options}
-Exit codes: 0 done, 1 a run cannot be read or the disk refused, 2 wrong arguments or no finished run.
+Exit codes: 0 done, 1 a run or an analysis of it failed, or the disk refused, 2 wrong arguments or no finished run.
 """
 
 
@@ -89,7 +89,7 @@ def analyze(argv: list[str]) -> int:
         else:
             lines.append([name, "0", "0", "-", reasons])
     print(aligned(["analysis", "arms", "runs", "picture", "does not apply to some runs"], lines))
-    print(f"{found.measured} measured, {found.kept} kept, {len(found.failed)} runs failed")
+    print(f"{found.measured} measured, {found.kept} kept, {len(found.failed_runs)} runs failed")
     for failure in found.failed:
         print(f"failed: {failure}", file=sys.stderr)
     return EXIT_FAILED if found.failed else 0

@@ -48,7 +48,7 @@ class Analysis:
         NotApplicable: where it says nothing about the run.
     """
     headline: Callable[[Result], dict[str, float]]
-    """The few numbers that stand for a result; the same names for every run."""
+    """The few numbers that stand for a result; the same names for every run, without those that are not known of it."""
     draw: Callable[[Sequence[ArmResults]], Figure]
     compare: Callable[[Sequence[ArmResults]], Sequence[ArmResults]] | None = None
     """Adds to the results what follows from several runs, such as likenesses; before they are drawn and tabled."""

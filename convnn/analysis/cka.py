@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from convnn.analysis.base import Analysis, ArmResults, NotApplicable, Result
-from convnn.analysis.drawing import INTERVAL, draw_headline, draw_series, drawn_arms, figure_of
+from convnn.analysis.drawing import INTERVAL, draw_headline, draw_series, drawn_arms, figure_of, short_names
 from convnn.analysis.features import depths, feature_maps
 from convnn.analysis.subject import Subject
 from convnn.data.splits import split_fingerprint
@@ -116,13 +117,20 @@ def compare(arms: Sequence[ArmResults]) -> list[ArmResults]:
     A value of a seed is that with the other arm's run of the next seed, the first one after the last: no pair counts
     twice, and two runs of one seed begin with the same weights, which would make them more alike. Within an arm each
     run is in two pairs, so that its interval is somewhat too narrow; two runs are one pair. The first arm is that of
-    the lowest blend.
+    ``first_arm``.
     """
-    first = drawn_arms(arms)[0]
+    first = first_arm(arms)
     return [
         replace(arm, results={seed: _compared(seed, result, arm, first) for seed, result in arm.results.items()})
         for arm in arms
     ]
+
+
+def first_arm(arms: Sequence[ArmResults]) -> ArmResults:
+    """Return the arm of the lowest blend among those that saw the same images at the same layers as most arms did."""
+    seen = [(one["images"], tuple(one["layers"])) for arm in arms for one in [next(iter(arm.results.values()))]]
+    most = Counter(seen).most_common(1)[0][0]
+    return drawn_arms([arm for arm, own in zip(arms, seen, strict=True) if own == most])[0]
 
 
 def _compared(seed: int, result: Result, arm: ArmResults, first: ArmResults) -> Result:
@@ -140,23 +148,31 @@ def _compared(seed: int, result: Result, arm: ArmResults, first: ArmResults) -> 
 
 def draw(arms: Sequence[ArmResults]) -> Figure:
     """Draw how alike the depths of a network are, and networks to the first arm's over depth."""
-    shown = evenly_spread(drawn_arms(arms), _TILES)
+    shown, short = evenly_spread(drawn_arms(arms), _TILES), short_names(arms)
+    first = first_arm(arms).name
+    ylabels = {
+        FIRST: f"CKA to {plain_text(short.get(first, first), 20)}",
+        OWN: "CKA between seeds",
+        "likeness to the last depth": "CKA to the last depth",
+    }
+    results = [result for arm in drawn_arms(arms) for result in arm.results.values()]
+    ylabels = {name: text for name, text in ylabels.items() if any(name in result["series"] for result in results)}
+    count = len(ylabels) + 1
 
     def panels(axes: list[Any]) -> dict[str, Any]:
-        entries = draw_series(axes[0], arms, FIRST, f"CKA to {plain_text(drawn_arms(arms)[0].name, 20)}")
-        draw_series(axes[1], arms, OWN, "CKA between seeds")
-        draw_series(axes[2], arms, "likeness to the last depth", "CKA to the last depth")
-        draw_headline(axes[3], arms, headline, "cka_adjacent", "CKA of adjacent depths")
-        for panel in axes[:3]:
+        entries: dict[str, Any] = {}
+        for panel, (name, ylabel) in zip(axes, ylabels.items(), strict=False):
+            entries = draw_series(panel, arms, name, ylabel)
             panel.set_ylim(top=1.02)
-        for panel, arm in zip(axes[4:], shown, strict=True):
-            _draw_depths(panel, arm)
+        draw_headline(axes[count - 1], arms, headline, "cka_adjacent", "CKA of adjacent depths")
+        for panel, arm in zip(axes[count:], shown, strict=True):
+            _draw_depths(panel, arm, short[arm.name])
         return entries
 
-    return figure_of(4, panels, f"Linear CKA, debiased ({INTERVAL})", tiles=len(shown))
+    return figure_of(count, panels, f"Linear CKA, debiased ({INTERVAL})", tiles=len(shown))
 
 
-def _draw_depths(axes: Any, arm: ArmResults) -> None:
+def _draw_depths(axes: Any, arm: ArmResults, title: str) -> None:
     first = next(iter(arm.results.values()))
     mean = np.mean([r["likeness"] for r in arm.results.values() if r["layers"] == first["layers"]], axis=0)
     image = axes.imshow(mean, cmap=COLOUR_MAP, vmin=0, vmax=1, origin="lower")
@@ -164,7 +180,7 @@ def _draw_depths(axes: Any, arm: ArmResults) -> None:
     places = evenly_spread(list(range(len(names))), 8)
     axes.set_xticks(places, [names[i] for i in places], rotation=35, ha="right", fontsize=10)
     axes.set_yticks(places, [names[i] for i in places], fontsize=10)
-    axes.set_title(plain_text(arm.name, 24), fontsize=12)
+    axes.set_title(plain_text(title, 24), fontsize=12)
     axes.figure.colorbar(image, ax=axes, shrink=0.8)
 
 

@@ -6,13 +6,14 @@ the share of its images on the diagonal (its recall). Shapes: N images, K classe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from convnn.analysis.base import Analysis, ArmResults, Mean, Result, series_means
-from convnn.analysis.drawing import INTERVAL, draw_headline, drawn_arms, figure_of, looks_of
+from convnn.analysis.drawing import INTERVAL, draw_headline, drawn_arms, figure_of, legend_name, looks_of, short_names
 from convnn.analysis.outputs import class_outputs
 from convnn.analysis.subject import Subject
 from convnn.figures.style import COLOUR_MAP, evenly_spread, plain_text
@@ -63,40 +64,51 @@ def mean_shares(arm: ArmResults) -> np.ndarray:
 
 def draw(arms: Sequence[ArmResults]) -> Figure:
     """Draw the accuracy of classes, the worst one along the spectrum, and the confusion at the first and last arm."""
-    ordered = drawn_arms(arms)
-    first, last = ordered[0], ordered[-1]
+    ordered, short = drawn_arms(arms), short_names(arms)
+    alike = _of_most_classes(ordered)
+    first, last = alike[0], alike[-1]
 
     def panels(axes: list[Any]) -> dict[str, Any]:
-        entries = _draw_accuracies(axes[0], ordered)
+        entries = _draw_accuracies(axes[0], arms)
         draw_headline(axes[1], arms, headline, "worst_class", "accuracy of the worst class")
         names = [str(at) for at in series_means(first, "accuracy")[0]]
-        _draw_matrix(axes[2], 100 * mean_shares(first), names, f"{first.name}: taken for (%)", difference=False)
-        if first is last or names != [str(at) for at in series_means(last, "accuracy")[0]]:
-            axes[3].set_visible(False)  # of other classes there is no difference
+        _draw_matrix(axes[2], 100 * mean_shares(first), names, f"{short[first.name]}: taken for (%)", difference=False)
+        if first is last:
+            axes[3].set_visible(False)
         else:
             change = 100 * (mean_shares(last) - mean_shares(first))
-            title = f"{last.name} less {first.name} (points)"
+            title = f"{short[last.name]} less {short[first.name]} (points)"
             _draw_matrix(axes[3], change, names, title, difference=True)
         return entries
 
     return figure_of(4, panels, f"Classes ({INTERVAL})")
 
 
+def _of_most_classes(arms: Sequence[ArmResults]) -> list[ArmResults]:
+    """Return the arms of the classes that most of them have: others have no difference."""
+    classes = [tuple(series_means(arm, "accuracy")[0]) for arm in arms]
+    most = Counter(classes).most_common(1)[0][0]
+    return [arm for arm, own in zip(arms, classes, strict=True) if own == most]
+
+
 def _draw_accuracies(axes: Axes, arms: Sequence[ArmResults]) -> dict[str, Any]:
-    """Draw a group of points a class, one for each arm; return the legend's entries."""
+    """Draw a group of points a class, one for each arm that has it; return the entries of those that are drawn."""
+    short, ordered = short_names(arms), drawn_arms(arms)
+    looks = looks_of(ordered)
+    names = list(series_means(_of_most_classes(ordered)[0], "accuracy")[0])
+    arms = [arm for arm in ordered if set(names) & set(series_means(arm, "accuracy")[0])]
     by_arm: list[dict[Any, Mean]] = [dict(zip(*series_means(arm, "accuracy"), strict=True)) for arm in arms]
-    names = list(by_arm[0])
     spread = {name: np.ptp([found[name].mean for found in by_arm if name in found]) for name in names}
     if len(names) > MAX_CLASSES:
         chosen = set(sorted(names, key=lambda name: -spread[name])[:MAX_CLASSES])
         names = [name for name in names if name in chosen]
-    looks, entries = looks_of(arms), {}
+    entries: dict[str, Any] = {}
     for i, (arm, found) in enumerate(zip(arms, by_arm, strict=True)):
         xs = np.arange(len(names)) + 0.7 * ((i + 0.5) / len(arms) - 0.5)
         means = [found.get(name, Mean.of([])) for name in names]
         half = [m.high - m.mean if np.isfinite(m.high) else 0.0 for m in means]
         look = {"markersize": 5, "elinewidth": 1.2, "linestyle": "none", **looks[arm.name]}
-        entries[arm.name] = axes.errorbar(xs, [m.mean for m in means], half, **look)
+        entries[legend_name(arm.name, short)] = axes.errorbar(xs, [m.mean for m in means], half, **look)
     axes.set_xticks(range(len(names)), [plain_text(str(n), 16) for n in names], rotation=35, ha="right", fontsize=11)
     axes.set_ylabel("accuracy of the class")
     return entries

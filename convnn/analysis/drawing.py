@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from convnn.analysis.base import ArmResults, Mean, Result, headline_means, series_means
@@ -29,6 +29,10 @@ MAX_ARMS = 10
 """Lines of a panel; of more arms, evenly spread ones."""
 MAX_PLACES = 16
 """Names on an axis; of more, evenly spread ones."""
+MAX_NAMED, MAX_NAME = 6, 24
+"""Arms side by side, and characters of a name, above which arms are numbered."""
+MAX_LABEL = 40
+"""Characters of the label of a line along the spectrum."""
 BLEND, K = "operator.blend", "operator.k"
 INTERVAL = "mean over seeds, 95 % t interval"
 
@@ -79,6 +83,24 @@ def drawn_arms(arms: Sequence[ArmResults]) -> list[ArmResults]:
     return evenly_spread(ordered, MAX_ARMS)
 
 
+def short_names(arms: Sequence[ArmResults]) -> dict[str, str]:
+    """Return what arms are called at axes and above tiles: their names, or numbers that the legend explains.
+
+    Args:
+        arms: all of a figure.
+    """
+    drawn = drawn_arms(arms)
+    crowded = len(drawn) > MAX_NAMED and _along(arms) is None
+    if crowded or (len(drawn) > 1 and max(len(arm.name) for arm in drawn) > MAX_NAME):
+        return {arm.name: str(i) for i, arm in enumerate(drawn, 1)}
+    return {arm.name: arm.name for arm in drawn}
+
+
+def legend_name(name: str, short: Mapping[str, str]) -> str:
+    """Return what the legend calls an arm: its name, behind the number that stands for it."""
+    return name if short[name] == name else f"{short[name]} {name}"
+
+
 def looks_of(arms: Sequence[ArmResults]) -> dict[str, dict[str, Any]]:
     """Return colour and marker of each arm by its name: an ordered scale where a number tells the arms apart."""
     key = spectrum_key(arms)
@@ -104,6 +126,9 @@ def draw_series(
 ) -> dict[str, Any]:
     """Draw a series of every arm as a line with a band; return the legend's entries.
 
+    Names of layers stand at the axis where one arm has all of them. Arms of different architectures are drawn over
+    the share of their depth.
+
     Args:
         axes: to draw on.
         arms: with the series; those without it are left out.
@@ -112,21 +137,27 @@ def draw_series(
         xlabel: of numbers; names of layers speak for themselves.
         labels: write the names of the places, where they are names.
     """
-    arms = drawn_arms(arms)
+    short, arms = short_names(arms), drawn_arms(arms)
     looks, entries = looks_of(arms), {}
-    names: list[Any] = []
-    for arm in arms:
-        places, means = series_means(arm, name)
-        if not places:
-            continue
-        numeric = all(map(is_number, places))
-        xs = [float(at) for at in places] if numeric else list(range(len(places)))
-        names = names if numeric or len(names) >= len(places) else places
-        entries[arm.name] = _line(axes, xs, means, looks[arm.name])
-    if names:
+    found = {arm.name: one for arm in arms if (one := series_means(arm, name))[0]}
+    named = [places for places, _ in found.values() if not all(map(is_number, places))]
+    names = max(named, key=len, default=[])
+    common = all(set(places) <= set(names) for places in named)
+    for arm, (places, means) in found.items():
+        if places not in named:
+            xs = [float(at) for at in places]
+        elif common:
+            xs = [names.index(at) for at in places]
+        else:
+            xs = [i / max(len(places) - 1, 1) for i in range(len(places))]
+        entries[legend_name(arm, short)] = _line(axes, xs, means, looks[arm])
+    if names and common:
         shown = evenly_spread(list(range(len(names))), MAX_PLACES)
         texts = [plain_text(str(names[i]), 24) if labels else "" for i in shown]
         axes.set_xticks(shown, texts, rotation=35, ha="right", fontsize=11)
+    elif names:
+        axes.set_xticks([0, 1], ["first", "last"] if labels else ["", ""], fontsize=11)
+        xlabel = xlabel or ("depth" if labels else "")
     axes.set_ylabel(ylabel)
     axes.set_xlabel(xlabel)
     return entries
@@ -146,30 +177,45 @@ def draw_headline(
     """Draw one of the headline's numbers along the spectrum: over blend, else k, else the arms side by side.
 
     Arms that differ in more than that number, the optimizer's settings aside, make lines of their own, which are
-    labelled.
+    labelled; side by side they stand too where no line has two arms, or lines are many or of long labels.
     """
-    key = spectrum_key(arms)
     means = {arm.name: headline_means(arm, headline).get(name, Mean.of([])) for arm in arms}
-    on_axis = [arm for arm in arms if key and is_number(arm.values.get(key))]
-    if key is None or len(on_axis) < len(arms):
-        places = list(range(len(arms)))
-        _bars(axes, places, [means[arm.name] for arm in arms], {"color": NEUTRAL, "marker": "o", "linestyle": "none"})
-        axes.set_xticks(places, [plain_text(arm.name, 24) for arm in arms], rotation=35, ha="right", fontsize=11)
+    along = _along(arms)
+    if along is None:
+        short, places = short_names(arms), list(range(len(drawn_arms(arms))))
+        look = {"color": NEUTRAL, "marker": "o", "linestyle": "none"}
+        _bars(axes, places, [means[arm] for arm in short], look)
+        numbered = any(text != arm for arm, text in short.items())
+        turned: dict[str, Any] = {} if numbered else {"rotation": 35, "ha": "right"}
+        axes.set_xticks(places, [plain_text(text, MAX_NAME) for text in short.values()], fontsize=11, **turned)
+        axes.set_xlabel("arm" if numbered else "")
     else:
-        lines: dict[tuple[tuple[str, str], ...], list[ArmResults]] = {}
-        for arm in on_axis:
-            rest = tuple((k, show(v)) for k, v in arm.values.items() if k != key and not _aside(k))
-            lines.setdefault(rest, []).append(arm)
-        styles = line_styles([", ".join(f"{k.rpartition('.')[2]}={v}" for k, v in rest) for rest in lines])
-        for (label, look), line in zip(styles.items(), lines.values(), strict=True):
+        key, lines = along
+        for (label, line), look in zip(lines.items(), line_styles(list(lines)).values(), strict=True):
             line.sort(key=lambda arm: arm.values[key])
             look = look if len(lines) > 1 else {"color": NEUTRAL, "marker": "o"}
             _bars(axes, [arm.values[key] for arm in line], [means[arm.name] for arm in line], look, label)
         if len(lines) > 1:
             axes.legend(fontsize=10)
-        number_axis(axes, sorted({float(arm.values[key]) for arm in on_axis}))
+        number_axis(axes, sorted({float(arm.values[key]) for arm in arms}))
         axes.set_xlabel(key.rpartition(".")[2])
     axes.set_ylabel(ylabel)
+
+
+def _along(arms: Sequence[ArmResults]) -> tuple[str, dict[str, list[ArmResults]]] | None:
+    """Return the key that arms are drawn over and the lines that they make by label; None: they stand side by side."""
+    key = spectrum_key(arms)
+    if key is None or not all(is_number(arm.values.get(key)) for arm in arms):
+        return None
+    lines: dict[str, list[ArmResults]] = {}
+    for arm in arms:
+        rest = {k: show(v) for k, v in arm.values.items() if k != key and not _aside(k)}
+        lines.setdefault(", ".join(f"{k.rpartition('.')[2]}={v}" for k, v in rest.items()), []).append(arm)
+    if len(lines) == 1:
+        return key, lines
+    single = all(len(line) == 1 for line in lines.values())
+    crowded = len(lines) > MAX_NAMED or max(map(len, lines)) > MAX_LABEL
+    return None if single or crowded else (key, lines)
 
 
 def _aside(key: str) -> bool:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from convnn.analysis.base import Analysis, ArmResults, NotApplicable, Result
-from convnn.analysis.drawing import INTERVAL, draw_headline, draw_series, drawn_arms, figure_of
+from convnn.analysis.drawing import INTERVAL, draw_headline, draw_series, drawn_arms, figure_of, short_names
 from convnn.analysis.features import depths, feature_maps
 from convnn.analysis.subject import Subject
 from convnn.figures.style import COLOUR_MAP, evenly_spread, plain_text
@@ -111,7 +111,7 @@ def headline(result: Result) -> dict[str, float]:
 
 def draw(arms: Sequence[ArmResults]) -> Figure:
     """Draw fields of the last depth, how they grow over depth, the mass by radius, and the area along the spectrum."""
-    shown = evenly_spread(drawn_arms(arms), _MAPS)
+    shown, short = evenly_spread(drawn_arms(arms), _MAPS), short_names(arms)
 
     def panels(axes: list[Any]) -> dict[str, Any]:
         entries = draw_series(axes[0], arms, "half_mass", "pixels that hold half the mass")
@@ -121,19 +121,19 @@ def draw(arms: Sequence[ArmResults]) -> Figure:
         for panel in axes[:4]:
             panel.set_ylim(bottom=0)
         for panel, arm in zip(axes[4:], shown, strict=True):
-            _draw_field(panel, arm)
+            _draw_field(panel, arm, short[arm.name])
         return entries
 
     return figure_of(4, panels, f"Effective receptive field, maps of the last depth ({INTERVAL})", tiles=len(shown))
 
 
-def _draw_field(axes: Any, arm: ArmResults) -> None:
+def _draw_field(axes: Any, arm: ArmResults, title: str) -> None:
     from matplotlib.colors import PowerNorm
 
     fields = [result["arrays"]["fields"][-1] for result in arm.results.values()]
     mean = np.mean([one for one in fields if one.shape == fields[0].shape], axis=0)
     axes.imshow(mean, cmap=COLOUR_MAP, norm=PowerNorm(0.5, vmin=0))  # the square root shows the rim too
-    axes.set_title(plain_text(arm.name, 20), fontsize=12)
+    axes.set_title(plain_text(title, 20), fontsize=12)
     axes.set_xticks([])
     axes.set_yticks([])
 

@@ -77,10 +77,12 @@ def draw(arms: Sequence[ArmResults]) -> Figure:
     """Draw the highest frequency over depth and along the spectrum, and the first and last depth by frequency."""
     names = next(iter(arms[0].results.values()))["series"]["high_frequency"]["at"]
     finest = names[len(names) // 2]
+    ends = {result["series"]["high_frequency"]["at"][-1] for arm in arms for result in arm.results.values()}
+    last = names[-1] if len(ends) == 1 else "last depth"
 
     def panels(axes: list[Any]) -> dict[str, Any]:
         entries = draw_series(axes[0], arms, "high_frequency", "Δ log-amplitude at π")
-        draw_headline(axes[1], arms, headline, "high_frequency_last", f"Δ log-amplitude at π, {names[-1]}")
+        draw_headline(axes[1], arms, headline, "high_frequency_last", f"Δ log-amplitude at π, {last}")
         for panel, name in ((axes[2], finest), (axes[3], names[-1])):
             draw_series(panel, arms, f"spectrum of {name}", f"Δ log-amplitude, {name}", "frequency (π)")
         return entries

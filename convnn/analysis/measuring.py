@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,8 @@ from convnn.analysis.subject import Datasets, Subject, open_subject
 from convnn.errors import CheckpointError, ConfigError, first_line
 from convnn.ops.neighborhood import same_draws
 from convnn.runtime.files import sha256_of
+
+log = logging.getLogger("convnn")
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,15 @@ class Measured:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """By analysis, why it does not apply to some runs, each reason once."""
     failed: list[str] = field(default_factory=list)
+    """Why runs, or analyses of them, failed: a line each."""
+    failed_runs: set[Path] = field(default_factory=set)
 
 
 def measure_arms(arms: Sequence[ArmRuns], asked: Asked, tell: Callable[[str], None] = lambda line: None) -> Measured:
     """Return the results of all runs, by analysis and arm.
 
-    A run that cannot be looked at, such as one with a damaged checkpoint, is told and left out.
+    A run that cannot be looked at, such as one with a damaged checkpoint, is told and left out. So is an analysis that
+    fails on a run; the others go on.
 
     Args:
         arms: the runs.
@@ -115,8 +121,13 @@ class _OneRun:
             return None
         except (CheckpointError, ConfigError, OSError) as error:
             self.broken = True
-            self.found.failed.append(f"{self.folder}: {first_line(error)}")
-            self.tell(f"{self.label}: failed: {first_line(error)}")
+            self._failed(f"{self.label}: failed", f"{self.folder}", first_line(error))
+            return None
+        except Exception as error:
+            log.debug("%s of %s failed", name, self.folder, exc_info=True)
+            self.subject = None  # the model may be left in any state
+            reason = type(error).__name__ + (f": {first_line(error)}" if str(error).strip() else "")
+            self._failed(f"{name}  {self.label}: failed", f"{self.folder}: {name}", reason)
             return None
         self.found.measured += 1
         self.tell(f"{name}  {self.label}: {_shown(headline)} ({time.perf_counter() - start:.1f} s)")
@@ -125,6 +136,11 @@ class _OneRun:
         except OSError as error:
             self.tell(f"warning: {name} of {self.folder} is not kept: {error.strerror or first_line(error)}")
         return result
+
+    def _failed(self, told: str, where: str, reason: str) -> None:
+        self.found.failed_runs.add(self.folder)
+        self.found.failed.append(f"{where}: {reason}")
+        self.tell(f"{told}: {reason}")
 
     def _settings(self, analysis: Analysis) -> Settings:
         path = self.folder / "checkpoints" / f"{self.asked.checkpoint}.pt"

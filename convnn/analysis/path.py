@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLACES = tuple(round(0.1 * i, 1) for i in range(11))
+LEAST_FALL = 0.05
+"""Share of the first loss; a share of a smaller fall says nothing."""
 Batch = tuple[Tensor, Tensor]
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -56,17 +58,23 @@ def place_between(model: nn.Module, first: Mapping[str, Tensor], last: Mapping[s
 
 @torch.no_grad()
 def recompute_statistics(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Set each BatchNorm's running mean and variance to the average over batches; all else stays in evaluation mode."""
+    """Set each BatchNorm's running mean and variance to the average over batches; all else stays in evaluation mode.
+
+    Raises:
+        NotApplicable: if no batch has two images.
+    """
     norms = [m for m in model.modules() if isinstance(m, _NORMS) and m.track_running_stats]
     if not norms:
         return
+    if all(len(images) < 2 for images, _ in batches):
+        raise NotApplicable("BatchNorm's statistics need 2 images or more: images=2")
     before = [(norm.training, norm.momentum) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.train()
         norm.momentum = None  # a cumulative average
     for images, _ in batches:
-        if len(images) > 1 or len(batches) == 1:  # one image more or less would count as much as a batch
+        if len(images) > 1:  # one image more or less would count as much as a batch
             model(images)
     for norm, (training, momentum) in zip(norms, before, strict=True):
         norm.train(training)
@@ -100,6 +108,9 @@ def loss_between(
 
     Returns:
         A loss for each place, by the names of ``measured``.
+
+    Raises:
+        NotApplicable: as of ``recompute_statistics``.
     """
     found: dict[str, list[float]] = {name: [] for name in measured}
     with restored(model):
@@ -140,11 +151,16 @@ def largest_rise(values: Sequence[float]) -> float:
 
 
 def headline(result: Result) -> dict[str, float]:
-    """Return the largest rise of the training loss on the way, and the share of its fall that half the way has."""
+    """Return the largest rise of the training loss on the way, and the share of its fall that half the way has.
+
+    The latter is not known, and left out, where the loss falls by less than ``LEAST_FALL`` of what it was.
+    """
     losses = result["series"]["train"]["values"]
     fall = losses[0] - losses[-1]
-    half = (losses[0] - losses[PLACES.index(0.5)]) / fall if fall else 0.0
-    return {"path_rise": largest_rise(losses), "path_half": half}
+    found = {"path_rise": largest_rise(losses)}
+    if fall > 0 and fall >= LEAST_FALL * losses[0]:
+        found["path_half"] = (losses[0] - losses[PLACES.index(0.5)]) / fall
+    return found
 
 
 def draw(arms: Sequence[ArmResults]) -> Figure:

@@ -95,7 +95,8 @@ def headline(result: Result) -> dict[str, float]:
         for name in ("mean", *FAMILIES)
     }  # fmt: skip
     own = {f"{name}_error": means[name] for name in FAMILIES}
-    return {"corruption_error": means["mean"], "relative_corruption_error": means["mean"] - result["clean"]} | own
+    more = round(means["mean"] - result["clean"], 12) + 0.0  # else what is left of rounding; no -0 either
+    return {"corruption_error": means["mean"], "relative_corruption_error": more} | own
 
 
 def draw(arms: Sequence[ArmResults]) -> Figure:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 from convnn.analysis.registry import ANALYSES, chosen
@@ -31,7 +33,7 @@ are others. Writes NAME.png, NAME.svg and NAME.csv (mean, interval and seeds of 
 them. docs/analyses.md says what each means.
   DIR     a run folder, a sweep folder, or any folder above them; the runs of all are taken together
 {options}
-Exit codes: 0 done, 1 a run cannot be read or the disk refused, 2 wrong arguments or no finished run.
+Exit codes: 0 done, 1 a run or an analysis of it failed, or the disk refused, 2 wrong arguments or no finished run.
 """
 
 
@@ -61,6 +63,8 @@ def analyze(argv: list[str]) -> int:
     check_fields(options, "")
     names = chosen(options.analyses)
     arms, left_out = _arms(folders)
+    out = Path(options.out) if options.out else folders[0] / FOLDER
+    _check_writable(out)
     if left_out:
         print(f"left out: {left_out}", file=sys.stderr)
     from convnn.analysis.files import write_analysis
@@ -78,7 +82,6 @@ def analyze(argv: list[str]) -> int:
         for arm in arms
     ]
     found = measure_arms(runs, asked, lambda line: print(line, file=sys.stderr, flush=True))
-    out = Path(options.out) if options.out else folders[0] / FOLDER
     lines = []
     for name, results in found.arms.items():
         reasons = "; ".join(found.left_out.get(name, []))
@@ -89,10 +92,27 @@ def analyze(argv: list[str]) -> int:
         else:
             lines.append([name, "0", "0", "-", reasons])
     print(aligned(["analysis", "arms", "runs", "picture", "does not apply to some runs"], lines))
-    print(f"{found.measured} measured, {found.kept} kept, {len(found.failed)} runs failed")
+    print(f"{found.measured} measured, {found.kept} kept, {len(found.failed_runs)} runs failed")
     for failure in found.failed:
         print(f"failed: {failure}", file=sys.stderr)
     return EXIT_FAILED if found.failed else 0
+
+
+def _check_writable(out: Path) -> None:
+    """Raise ConfigError if nothing can be written into a folder, before there is anything to write."""
+    made = [place for place in (out, *out.parents) if not place.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"out={out} cannot be written: {error.strerror}; name another folder by out=FOLDER"
+        ) from error
+    finally:
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()
 
 
 def _as_list(arg: str) -> str:
@@ -113,7 +133,6 @@ def _arms(folders: list[Path]) -> tuple[list[Arm], str]:
 
     import_pandas()  # whose extra brings matplotlib too
     found = find_results(folders)
-    frame = runs_frame(found)
     others: dict[str, list[str]] = {}
     for run in found.runs:
         if run.status != COMPLETE:
@@ -122,7 +141,9 @@ def _arms(folders: list[Path]) -> tuple[list[Arm], str]:
         f"{len(names)} {status} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
         for status, names in others.items()
     )
-    arms = arms_of(found, frame, summarize(frame), "top1_last")
+    finished = replace(found, runs=[run for run in found.runs if run.status == COMPLETE])
+    frame = runs_frame(finished)  # so that arms bear what tells them from each other, not from runs left out
+    arms = arms_of(finished, frame, summarize(frame), "top1_last")
     if not arms:
         raise ConfigError(f"no finished run in {', '.join(map(str, folders))}: {left_out}")
     return arms, left_out

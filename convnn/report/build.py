@@ -21,7 +21,7 @@ from convnn.report.pages import html_page, markdown
 from convnn.report.plots import draw_all
 from convnn.report.results import FoundRuns, find_results, integer_of, tidy
 from convnn.report.settings import CompareSettings
-from convnn.report.tables import METRICS, import_pandas, runs_frame, score_of, summarize
+from convnn.report.tables import METRICS, import_pandas, named_operators, runs_frame, score_of, summarize
 from convnn.report.writing import REPORT
 from convnn.runtime.owned import naming
 from convnn.text import show
@@ -66,7 +66,7 @@ def make_report(folders: Sequence[Path], out: Path, metric: str = "top1_last", b
     )
     report.differences, report.verdict = _differences(found, runs, summary, metric, baseline)
     with REPORT.written_aside(out) as aside:
-        for name, frame in (("results.csv", runs), ("summary.csv", summary)):
+        for name, frame in (("results.csv", runs), ("summary.csv", named_operators(summary))):
             with naming(aside / name):
                 frame.to_csv(aside / name, index=False)
         report.pictures = draw_all(runs, summary, metric, [run.folder for run in found.runs], aside, report.subject)

@@ -37,9 +37,9 @@ _FIRST = (
     *(POINT, "experiment.name", "backbone.name", "data.name", "operator.name", "swap.name", "schedule.name"),
     *("operator.branch_ratio", "operator.k", "operator.blend"),
 )
-ON_SPECTRUM = "on_spectrum"
 PLAIN = "no layer replaced"
 """What stands for the operator's keys of a plain backbone."""
+ON_SPECTRUM = "on_spectrum"
 """Column: whether a run's layers have a blend, a k and a temperature; empty: not known."""
 
 
@@ -143,13 +143,23 @@ def is_plain(values: Mapping[str, Any]) -> bool:
     return "swap.match" in values and all(is_missing(v) for key, v in values.items() if _SWAPS.match(key))
 
 
+def without_operator(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by dotted key in which ``PLAIN`` stands for the operator's texts where no layer is replaced.
+
+    These are its name and classes; numbers stay, since columns of them are numeric.
+    """
+    if not is_plain(values):
+        return dict(values)
+    return {key: PLAIN if key.startswith("operator.") and isinstance(v, str) else v for key, v in values.items()}
+
+
 def name_moving(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration's values with the number of a key that something moves replaced by a text that says so.
 
     So no picture draws a scheduled or learned blend at the number that its configuration happens to have. Where no
-    layer has a blend, as with ACmix, there is nothing in its place.
+    layer has a blend, as with ACmix, there is nothing in its place. Nor is a plain backbone called by an operator.
     """
-    named, plain = dict(values), is_plain(values)
+    named, plain = without_operator(values), is_plain(values)
     for key in MOVABLE:
         if values.get(ON_SPECTRUM) is False and not plain:
             named |= {key: None} if key in values else {}
@@ -181,9 +191,9 @@ def name_places(frame: pd.DataFrame) -> Places:
 
 
 def ordered(places: Places, keys: Sequence[str], values: Sequence[Any]) -> list[tuple[int, float, str]]:
-    """Order values of some keys: names as ``places`` has them, the rest as ``sort_key`` does."""
+    """Order values of some keys: names as ``places`` has them, ``PLAIN`` before them, the rest as ``sort_key`` does."""
     return [
-        sort_key(value) if key not in places or is_missing(value) else (1, places[key][value], "")
+        sort_key(value) if key not in places or is_missing(value) else (1, places[key].get(value, -1), "")
         for key, value in zip(keys, values, strict=True)
     ]
 
@@ -256,6 +266,15 @@ def summarize(frame: pd.DataFrame) -> pd.DataFrame:
     return summary
 
 
+def named_operators(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return a summary for its file: as of ``without_operator``."""
+    named, rows = summary.copy(), [without_operator(row) for row in summary.to_dict("records")]
+    for key in varying_keys(summary):
+        if key.startswith("operator."):
+            named[key] = [row[key] for row in rows]
+    return named
+
+
 def score_of(row: Mapping[str, Any], metric: str) -> Score:
     """Return a metric in a row of a summary; of a metric that the summary lacks, the score of no runs."""
     return Score(*(row.get(f"{metric}_{part}", 0) for part in Score._fields))
@@ -317,6 +336,8 @@ def describe(values: Mapping[str, Any]) -> str:
 
 def _said(values: Mapping[str, Any], key: str) -> bool:
     """Return whether a key's value is in that of what it moves, see ``name_moving``, or moves nothing."""
+    if key.startswith("swap.") and key != "swap.name" and PLAIN in values.values():
+        return True
     if key.endswith("learn_blend"):
         return values[key] == "no"
     section, _, rest = key.partition(".")

@@ -128,7 +128,7 @@ def _accuracy_lines(top1: float | None, how: str, images: int | None, seeds: lis
         )
     if len(values) > 1:
         mean, std, n = score = Score.of(values)
-        low, high = mean_interval(mean, std, n)
+        low, high = (min(max(end, 0.0), 100.0) for end in mean_interval(mean, std, n))
         line += (
             f"\n\nOver seeds, last epochs: {score}, 95 % interval of the mean {low:.2f} to {high:.2f} (t); "
             f"seeds {', '.join(map(str, seeds))}."

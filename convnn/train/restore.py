@@ -92,7 +92,9 @@ def load_run(
     known = DataRecord.read(state) or known_record(folder)
     dataset, same = None, None
     if splits or other_data or known is None or known.shape is None:
-        dataset, same = _as_trained(_load_data(config, known, folder, load), known, folder, splits, other_data)
+        dataset, same = _as_trained(
+            _load_data(config, known, folder, load, other_data), known, folder, splits, other_data
+        )
         classes, shape = dataset.classes, list(dataset.train.shape)
     else:
         classes, shape = known.classes, known.shape
@@ -128,7 +130,7 @@ def _warn_unless_complete(config: Config, folder: Path, checkpoint: str, state: 
 
 
 def _load_data(
-    config: Config, known: DataRecord | None, folder: Path, load: Callable[[DataConfig], Dataset]
+    config: Config, known: DataRecord | None, folder: Path, load: Callable[[DataConfig], Dataset], other_data: bool
 ) -> Dataset:
     """Load the data of a run, as it was for the run.
 
@@ -142,7 +144,9 @@ def _load_data(
         return load(data)
     except ConfigError as error:
         if known is not None and known.shape is not None:
-            raise
+            if other_data:  # which the user named
+                raise
+            raise ConfigError(f"{error}; if the data moved, name its place by data_root=DIR") from error
         lacks = "the size of its images" if known else "the names of its classes and the size of its images"
         raise ConfigError(
             f"run={folder} is of before runs recorded {lacks}, and its data cannot be read ({error}); "

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from figure_checks import texts_outside
 from folder_runs import folder_config, write_pets
 from helpers import tiny
 
+from convnn.analysis import measuring
 from convnn.analysis.base import ArmResults, Mean, headline_means, series_means
 from convnn.analysis.drawing import draw_headline, draw_series, figure_of, looks_of, spectrum_key
 from convnn.analysis.kept import keep_result, kept_result
@@ -161,6 +163,27 @@ def test_a_run_that_cannot_be_read_does_not_stop_the_others(runs):
     found = measure_arms(arms_of(runs), Asked(["variance", "cka"], device="cpu"))
     assert len(found.failed) == 1 and str(runs / "b0") in found.failed[0]
     assert [arm.name for arm in found.arms["cka"]] == ["blend=1"]
+
+
+def test_an_analysis_that_fails_does_not_stop_the_others(runs, monkeypatch):
+    analysis, lines = load_analysis("variance"), []
+
+    def measure(subject):
+        if str(subject.folder).endswith("b0"):
+            raise ValueError("Expected more than 1 value\nand more")
+        return analysis.measure(subject)
+
+    failing = replace(analysis, measure=measure)
+    monkeypatch.setattr(measuring, "load_analysis", lambda name: failing if name == "variance" else load_analysis(name))
+    found = measure_arms(arms_of(runs), Asked(["variance", "cka"], device="cpu"), lines.append)
+    assert found.failed == [f"{runs / 'b0'}: variance: ValueError: Expected more than 1 value"]
+    assert found.failed_runs == {runs / "b0"} and "variance  blend=0 seed=0: failed: ValueError" in lines[0]
+    assert [arm.name for arm in found.arms["variance"]] == ["blend=1"] and len(found.arms["cka"]) == 2
+
+
+def test_a_single_image_is_too_few_for_the_loss_on_the_way(runs):
+    found = measure_arms(arms_of(runs)[:1], Asked(["path", "variance"], images=1, device="cpu"))
+    assert "2 images or more" in found.left_out["path"][0] and found.arms["variance"] and not found.failed
 
 
 def test_names_are_checked():

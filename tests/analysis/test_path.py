@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from convnn.analysis.path import largest_rise, loss_between, recompute_statistics
+from convnn.analysis.base import NotApplicable
+from convnn.analysis.path import PLACES, headline, largest_rise, loss_between, recompute_statistics
 
 
 def batches(n=24, size=8):
@@ -56,6 +57,14 @@ def test_a_single_image_that_is_left_over_makes_no_statistics():
     assert torch.equal(*means)
 
 
+def test_a_single_image_has_no_statistics():
+    model, (image, label) = net(), batches(1)[0]
+    with pytest.raises(NotApplicable, match="2 images or more"):
+        recompute_statistics(model, [(image, label)])
+    assert not any(module.training for module in model.modules()) and model[1].momentum == 0.1
+    recompute_statistics(nn.Flatten(), [(image, label)])  # without BatchNorm none are needed
+
+
 def test_the_model_is_left_as_it_was():
     model, data = net(), batches()
     model[1].running_mean.fill_(0.5)
@@ -68,3 +77,10 @@ def test_the_model_is_left_as_it_was():
 @pytest.mark.parametrize("values, rise", [([3, 2, 1], 0), ([3, 1, 2, 1.5, 4, 0], 3), ([1], 0), ([1, 5], 4)])
 def test_the_largest_rise(values, rise):
     assert largest_rise(values) == rise
+
+
+@pytest.mark.parametrize(("last", "half"), [(1.0, 0.5), (1.96, None), (2.0, None), (2.5, None)])
+def test_half_of_a_fall_is_known_where_the_loss_falls(last, half):
+    losses = [2 + t * (last - 2) for t in PLACES]
+    found = headline({"series": {"train": {"at": list(PLACES), "values": losses}}})
+    assert found.get("path_half") == (half and pytest.approx(half)) and "path_rise" in found

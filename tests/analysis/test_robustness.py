@@ -59,3 +59,11 @@ def test_copies_are_made_once_for_the_same_images(subject, monkeypatch):
     monkeypatch.setattr(robustness, "MOST_BYTES", 1)
     list(robustness.Copies()(split, subject.index))
     assert len(made) == 240
+
+
+def test_what_is_left_of_rounding_is_nothing():
+    errors = {name: {"values": [0.3] + [0.1 + 0.2] * 5} for name in ("mean", *FAMILIES)}
+    assert 0.1 + 0.2 != 0.3
+    for clean, more in ((0.3, 0), (0.2, 0.1)):
+        found = robustness.headline({"clean": clean, "series": errors})["relative_corruption_error"]
+        assert found == pytest.approx(more, abs=1e-300)

@@ -9,6 +9,7 @@ from folder_runs import folder_config, write_pets
 from programs import assert_refused
 
 from convnn.analysis.registry import ANALYSES
+from convnn.cli import analyze as analyze_module
 from convnn.cli.analyze import analyze
 from convnn.train.run import run
 
@@ -30,6 +31,10 @@ SCRIPT = "scripts/analyze.py"
         (["{done}", "depth=3"], "depth"),
         (["nowhere"], "nowhere: no such folder"),
         (["{empty}"], "no runs in .*empty"),
+        (
+            ["{done}", "out={done}/config.yaml/x"],
+            "out=.*config.yaml/x cannot be written: Not a directory; name another",
+        ),
         (["{open}"], "no finished run in .*open: 1 unfinished"),
     ],
 )
@@ -78,3 +83,15 @@ def test_a_sweeps_runs_become_pictures_tables_and_a_summary(tmp_path, capsys):
     (tmp_path / "s" / "analyses" / "distance.csv").write_text("mine")
     with pytest.raises(Exception, match=r"distance\.csv would be replaced"):
         analyze([str(tmp_path / "s"), "analyses=distance", "images=4", "device=cpu"])
+
+
+def test_a_place_to_write_to_is_tried_and_left_as_it_was(tmp_path):
+    analyze_module._check_writable(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_arms_are_named_among_those_that_are_measured(tmp_path):
+    write_run(tmp_path / "done", {"operator.blend": 0.5})
+    write_run(tmp_path / "open", {"operator.blend": 1.0}, status=None)
+    (arm,), left_out = analyze_module._arms([tmp_path])
+    assert arm.name == "all runs" and left_out == "1 unfinished (open)"

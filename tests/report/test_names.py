@@ -1,5 +1,6 @@
 """A report keeps what people call things: sweeps and their points, options, data, epochs, commands."""
 
+import csv
 import json
 import shutil
 
@@ -146,6 +147,24 @@ def test_an_operator_without_a_blend_is_not_labelled_by_one(tmp_path):
     report = make_report([tmp_path], tmp_path / "out")
     assert [row[:2] for row in report.table()[1]] == [["acmix", "–"], ["convnn", "0"], ["convnn", "1"]]
     assert "Left out: 1 without one fixed blend." in next(p.caption for p in report.pictures if p.name == "over_blend")
+
+
+def test_a_plain_network_is_not_called_by_an_operator(tmp_path):
+    plain = {"operator.name": "convnn", "operator.target": "convnn.ConvNN2d", "swap.match": None, "swap.kind": "auto"}
+    hybrid = {"operator.name": "hybrid", "operator.target": "convnn.HybridConvNN2d", "swap.kind": "conv"}
+    for seed in (0, 1, 2):
+        write_run(tmp_path / f"p{seed}", {"backbone.name": "resnet18", **plain}, 80.0 + seed, seed=seed)
+        write_run(tmp_path / f"h{seed}", {"backbone.name": "resnet18", **hybrid}, 82.0 + seed, seed=seed)
+    report = make_report([tmp_path], tmp_path / "out")
+    names = [row[report.table()[0].index("operator.name")] for row in report.table()[1]]
+    assert set(names) == {"no layer replaced", "hybrid"}
+    view = View(report.summary, "top1_last")
+    assert "no layer replaced" in labels_of(view.rows, view.keys)
+    with (tmp_path / "out" / "summary.csv").open() as file:
+        rows = {row["operator.name"]: row["operator.target"] for row in csv.DictReader(file)}
+    assert rows == {"no layer replaced": "no layer replaced", "hybrid": "convnn.hybrid.HybridConvNN2d"}
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "against no layer replaced" in text or "no layer replaced" in report.verdict
 
 
 def test_metrics_that_list_no_layers_say_nothing_of_the_blend(tmp_path):

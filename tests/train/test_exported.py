@@ -18,7 +18,7 @@ import convnn
 from convnn.cli.export import export
 from convnn.config.compose import compose_config
 from convnn.errors import CheckpointError, ConfigError
-from convnn.runs.card import model_card
+from convnn.runs.card import _accuracy_lines, model_card
 from convnn.stats.proportions import wilson_interval
 from convnn.train.run import run
 
@@ -164,6 +164,14 @@ def test_licences_are_told_where_they_are_known(runs):
         ours.config.data.target = target
         card = model_card(runs / "end", ours.config, None, [], checkpoint="last", library="timm", usage="")
         assert f"- licence of the data: {told}" in card
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [([1.0, 30.0], "0.00 to 100.00 (t)"), ([1.0, 3.0], "0.00 to 14.71 (t)"), ([50.0, 51.0], "44.15 to 56.85 (t)")],
+)
+def test_an_interval_of_accuracies_ends_where_they_do(values, told):
+    assert f"95 % interval of the mean {told}" in _accuracy_lines(2.0, "in the last epoch", 100, [0, 1], values)
 
 
 def test_a_run_that_has_not_ended_has_no_accuracy(runs, tmp_path):

@@ -136,6 +136,14 @@ def test_other_class_names_are_refused(program, finished, tmp_path):
     assert "the run lacks 'owl'" in refusal(program, where, f"data_root={tmp_path}/three")
 
 
+def test_data_that_is_gone_can_be_named(finished, tmp_path):
+    root, where = copied(finished, tmp_path)
+    root.rename(tmp_path / "moved")
+    assert "if the data moved, name its place by data_root=DIR" in refusal("evaluate", where)
+    said = refusal("evaluate", where, f"data_root={tmp_path}/nowhere")
+    assert "nowhere" in said and "if the data moved" not in said
+
+
 @pytest.mark.long
 def test_each_program_says_what_it_needs_of_the_images(finished, tmp_path, capsys):
     root, where = copied(finished, tmp_path)

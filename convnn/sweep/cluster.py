@@ -92,7 +92,10 @@ class Cluster:
                     self._waited.add(number)
                 states[key] = _shown(job, number)
             else:
-                states[key] = self._gone(point, submission, number, _final(jobs, number) or ended.get(number, ""))
+                final = _final(job) if job else ended.get(number, "")
+                array = jobs.get(number.partition("_")[0])  # of a cancelled one tasks that never began are forgotten
+                cancelled = array is not None and array.state.startswith(JOB_CANCELLED)
+                states[key] = self._gone(point, submission, number, final, cancelled or number in self._waited)
         return states
 
     def _latest(self) -> dict[str, tuple[Submission, str]]:
@@ -103,15 +106,23 @@ class Cluster:
                     found[key] = (submission, submission.number(index))
         return found
 
-    def _gone(self, point: Point, submission: Submission, number: str, final: str) -> PointState:
-        """Return the state of a point whose job is gone; ``final``: how, in the scheduler's words, if it knows."""
+    def _gone(self, point: Point, submission: Submission, number: str, final: str, waited: bool) -> PointState:
+        """Return the state of a point whose job is gone.
+
+        Args:
+            point: of the sweep.
+            submission: of its job.
+            number: of its job.
+            final: how the job ended, in the scheduler's words, if it knows.
+            waited: if it never began, it was cancelled.
+        """
         key, record = point.fingerprint, read_json(status_file(self.folder, point)) or {}
         state = point_state(self.folder, point)
         begun = record.get("job") == number
         if state.status == RUNNING:  # another process has the point's lock, on this machine or in another's job
             return state
         # Without accounts: one that waited a moment ago, and is not even among those that ended, never ran.
-        cancelled = final.startswith(JOB_CANCELLED) or (not final and not begun and number in self._waited)
+        cancelled = final.startswith(JOB_CANCELLED) or (not final and not begun and waited)
         if state.status == COMPLETE or (begun and state.status in (FAILED, DIVERGED, CANCELLED)) or submission.stopped:
             pass
         elif cancelled:
@@ -285,10 +296,6 @@ def _shown(job: Job, number: str) -> PointState:
     return PointState(QUEUED, f"{again}job {number}" + (f": {job.told}" if job.told else ""), job.restarts)
 
 
-def _final(jobs: Mapping[str, Job], number: str) -> str:
-    """Return how a job ended, in the scheduler's words, if it knows."""
-    job = jobs.get(number)
-    if job is None:  # of a cancelled array tasks that never began are forgotten, not the array
-        array = jobs.get(number.partition("_")[0])
-        return JOB_CANCELLED if array is not None and array.state.startswith(JOB_CANCELLED) else ""
+def _final(job: Job) -> str:
+    """Return how a job ended, in the scheduler's words."""
     return f"{job.state}, {job.told}" if job.told else job.state

@@ -132,8 +132,9 @@ def test_a_cancelled_array_that_has_forgotten_its_tasks(cluster):
     submit(cluster)
     cluster.scheduler.found = {"10": Job("CANCELLED"), "10_0": Job("CANCELLED")}
     record(cluster, POINTS[0], status="interrupted", reason="stopped by SIGTERM", job="10_0")
+    record(cluster, POINTS[1], status="killed", reason="killed by SIGKILL", job="10_1")  # before, and forgotten too
     late = Cluster(cluster.folder, POINTS, cluster.scheduler, "call")
-    assert words(late) == ["cancelled"] * 5 and late.lost == []
+    assert words(late) == ["cancelled", "killed", *["cancelled"] * 3] and late.lost == [POINTS[1]]
 
 
 def test_why_a_job_waits_is_told_where_it_is_not_what_all_wait_for(cluster):

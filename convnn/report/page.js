@@ -76,10 +76,12 @@ function show(point, points) {
   tip.style.top = `${y - height - 12 < 4 ? y + 14 : y - height - 12}px`;
 }
 
+let dismissed = false; // by Escape, until another point has the focus
+
 // What is scrolled away says nothing; a point that the keyboard brought into view goes on.
 function follow() {
   const point = document.activeElement;
-  if (point?.matches("circle")) show(point, [...point.parentNode.children]);
+  if (point?.matches("circle") && !dismissed) show(point, [...point.parentNode.children]);
   else hide();
 }
 
@@ -98,7 +100,10 @@ function step(points, event) {
   const at = points.indexOf(event.target);
   const last = points.length - 1;
   const places = { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: last };
-  if (event.key === "Escape") hide();
+  if (event.key === "Escape") {
+    dismissed = true;
+    hide();
+  }
   if (at < 0 || !(event.key in places)) return;
   event.preventDefault();
   const next = points[Math.max(0, Math.min(places[event.key], last))];
@@ -123,7 +128,10 @@ for (const layer of document.querySelectorAll(".plot svg")) {
   layer.addEventListener("pointermove", pointAt);
   layer.addEventListener("pointerdown", pointAt);
   layer.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && hide());
-  layer.addEventListener("focusin", (event) => show(event.target, points));
+  layer.addEventListener("focusin", (event) => {
+    dismissed = false;
+    if (points.includes(event.target)) show(event.target, points); // browsers stop at the picture itself too
+  });
   layer.addEventListener("focusout", hide);
   layer.addEventListener("keydown", (event) => step(points, event));
 }

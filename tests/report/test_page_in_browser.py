@@ -237,8 +237,12 @@ def test_arrows_go_from_point_to_point_and_tab_past_them(visit):
         assert label in page.locator("#tip").inner_text().split("\n")
     page.keyboard.press("Escape")
     assert page.locator("#tip").is_hidden()
+    page.evaluate("document.dispatchEvent(new Event('scroll'))")  # as one that is late, or the user's own
+    assert page.locator("#tip").is_hidden()
     page.keyboard.press("Tab")
     assert figure.locator("circle:focus").count() == 0 and page.locator("#tip").is_hidden()
+    page.evaluate("document.querySelector('.plot svg').dispatchEvent(new Event('focusin'))")  # at the picture itself
+    assert page.locator("#tip").is_hidden() and page.locator(".near").count() == 0
 
 
 def test_a_finger_finds_a_point_and_leaves_it(visit):

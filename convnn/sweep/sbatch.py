@@ -25,7 +25,6 @@ _HEAVY = re.compile(
     "(gpus|gres|mem|cpus|cores|threads|sockets|ntasks|nodes|nodelist|exclusive|licenses|tres|mail)(-.*)?"
 )
 """Options that the job which sums up does without."""
-_GPUS = ("gpus_per_node", "gres", "cpus_per_gpu", "gpus_per_task", "mem_per_gpu")
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,7 @@ def read_settings(launcher: Sequence[str]) -> Settings:
     plain = {key: values[key] for key in _PLAIN if values.get(key) is not None}
     if values.get("mem_gb") is not None:
         plain["mem"] = f"{values['mem_gb']}G"
-    light = {k: v for k, v in plain.items() if k not in (*_GPUS, "nodes", "cpus_per_task", "mem")}
-    light |= {k: v for k, v in given.items() if not _HEAVY.fullmatch(k)}
+    light = {k: v for k, v in (plain | given).items() if not _HEAVY.fullmatch(k.replace("_", "-"))}
     return Settings(
         [*always, f"--signal=USR2@{delay}", "--ntasks-per-node=1", *_options(plain), *_options(given)],
         list(values.get("setup") or []),

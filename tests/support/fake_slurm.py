@@ -1,6 +1,14 @@
 """A scheduler for tests: what it is told it keeps, and a test says what becomes of the jobs."""
 
+import json
+
 from convnn.runtime.scheduler import Job, SchedulerError
+from convnn.sweep.plan import Point
+from convnn.sweep.sbatch import Settings
+from convnn.sweep.state import status_file
+
+SETTINGS = Settings(["--time=5"], parallel=6, light=["--time=5"])
+POINTS = [Point(f"p{i}", f"{i:016x}", (f"seed={i}",)) for i in range(5)]
 
 
 class FakeScheduler:
@@ -52,3 +60,9 @@ class FakeScheduler:
 
     def largest_array(self):
         return self.largest
+
+
+def record(cluster, point, **values):
+    path = status_file(cluster.folder, point)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"name": point.name, "log": point.log, "attempts": 1, "call": "call", **values}))
